@@ -1,0 +1,43 @@
+"""Fixtures. Recorded inputs and outputs of the authors' code live outside this repository, in a folder `shared` beside
+the checkout or wherever NANODETR_SHARED points; tests that need them skip by name when it is absent, and fail instead
+when NANODETR_STRICT is set."""
+import os
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the long checks as well")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: a long check, run with --slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="a long check: add --slow"))
+
+
+@pytest.fixture(scope="session")
+def shared():
+    """Folder of recorded data."""
+    folder = Path(os.environ.get("NANODETR_SHARED", ROOT.parent / "shared"))
+    if not folder.is_dir():
+        message = f"no recorded data at {folder}: set NANODETR_SHARED to the folder that holds golden/ and data/"
+        pytest.fail(message) if os.environ.get("NANODETR_STRICT") else pytest.skip(message)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def golden(shared):
+    """`golden("05_matcher")` opens one recording as a dictionary of arrays."""
+    return lambda name: dict(np.load(shared / "golden" / f"{name}.npz"))
