@@ -17,7 +17,17 @@ over all L K points). A look reads the value map by bilinear interpolation; ever
 
 B images, S = sum of H_l W_l tokens, Nq queries, C channels, M heads, D = C / M, L levels, K points per level.
 """
+import ctypes
+import functools
+import hashlib
 import math
+import os
+import platform
+import re
+import subprocess
+import tempfile
+import warnings
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -68,10 +78,8 @@ class MSDeformAttn(nn.Module):
             value = value.masked_fill(padding[..., None], 0)    # after the projection: its bias must not leak in either
         value = value.unflatten(-1, (M, C // M))                                    # (B, S, M, D)
         offsets = self.sampling_offsets(query).view(B, Nq, M, L, K, 2)
-        logits = self.attention_weights(query).view(B, Nq, M, L * K)
-        weights = logits.softmax(-1, dtype=_coordinate_dtype(logits)).view(B, Nq, M, L, K)
-        locations = sampling_locations(reference, offsets, shapes)                  # (B, Nq, M, L, K, 2)
-        return self.output_proj(ms_deform_attn(value, shapes, locations, weights))
+        logits = self.attention_weights(query).view(B, Nq, M, L, K)
+        return self.output_proj(ms_deform_attn_fused(value, shapes, offsets, logits, reference))
 
 
 def sampling_locations(reference, offsets, shapes):
@@ -89,9 +97,30 @@ def sampling_locations(reference, offsets, shapes):
 
 
 def ms_deform_attn(value, shapes, locations, weights, impl=None):
-    """value (B, S, M, D), shapes [(H, W), ...], locations (B, Nq, M, L, K, 2) as (x, y), weights (B, Nq, M, L, K)
-    -> (B, Nq, M D) in the dtype of value."""
-    return ms_deform_attn_torch(value, shapes, locations, weights)
+    """The operator: value (B, S, M, D), shapes [(H, W), ...], locations (B, Nq, M, L, K, 2) as (x, y), weights
+    (B, Nq, M, L, K) -> (B, Nq, M D) in the dtype of value.
+
+    impl: "kernel" = the C++ or CUDA kernel, "torch" = the definition, None = the kernel where one can be built.
+    Values may be float64, float32, float16 or bfloat16; locations and weights are taken as float32 (float64 beside
+    float64 values). All three have gradients. Raises ValueError where shapes, dtypes or devices do not fit together."""
+    _check(value, shapes, locations, weights)
+    if not _use_kernel(value, impl):
+        return ms_deform_attn_torch(value, shapes, locations, weights)
+    dtype = _coordinate_dtype(value)
+    return torch.ops.nanodetr.ms_deform_attn(value, _flat(shapes), locations.to(dtype), weights.to(dtype), None)
+
+
+def ms_deform_attn_fused(value, shapes, offsets, logits, reference, impl=None):
+    """The same from what the linear layers give: offsets (B, Nq, M, L, K, 2), logits (B, Nq, M, L, K) and references
+    (B, Nq, L, 2 or 4). The softmax over L K and `sampling_locations` happen inside: two tensors of the size of the
+    offsets are never written, and offsets and logits may be half precision."""
+    _check(value, shapes, offsets, logits, reference)
+    if not _use_kernel(value, impl):
+        weights = logits.flatten(-2).softmax(-1, dtype=_coordinate_dtype(value)).view_as(logits)
+        locations = sampling_locations(reference, offsets.to(weights.dtype), shapes)
+        return ms_deform_attn_torch(value, shapes, locations, weights)
+    return torch.ops.nanodetr.ms_deform_attn(
+        value, _flat(shapes), offsets.to(value.dtype), logits.to(value.dtype), reference.to(_coordinate_dtype(value)))
 
 
 def ms_deform_attn_torch(value, shapes, locations, weights):
@@ -118,3 +147,203 @@ def _coordinate_dtype(tensor):
     """Coordinates and weights are float32 even beside half-precision values: bf16 would place a point no better than
     1/256 of the map. float64 stays float64."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _flat(shapes):
+    return [n for shape in shapes for n in shape]
+
+
+def _check(value, shapes, points, weights, reference=None):
+    """Raises ValueError unless the tensors describe one problem."""
+    def expect(good, what, got):
+        if not good:
+            raise ValueError(f"ms_deform_attn expected {what}, got {got}: see the shapes at the top of {__name__}.py")
+
+    expect(value.ndim == 4, "value (B, S, M, D)", tuple(value.shape))
+    B, S, M, D = value.shape
+    expect(points.ndim == 6 and points.shape[0] == B and points.shape[2:4] == (M, len(shapes)) and points.shape[5] == 2,
+           f"points ({B}, Nq, {M}, {len(shapes)}, K, 2)", tuple(points.shape))
+    expect(weights.shape == points.shape[:-1], f"weights {tuple(points.shape[:-1])}", tuple(weights.shape))
+    expect(len(shapes) <= MAX_LEVELS and all(H > 0 and W > 0 for H, W in shapes), f"1 to {MAX_LEVELS} non-empty levels", shapes)
+    expect(S == sum(H * W for H, W in shapes), f"S = the sum of H W over {list(shapes)}", f"S = {S}")
+    expect(value.dtype in DTYPES, f"value in {', '.join(DTYPES.values())}", value.dtype)
+    tensors = [points, weights]
+    if reference is not None:
+        expect(reference.ndim == 4 and reference.shape[:3] == (B, points.shape[1], len(shapes)) and reference.shape[3] in (2, 4),
+               f"reference ({B}, {points.shape[1]}, {len(shapes)}, 2 or 4)", tuple(reference.shape))
+        tensors.append(reference)
+    expect(all(t.device == value.device for t in tensors), f"all tensors on {value.device}", [str(t.device) for t in tensors])
+
+
+# ---- Kernels: built at first use, loaded once, called through ctypes ------------------------------------------------
+
+DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+MAX_LEVELS = 32
+CPU_FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
+
+
+class _Problem(ctypes.Structure):
+    """`struct Problem` of the kernel files, field by field."""
+    _fields_ = ([(name, ctypes.c_void_p) for name in (
+                    "value", "points", "weights", "reference", "grad_output",
+                    "output", "grad_value", "grad_points", "grad_weights", "grad_locations")]
+                + [(name, ctypes.c_int64) for name in ("B", "S", "Nq")]
+                + [(name, ctypes.c_int) for name in ("M", "D", "L", "K", "reference_size", "threads")]
+                + [("H", ctypes.c_int * MAX_LEVELS), ("W", ctypes.c_int * MAX_LEVELS)])
+
+
+class BuildError(RuntimeError):
+    """A kernel could not be built; the text says why and what would help."""
+
+
+def _use_kernel(value, impl):
+    if impl not in (None, "kernel", "torch"):
+        raise ValueError(f'expected impl None, "kernel" or "torch", got {impl!r}')
+    return impl != "torch" and _kernel_works(value.device.type, impl == "kernel")
+
+
+@torch.compiler.assume_constant_result    # torch.compile asks once, while tracing, and does not look inside
+def _kernel_works(device_type, required):
+    library = _library(device_type)
+    if required and isinstance(library, BuildError):
+        raise library
+    return not isinstance(library, BuildError)
+
+
+@functools.cache
+def _library(device_type):
+    """The loaded kernel library of a device type, built first where it is not in the cache. Where that fails: a warning,
+    once, that says why and what is used instead, and the BuildError in place of the library."""
+    try:
+        if device_type == "cpu":
+            return _load("cpp", [*CPU_FLAGS, _cpu_name()], _compile_cpu)
+        raise BuildError(f"there is no kernel for device {device_type!r}")
+    except BuildError as error:
+        cost = "a training step takes about 1.7 times as long" if device_type == "cpu" else "several times slower"
+        warnings.warn(f"deformable attention runs as plain PyTorch ({cost}): {error}")
+        return error
+
+
+def _load(suffix, facts, compile):
+    """Everything the machine code depends on is in the cached file's name, so a stale one is never picked up. The build
+    happens under a temporary name and is renamed when whole: a killed build leaves nothing that could be loaded or waited for."""
+    source = Path(__file__).with_name(f"deformable_attn_kernel.{suffix}")
+    try:
+        key = hashlib.sha256("\n".join([source.read_text(), torch.__version__, *facts]).encode()).hexdigest()[:16]
+        folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache" / "torch_extensions"))
+        target = folder / f"deformable_attn_{suffix}_{key}.so"
+        if not target.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder, prefix="deformable_attn_build_") as scratch:
+                os.replace(compile(source, Path(scratch)), target)
+        return ctypes.CDLL(str(target))
+    except OSError as error:
+        raise BuildError(f"{error}; TORCH_EXTENSIONS_DIR names the folder for compiled kernels") from error
+
+
+def _compile_cpu(source, scratch):
+    compiler = os.environ.get("CXX", "c++")
+    target = scratch / "kernel.so"
+    try:
+        run = subprocess.run([compiler, *CPU_FLAGS, str(source), "-o", str(target)], capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise BuildError(f"no C++ compiler {compiler!r} found; install g++ or clang++, or set CXX") from error
+    if run.returncode:
+        raise BuildError(f"{compiler} failed: {_first_error(run.stderr)}")
+    return target
+
+
+def _first_error(log):
+    lines = log.strip().splitlines() or ["no message"]
+    return next((line.strip() for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)), lines[-1])
+
+
+def _cpu_name():
+    """What -march=native looks at: a cache folder may be shared by different machines."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor() + platform.machine())
+
+
+# ---- The registered operator ----------------------------------------------------------------------------------------
+# One pair serves both forms: without a reference, points are locations and weights are weights; with one, they are
+# offsets and logits. Shapes travel as H0, W0, H1, W1, ...: torch.compile and CUDA graphs see one opaque call.
+
+_operators = torch.library.Library("nanodetr", "DEF")
+_operators.define("ms_deform_attn(Tensor value, int[] shapes, Tensor points, Tensor weights, Tensor? reference) -> Tensor")
+_operators.define("ms_deform_attn_backward(Tensor grad_output, Tensor value, int[] shapes, Tensor points, Tensor weights, "
+                  "Tensor? reference, bool reference_grad) -> (Tensor, Tensor, Tensor, Tensor)")
+
+
+def _problem(shapes, **tensors):
+    """Sizes and pointers for the kernels. Every tensor is contiguous; the caller keeps them alive during the call."""
+    (B, S, M, D), (_, Nq, _, L, K, _) = tensors["value"].shape, tensors["points"].shape
+    reference = tensors.get("reference")
+    problem = _Problem(B=B, S=S, Nq=Nq, M=M, D=D, L=L, K=K, threads=torch.get_num_threads(),
+                       reference_size=0 if reference is None else reference.shape[-1],
+                       **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None})
+    problem.H[:L], problem.W[:L] = shapes[::2], shapes[1::2]
+    return ctypes.byref(problem)
+
+
+def _forward_cpu(value, shapes, points, weights, reference):
+    dtype = _coordinate_dtype(value)     # half precision is computed in float32: a CPU gains nothing from narrower sums
+    inputs = {name: tensor if tensor is None else tensor.to(dtype).contiguous() for name, tensor in
+              dict(value=value, points=points, weights=weights, reference=reference).items()}
+    (B, S, M, D), Nq = value.shape, points.shape[1]
+    output = value.new_empty(B, Nq, M * D, dtype=dtype)
+    getattr(_library("cpu"), f"forward_{DTYPES[dtype]}")(_problem(shapes, **inputs, output=output))
+    return output.to(value.dtype)
+
+
+def _backward_cpu(grad_output, value, shapes, points, weights, reference, reference_grad):
+    dtype = _coordinate_dtype(value)
+    inputs = {name: tensor if tensor is None else tensor.to(dtype).contiguous() for name, tensor in
+              dict(value=value, points=points, weights=weights, reference=reference, grad_output=grad_output).items()}
+    grads = dict(grad_value=torch.zeros_like(inputs["value"]), grad_points=torch.empty_like(inputs["points"]),
+                 grad_weights=torch.empty_like(inputs["weights"]),
+                 grad_locations=torch.empty_like(inputs["points"]) if reference_grad else None)
+    getattr(_library("cpu"), f"backward_{DTYPES[dtype]}")(_problem(shapes, **inputs, **grads))
+    return (grads["grad_value"].to(value.dtype), grads["grad_points"].to(points.dtype), grads["grad_weights"].to(weights.dtype),
+            _reference_grad(grads["grad_locations"], points, reference))
+
+
+def _reference_grad(grad_locations, offsets, reference):
+    """Through `sampling_locations`: the centre moves every location of its query and level, a box's size scales the offsets."""
+    if grad_locations is None:
+        return offsets.new_empty(0)
+    grad = grad_locations.sum((2, 4))                                               # (B, Nq, L, 2)
+    if reference.shape[-1] == 4:
+        grad = torch.cat([grad, (grad_locations * offsets).sum((2, 4)) * (0.5 / offsets.shape[-2])], -1)
+    return grad.to(reference.dtype)                                                 # (B, Nq, L, 2 or 4)
+
+
+_operators.impl("ms_deform_attn", _forward_cpu, "CPU")
+_operators.impl("ms_deform_attn_backward", _backward_cpu, "CPU")
+
+
+@torch.library.register_fake("nanodetr::ms_deform_attn", lib=_operators)
+def _(value, shapes, points, weights, reference):
+    B, _, M, D = value.shape
+    return value.new_empty(B, points.shape[1], M * D)
+
+
+@torch.library.register_fake("nanodetr::ms_deform_attn_backward", lib=_operators)
+def _(grad_output, value, shapes, points, weights, reference, reference_grad):
+    contiguous = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (value, points, weights)]
+    return (*contiguous, reference.new_empty(reference.shape) if reference_grad else points.new_empty(0))
+
+
+def _save(ctx, inputs, output):
+    value, ctx.shapes, points, weights, reference = inputs
+    ctx.save_for_backward(value, points, weights, reference)
+
+
+def _backward(ctx, grad_output):
+    value, points, weights, reference = ctx.saved_tensors
+    wanted = ctx.needs_input_grad[4]
+    grads = torch.ops.nanodetr.ms_deform_attn_backward(grad_output, value, ctx.shapes, points, weights, reference, wanted)
+    return grads[0], None, grads[1], grads[2], grads[3] if wanted else None
+
+
+torch.library.register_autograd("nanodetr::ms_deform_attn", _backward, setup_context=_save, lib=_operators)
