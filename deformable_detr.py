@@ -352,7 +352,7 @@ class SelfAttention(nn.Module):
             mask = None if attn_mask is None else ~attn_mask
             x = F.scaled_dot_product_attention(q, k, v, mask, dropout)
         else:   # the fused form has a slow backward on CPUs once there is a mask
-            scores = q @ k.transpose(-2, -1) / math.sqrt(q.shape[-1])              # (B, M, Nq, Nq)
+            scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)              # (B, M, Nq, Nq)
             if attn_mask is not None:
                 scores = scores.masked_fill(attn_mask, -math.inf)
             x = F.dropout(scores.softmax(-1), dropout) @ v                         # (B, M, Nq, D)
