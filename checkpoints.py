@@ -1,0 +1,300 @@
+"""Checkpoints: whole or absent on disk, read without running code, and the names of the authors' released weights.
+
+A checkpoint of ours is a dictionary of tensors and plain types:
+  format, model_name, variant, config, run, class_names, category_ids, data    what was trained, on what
+  model, ema                                                                   weights; moving average (absent when off)
+  optimizer, step, epoch, batch, rng, best, ...                                what `train.py --resume` needs
+
+    save, load, newest           atomic write; safe read; the file a run continues from
+    load_model                   a checkpoint, ours or released, -> model for inference
+    FAMILIES, recognise          the released families, told apart by names and shapes alone
+    from_authors, to_authors     their names <-> ours, bit for bit
+    select_classes, fit          class rows by position (91 COCO ids -> 80 classes) and by name (`train.py --init`)
+"""
+import argparse
+import dataclasses
+import importlib
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+FORMAT = 1
+COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]   # columns in use of the 91
+COCO_NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
+stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
+handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
+surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli,
+carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote,
+keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
+toothbrush""".replace("\n", " ").split(", ")
+
+
+# ---------------------------------------------------------------------------------------------- files
+
+def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
+    """Writes `state` so that `path` always names a whole checkpoint or none: temporary file, fsync, rename.
+
+    With `keep_previous` the file it replaces stays beside it as NAME.prev; a kill between the two renames leaves only
+    that one, and `newest` finds it.
+    """
+    path = Path(path)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as file:
+        torch.save(state, file)
+        file.flush()
+        os.fsync(file.fileno())
+    if keep_previous and path.exists():
+        os.replace(path, path.with_name(path.name + ".prev"))
+    os.replace(temporary, path)
+    if os.name == "posix":   # the rename itself reaches the disk only with its folder
+        folder = os.open(path.parent, os.O_RDONLY)
+        os.fsync(folder)
+        os.close(folder)
+
+
+def load(path: str | Path, map_location="cpu") -> dict:
+    """Reads a checkpoint of tensors and plain types; `argparse.Namespace` (the authors pickle their options) is the one
+    class allowed. Raises FileNotFoundError, or ValueError for a file that is broken or asks for anything else."""
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"expected a checkpoint at {path}, found no file; see what {path.parent} holds")
+    try:
+        with torch.serialization.safe_globals([argparse.Namespace]):
+            state = torch.load(path, map_location=map_location, weights_only=True)
+    except pickle.UnpicklingError as error:
+        asked = re.search(r"GLOBAL (\S+)", str(error))
+        raise ValueError(f"{path}: expected tensors and plain types only, got a pickle that asks for "
+                         f"{asked.group(1) if asked else 'something else'}. Nothing of it was run. Ask whoever made the "
+                         "file for one that holds only weights") from error
+    except (RuntimeError, EOFError, OSError) as error:
+        raise ValueError(f"{path}: expected a checkpoint, got a file that is broken or cut short "
+                         f"({str(error).splitlines()[0]}). Copy it again, or use {path.name}.prev") from error
+    if not isinstance(state, dict):
+        raise ValueError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no checkpoint")
+    return state
+
+
+def newest(folder: str | Path) -> Path:
+    """The newest whole checkpoint a run folder can go on from: last.pt, or last.pt.prev, which is then said."""
+    last, reasons = Path(folder) / "last.pt", []
+    for path in (last, last.with_name("last.pt.prev")):
+        try:
+            load(path)
+        except (FileNotFoundError, ValueError) as error:
+            reasons.append(str(error))
+            continue
+        print(f"resuming from {path}" + (f", for {reasons[0]}" if reasons else ""))
+        return path
+    raise FileNotFoundError(f"nothing to resume in {folder}: {reasons[0]}. Start the run without --resume")
+
+
+def load_model(path: str | Path, device="cpu", **overrides) -> tuple[nn.Module, object, dict]:
+    """A checkpoint of ours or a released one -> model in eval mode (moving average when there is one), its Config and
+    {model_name, class_names, category_ids, step, ...}. `overrides` replace Config fields, such as `dilation`, which no
+    released weight shows."""
+    state = load(path)
+    if "model_name" not in state:
+        state = released(state, path)
+    paper = importlib.import_module(state["model_name"])
+    cfg = make_config(paper, {**state["config"], **overrides})
+    model, _ = paper.build(cfg, len(state["class_names"]))
+    model.load_state_dict(state.get("ema", state["model"]))
+    meta = {key: value for key, value in state.items() if key not in ("model", "ema", "optimizer", "rng")}
+    return model.to(device).eval(), cfg, meta
+
+
+def make_config(paper, values: dict):
+    """A paper file's Config from a saved dictionary; ValueError names fields this version of the file does not have."""
+    known = {field.name for field in dataclasses.fields(paper.Config)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise ValueError(f"this checkpoint sets {', '.join(unknown)}, which {paper.__name__}.Config does not have: "
+                         "it was made by another version of the file; check that version out")
+    return paper.Config(**values)
+
+
+# ---------------------------------------------------------------------------------------------- released weights
+
+class Family(NamedTuple):
+    """One kind of released checkpoint: our paper file and Config overrides; whether all decoder layers share one class
+    head and one box head; which heads the authors save a second time under `transformer.decoder.`"""
+    model_name: str
+    overrides: dict
+    tied: bool
+    duplicated: tuple = ()
+
+
+FAMILIES = {
+    "deformable_detr": Family("deformable_detr", {}, True),   # single-scale too; DC5 has the same names: --dilation
+    "deformable_detr_refine": Family("deformable_detr", {"with_box_refine": True}, False, ("bbox_embed",)),
+    "deformable_detr_two_stage": Family("deformable_detr", {"with_box_refine": True, "two_stage": True}, False,
+                                        ("bbox_embed", "class_embed")),
+    "dino": Family("dino", {}, True, ("bbox_embed", "class_embed")),   # 4-scale and 5-scale
+}
+RENAMED = {"backbone.0.body.": "backbone.", "transformer.encoder.layers.": "encoder.",   # prefix: theirs -> ours
+           "transformer.decoder.layers.": "decoder.", "transformer.decoder.norm.": "decoder_norm.",
+           "transformer.decoder.ref_point_head.": "ref_point_head.", "transformer.": ""}
+SAME = ("input_proj.", "class_embed.", "bbox_embed.", "query_embed.", "label_enc.")   # prefixes that both use
+PROFILER = ("total_params", "total_ops")   # counters that a profiler left in some released files
+
+
+def strip_profiler(state: dict) -> dict:
+    return {key: value for key, value in state.items() if not key.endswith(PROFILER)}
+
+
+def recognise(state: dict) -> tuple[str, dict]:
+    """The family of a state dict in the authors' names and the Config overrides that its shapes show.
+
+    -> (key of FAMILIES, {"num_queries": 900, ...}). ValueError when it is none of them. Two-stage Deformable DETR does
+    not show its number of queries, and no family shows dilation or the number of heads and points.
+    """
+    if "transformer.level_embed" not in state or "class_embed.0.weight" not in state:
+        raise ValueError("expected weights of one of " + ", ".join(FAMILIES) + "; got names such as "
+                         + ", ".join(list(state)[:3]) + ": give a checkpoint of these models")
+    if "label_enc.weight" in state:
+        family = "dino"
+    elif "transformer.enc_output.weight" in state:
+        family = "deformable_detr_two_stage"
+    else:
+        refine = "transformer.decoder.bbox_embed.0.layers.0.weight" in state
+        family = "deformable_detr_refine" if refine else "deformable_detr"
+    shape = {key: tuple(value.shape) for key, value in state.items()}
+    found = dict(FAMILIES[family].overrides)
+    found["num_feature_levels"], found["dim"] = shape["transformer.level_embed"]
+    found["ffn_dim"] = shape["transformer.encoder.layers.0.linear1.weight"][0]
+    for part in ("encoder", "decoder"):
+        found[f"{part}_layers"] = sum(bool(re.fullmatch(rf"transformer\.{part}\.layers\.\d+\.norm1\.weight", key))
+                                      for key in state)
+    for key in ("query_embed.weight", "transformer.tgt_embed.weight"):
+        if key in shape:
+            found["num_queries"] = shape[key][0]
+    return family, found
+
+
+def from_authors(state: dict, family: str) -> dict:
+    """Authors' names -> ours; second copies of the heads are compared and dropped. ValueError when copies that must be
+    equal are not, or tied heads differ."""
+    state, kind = strip_profiler(state), FAMILIES[family]
+    ours = {}
+    for key, value in state.items():
+        copy = re.fullmatch(r"transformer\.decoder\.((class_embed|bbox_embed)\..*)", key)
+        if copy and copy.group(2) in kind.duplicated:
+            check_equal(key, value, copy.group(1), state)
+        else:
+            ours[rename(key, RENAMED)] = value
+        head = re.match(r"(class_embed|bbox_embed)\.\d+\.", key)
+        if kind.tied and head:
+            check_equal(key, value, f"{head.group(1)}.0.{key[head.end():]}", state)
+    return ours
+
+
+def check_equal(key: str, value: Tensor, other: str, state: dict) -> None:
+    if other not in state or state[other].shape != value.shape or not (value.is_meta or torch.equal(value, state[other])):
+        raise ValueError(f"expected {key} to equal {other} (one tensor under two names), got different ones: these "
+                         "weights come from a changed model that this file cannot represent")
+
+
+def rename(key: str, prefixes: dict) -> str:
+    """Replaces the first prefix of the table that `key` starts with."""
+    for old, new in prefixes.items():
+        if key.startswith(old):
+            return new + key[len(old):]
+    return key
+
+
+def to_authors(state: dict, family: str) -> dict:
+    """Our names -> the authors', with every second copy they save: the inverse of `from_authors`."""
+    theirs = {ours: old for old, ours in RENAMED.items()}
+    authors = {}
+    for key, value in state.items():
+        authors[key if key.startswith(SAME) else rename(key, theirs)] = value
+        if key.startswith(tuple(f"{head}." for head in FAMILIES[family].duplicated)):
+            authors["transformer.decoder." + key] = value
+    return authors
+
+
+def released(state: dict, path: str | Path = "") -> dict:
+    """A released file (its `model` entry, or a bare state dict) as a checkpoint of ours with 91 COCO columns."""
+    weights = state.get("model", state)
+    if not isinstance(weights, dict):
+        raise ValueError(f"{path}: expected weights under 'model', got {type(weights).__name__}")
+    family, overrides = recognise(weights)
+    weights = from_authors(weights, family)
+    columns = len(weights["class_embed.0.weight"])
+    names = coco_columns() if columns == 91 else [f"class {i}" for i in range(columns)]
+    paper = FAMILIES[family].model_name
+    print(f"{path}: recognised as released {family}, {len(weights)} tensors, {columns} class columns")
+    return {"format": FORMAT, "model_name": paper, "variant": "", "config": {**overrides, "backbone_weights": "imagenet"},
+            "class_names": names, "category_ids": list(range(columns)), "model": weights, "epoch": 0, "step": 0}
+
+
+# ---------------------------------------------------------------------------------------------- class rows
+
+def coco_columns() -> list[str]:
+    """Names of the 91 columns of a released head: column = COCO category id, the gaps are called "unused ID"."""
+    names = dict(zip(COCO_IDS, COCO_NAMES))
+    return [names.get(i, f"unused {i}") for i in range(91)]
+
+
+def class_rows(key: str) -> bool:
+    """Whether the first dimension of this tensor counts classes."""
+    return "class_embed" in key or key.startswith("label_enc.")
+
+
+def objectness_head(state: dict) -> str:
+    """Prefix of the one class head that is no classifier: the encoder's in two-stage Deformable DETR, where column 0
+    says "object" whatever the classes are (the last of its heads). "-" when there is none."""
+    if "pos_trans.weight" not in state:
+        return "-"
+    return f"class_embed.{max(int(key.split('.')[1]) for key in state if key.startswith('class_embed.'))}."
+
+
+def select_classes(state: dict, rows: list[int]) -> dict:
+    """Keeps these class rows, in this order, in every class head and label table of a state dict in our names
+    (released 91 columns -> 80 classes: rows = COCO_IDS). Row 0 of an objectness head stays row 0, and the extra last row
+    of a label table stays last."""
+    result = {}
+    for key, value in state.items():
+        if class_rows(key):
+            chosen = [0] + rows[1:] if key.startswith(objectness_head(state)) else rows
+            if key.startswith("label_enc.") and len(value) > len(state["class_embed.0.weight"]):
+                chosen = chosen + [len(value) - 1]
+            value = value[chosen]
+        result[key] = value
+    return result
+
+
+def fit(state: dict, names: list[str], into: dict, into_names: list[str]) -> tuple[dict, list[str]]:
+    """Weights for a model with other classes or parts: by name and shape, class rows by class name.
+
+    state, names: weights in our names and their classes; into, into_names: the freshly made model's state dict and
+    classes -> (a whole state dict, lines that say what was not taken over).
+    """
+    result, skipped = dict(into), []
+    where = {name: i for i, name in enumerate(names)}
+    shared = [(i, where[name]) for i, name in enumerate(into_names) if name in where]
+    for key, fresh in into.items():
+        if key not in state:
+            skipped.append(f"{key}: not in the checkpoint")
+        elif class_rows(key) and state[key].shape[1:] == fresh.shape[1:] and names != into_names:
+            pairs = [(0, 0)] if key.startswith(objectness_head(into)) else shared
+            result[key] = fresh.clone()
+            for new, old in pairs:
+                result[key][new] = state[key][old]
+        elif state[key].shape != fresh.shape:
+            skipped.append(f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(fresh.shape)} here")
+        else:
+            result[key] = state[key]
+    unused = [key for key in state if key not in into]
+    skipped += [f"{key}: only in the checkpoint" for key in unused]
+    if names != into_names:
+        skipped.append(f"class rows: {len(shared)} of {len(into_names)} classes found by name, the rest start fresh")
+    if len(skipped) >= len(into):
+        raise ValueError(f"nothing of this checkpoint fits the model (first: {skipped[0]}): give a checkpoint of the same "
+                         "paper file")
+    return result, skipped

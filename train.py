@@ -1,0 +1,696 @@
+"""Trains a paper file on generated scenes or on a COCO-layout folder.
+
+    python train.py --model dino                             generated scenes, small model: minutes on two CPU cores
+    python train.py --model dino --data DIR                  the published recipe on your images
+    python train.py --model dino --data DIR --overfit 8      can it learn eight images? proves data and installation
+    python train.py --model dino --resume                    continues runs/dino, to the bit
+    torchrun --nproc_per_node 8 train.py --model dino --data DIR
+
+Every field of `Run` below and of the paper file's `Config` is a flag. A paper file is any .py beside this one with
+`Config` and `build`. The run folder receives config.json, log.jsonl (every loss), curves.png, predictions.png, last.pt
+and best.pt.
+
+What a run promises: the same seed gives the same bytes on a CPU, resumed anywhere or not; a step whose loss or gradient
+is not finite changes nothing and is reported; SIGTERM and SIGINT save first; checkpoints are whole or absent.
+"""
+import argparse
+import ast
+import contextlib
+import copy
+import dataclasses
+import difflib
+import importlib
+import inspect
+import json
+import math
+import os
+import random
+import re
+import signal
+import sys
+import time
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+import checkpoints
+import data
+import deformable_attn
+import visualize
+from backbones import load_backbone_weights
+from data import NUM_TRAIN, NUM_VAL
+from eval import COLUMNS as AP_COLUMNS
+from eval import evaluate, predict
+
+LOG_EVERY = 10          # steps between lines of log.jsonl, and between waits for the device
+BAD_LIMIT = 3           # steps in a row without a finite loss before the run stops
+MATCHED_IMAGES = 200    # validation images whose matching is followed from evaluation to evaluation
+MAY_CHANGE = {"model", "out", "resume", "device", "workers", "threads", "eval_every", "save_every"}   # by --resume
+OVERFIT_STEPS, OVERFIT_EPOCHS, OVERFIT_AP = 100, 30, 0.95   # of --overfit: steps an epoch, epochs, AP that ends it
+
+
+@dataclass
+class Run:
+    """What to train, on what and where."""
+    model: str = "dino"              # paper file
+    variant: str = ""                # one of the paper file's VARIANTS
+    preset: str = ""                 # paper or small; empty: small on generated scenes, paper with --data
+    data: str = ""                   # COCO-layout folder; empty: generated scenes
+    out: str = ""                    # run folder; empty: runs/MODEL
+    resume: str = ""                 # continue the run in --out (no value needed), or this checkpoint
+    init: str = ""                   # start from these weights: by name and shape, class rows by class name
+    overfit: int = 0                 # train and evaluate on this many images, without augmentation
+    check_data: str = ""             # only examine this folder
+    device: str = ""                 # cuda or cpu; empty: cuda where there is one
+    amp: bool | None = None          # bfloat16 autocast; none: where the hardware multiplies bfloat16
+    num_train: int = NUM_TRAIN       # generated scenes to train on
+    num_val: int = NUM_VAL           # and to evaluate on
+    seed: int = 0
+    accum: int = 1                   # micro-batches per optimiser step
+    workers: int = -1                # processes that read images; -1: chosen from the cores
+    threads: int = 0                 # of PyTorch on the CPU; 0: OMP_NUM_THREADS, or one per core, at most 8
+    eval_every: int = 1              # epochs
+    save_every: int = 1000           # steps, besides the end of every epoch
+
+
+@dataclass
+class Progress:
+    """Where a run stands: what decides how it goes on, beside weights, optimiser and random states."""
+    epoch: int = 0
+    batch: int = 0                   # optimiser steps done in this epoch
+    step: int = 0                    # optimiser steps done
+    seconds: float = 0.0             # spent training; evaluating and saving are not counted
+    bad: int = 0                     # steps in a row that were skipped
+    best: float = -1.0               # AP
+    matches: Tensor | None = None    # the matching at the previous evaluation, see `assignments`
+
+
+@dataclass
+class Plan:
+    """How an epoch is cut: `total` images an optimiser step = `micro` x accum x `world`."""
+    total: int
+    micro: int
+    repeats: int                     # passes over the images in one epoch
+    steps: int                       # optimiser steps in an epoch
+    rank: int
+    world: int
+
+
+# ---------------------------------------------------------------------------------------------- the loop
+
+def train(run: Run, cfg) -> dict:
+    """Trains one model and returns the record of its last evaluation: {"AP", "AP50", ..., "epoch", "step",
+    "train_seconds", "best", ...}. `cfg` is a Config of the paper file `run.model`; with `run.resume` it must equal the
+    saved one. Raises FloatingPointError after three bad steps in a row; exits with 128 + signal number when stopped."""
+    run, device, rank, world = set_up(run)
+    paper = load_paper(run.model)
+    out, saved = run_folder(run, cfg, rank)
+    cfg, train_set, val_set = load_data(run, cfg)
+    plan = make_plan(run, cfg, len(train_set), rank, world)
+    model, criterion = paper.build(cfg, len(train_set.class_names))
+    notes = start_weights(run, cfg, model, train_set.class_names)
+    model.to(device)
+    average = Average(model, cfg.ema)
+    optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
+    base_lrs = [group["lr"] for group in optimizer.param_groups]
+    net = parallel(model, device) if world > 1 else model
+    now = restore(saved, model, average, optimizer, rank) if saved else Progress()
+    if rank == 0:
+        write_config(out, run, cfg)
+        print(report(run, cfg, plan, device, train_set, val_set, model, notes, now))
+    log, record = Log(out, now, rank == 0), {}
+
+    def save(name: str = "last.pt") -> None:
+        state = whole_state(run, cfg, train_set, model, average, optimizer, now, gather(random_state(), world))
+        if rank == 0:
+            checkpoints.save(out / name, state, keep_previous=True)
+
+    with Stop() as stop, progress_bar(cfg, plan, now) as bar:
+        for epoch in range(now.epoch, cfg.epochs):
+            model.train()
+            clock = time.perf_counter()
+            for batches in epoch_batches(train_set, plan, run, epoch, now.batch):
+                set_lr(optimizer, base_lrs, lr_factor(cfg, now.step, plan.steps))
+                log.add(step(net, model, criterion, optimizer, average, batches, cfg.clip, run.amp, now.step, world))
+                now.step, now.batch = now.step + 1, now.batch + 1
+                now.seconds += time.perf_counter() - clock
+                clock = time.perf_counter()
+                bar.update(plan.total)
+                saving = now.step % run.save_every == 0
+                if now.step % LOG_EVERY == 0 or now.batch == plan.steps or saving or (stop.number and world == 1):
+                    log.flush(now, optimizer, bar, world)
+                    stopping = max(gather(stop.number, world))   # every rank stops at the same step
+                    if saving or stopping:
+                        save()
+                    if stopping:
+                        tqdm.write(f"stopped by signal {stopping} at step {now.step}, saved; go on with --resume")
+                        sys.exit(128 + stopping)
+                    clock = time.perf_counter()
+            save()   # before evaluating: a run killed from here on evaluates again when it is resumed
+            with stop.at_once():
+                if (epoch + 1) % run.eval_every == 0 or epoch + 1 == cfg.epochs:
+                    record = evaluation(average.model, criterion, paper, val_set, cfg, plan, run, now)
+                    log.write(record)
+                    if rank == 0 and record["AP"] >= now.best:
+                        checkpoints.save(out / "best.pt", whole_state(run, cfg, train_set, model, average, None, now, []))
+                    if rank == 0:
+                        visualize.curves(out)
+                        visualize.predictions(average.model, paper.detect, val_set, cfg, device, out / "predictions.png")
+                stopping = enough(run, record)
+            now.epoch, now.batch = epoch + 1, 0
+            if stopping:
+                break
+    return record
+
+
+def step(net, model, criterion, optimizer, average, batches: list, clip: float, amp: bool, number: int, world: int):
+    """One optimiser step on this rank's micro-batches; the host does not wait for its result.
+
+    -> image ids, {loss name: tensor}, gradient norm, whether all of it is finite (tensors). When it is not, parameters,
+    optimiser, moving average and batch statistics stay what they were. Losses are divided by the number of objects in
+    all micro-batches of all ranks, over ranks: gradients, averaged over ranks, are then those of one large batch."""
+    num_boxes = sum(gather(sum(len(t["labels"]) for _, _, targets in batches for t in targets), world)) / world
+    device = next(model.parameters()).device
+    statistics = [b for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
+    before = [b.clone() for b in statistics]
+    optimizer.zero_grad(set_to_none=True)
+    losses = {}
+    for i, (images, padding, targets) in enumerate(batches):
+        targets = [{key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
+                    for key, value in t.items()} for t in targets]
+        alone = net.no_sync() if world > 1 and i + 1 < len(batches) else contextlib.nullcontext()
+        with alone:
+            with torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                outputs = net(images.to(device, non_blocking=True), padding.to(device, non_blocking=True), targets)
+            priced = criterion(outputs, targets, max(num_boxes, 1.0 / world))
+            sum(priced.values()).backward()
+        for name, value in priced.items():
+            losses[name] = losses.get(name, 0.0) + value.detach()
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf, foreach=True)
+    finite = torch.isfinite(norm) & torch.isfinite(torch.stack(list(losses.values())).sum())
+    if world > 1:
+        dist.all_reduce(finite, dist.ReduceOp.MIN)
+    optimizer.found_inf = (~finite).float()   # the fused optimisers skip on it without asking the host (as GradScaler)
+    optimizer.step()
+    for live, old in zip(statistics, before):
+        live.copy_(torch.where(finite, live, old))
+    average.update(finite, number)
+    return [int(t["image_id"]) for _, _, targets in batches for t in targets], losses, norm, finite
+
+
+class Average:
+    """Exponential moving average of every float tensor of a model, batch statistics included: `model` is what gets
+    evaluated. The decay grows from 0.1 to its value over the first steps (the average would else remember the random
+    start). With decay 0, `model` is the trained model itself."""
+
+    def __init__(self, model, decay: float):
+        self.decay, self.model = decay, model
+        if decay:
+            self.model = copy.deepcopy(model).eval().requires_grad_(False)
+            pairs = [(kept, live) for part in ("parameters", "buffers")
+                     for kept, live in zip(getattr(self.model, part)(), getattr(model, part)())
+                     if kept.is_floating_point() and (part == "buffers" or live.requires_grad)]
+            self.kept, self.live = [kept for kept, _ in pairs], [live for _, live in pairs]
+
+    @torch.no_grad()
+    def update(self, finite: Tensor, number: int) -> None:
+        if self.decay:
+            decay = min(self.decay, (1 + number) / (10 + number))
+            change = torch._foreach_sub(self.live, self.kept)
+            torch._foreach_mul_(change, finite * (1 - decay))
+            torch._foreach_add_(self.kept, change)
+
+
+def lr_factor(cfg, step: int, steps: int) -> float:
+    """What every learning rate is multiplied by at this step. `steps`: of one epoch. Step: 0.1 once after epoch lr_drop;
+    cosine: from 1 to 0.01; all rise linearly over the first `warmup` share of the run."""
+    total = steps * cfg.epochs
+    rise = min(1.0, (step + 1) / max(1.0, cfg.warmup * total))
+    if cfg.schedule == "step":
+        return rise * (0.1 if step >= cfg.lr_drop * steps else 1.0)
+    if cfg.schedule == "cosine":
+        return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
+    if cfg.schedule == "flat":
+        return rise
+    raise ValueError(f"expected --schedule step, cosine or flat, got {cfg.schedule!r}")
+
+
+def set_lr(optimizer, base_lrs: list[float], factor: float) -> None:
+    for group, lr in zip(optimizer.param_groups, base_lrs):
+        group["lr"] = lr * factor
+
+
+# ---------------------------------------------------------------------------------------------- data
+
+def load_data(run: Run, cfg):
+    """-> cfg, training set, validation set. With --overfit both are the same few images and nothing is random."""
+    if run.overfit:
+        cfg = dataclasses.replace(cfg, dropout=0.0, schedule="flat")
+    train_set, val_set = data.build_datasets(run.data or None, cfg, run.seed, overfit=run.overfit,
+                                             num_train=run.num_train, num_val=run.num_val)
+    if not sum(data.class_counts(train_set)):
+        raise ValueError(f"expected at least one object in the training set of {train_set.name}, got none in "
+                         f"{len(train_set)} images: see python train.py --check_data {run.data}")
+    return cfg, train_set, val_set
+
+
+def make_plan(run: Run, cfg, images: int, rank: int, world: int) -> Plan:
+    """Cuts the epoch; a training set smaller than the batch gets a smaller batch, said once."""
+    parts = run.accum * world
+    if cfg.batch_size % parts:
+        raise ValueError(f"expected --batch_size divisible by accum x processes = {parts}, got {cfg.batch_size}")
+    micro = min(cfg.batch_size, images) // parts
+    if not micro:
+        raise ValueError(f"expected at least accum x processes = {parts} training images, got {images}: lower --accum")
+    total = micro * parts
+    if total < cfg.batch_size and rank == 0:
+        print(f"{images} training images: batch {total} instead of {cfg.batch_size}")
+    repeats = math.ceil(OVERFIT_STEPS * total / images) if run.overfit else 1
+    return Plan(total, micro, repeats, images * repeats // total, rank, world)
+
+
+def epoch_batches(dataset, plan: Plan, run: Run, epoch: int, start: int):
+    """Yields, for every optimiser step of the epoch from number `start` on, this rank's micro-batches.
+
+    The order depends on (seed, epoch) alone and a sample on (seed, epoch, index) alone, so neither workers, ranks nor a
+    restart change what is trained on. The images that do not fill a last batch wait for another epoch."""
+    order = np.random.default_rng((run.seed, epoch))
+    order = np.concatenate([order.permutation(len(dataset)) for _ in range(plan.repeats)])
+    micro = order[:plan.steps * plan.total].reshape(-1, plan.micro)[start * run.accum * plan.world:][plan.rank::plan.world]
+    dataset.set_epoch(epoch)
+    loader = iter(DataLoader(dataset, batch_sampler=micro.tolist(), collate_fn=data.collate, num_workers=run.workers,
+                             generator=torch.Generator(),   # the default one belongs to the model
+                             pin_memory=run.device == "cuda"))
+    for _ in range(start, plan.steps):
+        yield [next(loader) for _ in range(run.accum)]
+
+
+# ---------------------------------------------------------------------------------------------- evaluation
+
+def evaluation(model, criterion, paper, dataset, cfg, plan: Plan, run: Run, now: Progress) -> dict:
+    """AP on the validation set and the matching's instability, printed as one row of a table and returned for the log."""
+    begin = time.perf_counter()
+    common = dict(batch_size=plan.micro, amp=run.amp, workers=run.workers)
+    scores = evaluate(model, paper.detect, dataset, cfg, run.device, rank=plan.rank, world=plan.world, **common)
+    matches = assignments(model, criterion, dataset, run.device, **common)
+    now.best = max(now.best, scores["bbox"]["AP"])
+    record = {"kind": "eval", "epoch": now.epoch + 1, "step": now.step, "train_seconds": round(now.seconds, 3),
+              "AP": scores["bbox"]["AP"], "best": now.best, **{k: scores[k] for k in ("bbox", "segm") if k in scores}}
+    if now.matches is not None:
+        record["instability"] = (matches != now.matches).sum(1).float().mean().item()
+    now.matches = matches
+    record["eval_seconds"] = round(time.perf_counter() - begin, 3)
+    cells = [f"{name} {value:.3f}" for name, value in scores["bbox"].items() if name in AP_COLUMNS]
+    cells += [f"mask AP {scores[kind]['AP']:.3f}" for kind in ("segm",) if kind in scores]
+    cells += [f"{name} {record[name]:.2f}" for name in ("instability",) if name in record]
+    if plan.rank == 0:
+        tqdm.write(f"epoch {record['epoch']:>3}  trained {now.seconds / 60:6.2f} min  " + "  ".join(cells))
+    return record
+
+
+def assignments(model, criterion, dataset, device, **common) -> Tensor:
+    """The object that each query is matched to, -1 for none, in the first validation images -> (images, Nq) int16.
+
+    DN-DETR's instability (Li et al. 2022, section 4) is the number of queries per image whose object changes between
+    evaluations."""
+    rows = []
+    for outputs, targets in predict(model, dataset, range(min(len(dataset), MATCHED_IMAGES)), device, **common):
+        targets = [{key: t[key].to(device) for key in ("labels", "boxes")} for t in targets]
+        for query, index in criterion.match(outputs, targets):
+            row = torch.full((outputs["pred_logits"].shape[1],), -1, dtype=torch.int16)
+            row[query] = index.to(torch.int16)
+            rows.append(row)
+    return torch.stack(rows)
+
+
+def enough(run: Run, record: dict) -> bool:
+    """Whether --overfit has shown what it is for."""
+    shown = bool(run.overfit and record.get("AP", 0.0) >= OVERFIT_AP)
+    if shown:
+        tqdm.write(f"--overfit {run.overfit}: AP {record['AP']:.3f}, data and installation can learn")
+    return shown
+
+
+# ---------------------------------------------------------------------------------------------- what is kept
+
+def random_state() -> dict:
+    """The state of every random generator, in plain types."""
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+
+
+def whole_state(run, cfg, dataset, model, average, optimizer, now: Progress, rngs: list) -> dict:
+    """Everything a checkpoint holds; without `optimizer` only what inference needs."""
+    state = {"format": checkpoints.FORMAT, "model_name": run.model, "variant": run.variant,
+             "config": dataclasses.asdict(cfg), "run": dataclasses.asdict(run), "class_names": list(dataset.class_names),
+             "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name, "model": model.state_dict(),
+             "progress": {**dataclasses.asdict(now)}, "epoch": now.epoch, "step": now.step, "best": now.best}
+    if average.decay:
+        state["ema"] = average.model.state_dict()
+    if optimizer is not None:
+        state |= {"optimizer": optimizer.state_dict(), "rng": rngs}
+    return state
+
+
+def restore(state: dict, model, average: Average, optimizer, rank: int) -> Progress:
+    """Puts a saved run back, random states last."""
+    model.load_state_dict(state["model"])
+    if average.decay:
+        average.model.load_state_dict(state["ema"])
+    optimizer.load_state_dict(state["optimizer"])
+    rng = state["rng"][rank]
+    random.setstate(rng["python"])
+    np.random.set_state(rng["numpy"])
+    torch.set_rng_state(rng["torch"])
+    if rng["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(rng["cuda"])
+    return Progress(**state["progress"])
+
+
+def start_weights(run: Run, cfg, model, class_names: list[str]) -> list[str]:
+    """Fills a fresh model from --init or the backbone's weights -> lines for the report."""
+    if run.resume:
+        return [f"resumed from {run.resume}"]
+    if not run.init:
+        return [load_backbone_weights(model.backbone, cfg.backbone, cfg.backbone_weights)]
+    state = checkpoints.load(run.init)
+    if "model_name" not in state:
+        state = checkpoints.released(state, run.init)
+    fitted, skipped = checkpoints.fit(state.get("ema", state["model"]), state["class_names"], model.state_dict(),
+                                      class_names)
+    model.load_state_dict(fitted)
+    return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]
+
+
+def run_folder(run: Run, cfg, rank: int) -> tuple[Path, dict | None]:
+    """The run folder, made if need be, and the checkpoint to go on from. Refuses to mix two runs."""
+    out = Path(run.out)
+    if run.resume:
+        state = checkpoints.load(run.resume)   # after `parse`: a path, never "auto"
+        if "optimizer" not in state:
+            raise ValueError(f"{run.resume} holds weights only, a run cannot go on from it: give last.pt, or --init")
+        if state["config"] != dataclasses.asdict(cfg):
+            raise ValueError(f"expected the config of {run.resume}, got another one: start a new run with --out")
+        return out, state
+    if rank == 0 and out.exists() and any((out / name).exists() for name in ("config.json", "log.jsonl", "last.pt")):
+        raise ValueError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
+    out.mkdir(parents=True, exist_ok=True)
+    return out, None
+
+
+def write_config(out: Path, run: Run, cfg) -> None:
+    text = json.dumps({"run": dataclasses.asdict(run), "config": dataclasses.asdict(cfg)}, indent=1)
+    (out / "config.json").write_text(text + "\n")
+
+
+class Log:
+    """log.jsonl: a line of mean losses every LOG_EVERY steps and a line of scores at every evaluation. A resumed run
+    drops the lines that it is about to write again."""
+
+    def __init__(self, out: Path, now: Progress, active: bool):
+        self.path, self.active, self.waiting, self.seconds = out / "log.jsonl", active, [], now.seconds
+        if active and self.path.exists():
+            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
+            lines = [line for line in lines if json.loads(line)["step"] + (json.loads(line)["kind"] == "eval") <= now.step]
+            self.path.write_text("".join(lines))
+
+    def write(self, record: dict) -> None:
+        if self.active:
+            with open(self.path, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def add(self, result: tuple) -> None:
+        self.waiting.append(result)
+
+    def flush(self, now: Progress, optimizer, bar, world: int) -> None:
+        """Reads what the device has computed since the last call, reports bad steps, writes the mean of good ones."""
+        names = sorted({name for _, losses, _, _ in self.waiting for name in losses})
+        zero = self.waiting[0][2].new_zeros(()).float()
+        table = torch.stack([torch.stack([losses.get(name, zero).float() for name in names] + [norm.float(), finite.float()])
+                             for _, losses, norm, finite in self.waiting]).cpu()             # (steps, names + 2)
+        good = table[table[:, -1] > 0]
+        for number, (ids, row) in enumerate(zip((ids for ids, *_ in self.waiting), table), now.step - len(table) + 1):
+            now.bad = 0 if row[-1] else now.bad + 1
+            if now.bad:
+                self.report_bad(number, ids, [n for n, v in zip(names, row) if not math.isfinite(v)], now.bad)
+        images = sum(len(ids) for ids, *_ in self.waiting) * world
+        self.waiting = []
+        if len(good):
+            *means, norm, _ = good.mean(0).tolist()
+            loss = sum(means)
+            speed = images / max(now.seconds - self.seconds, 1e-9)
+            self.write({"kind": "step", "step": now.step, "epoch": now.epoch, "train_seconds": round(now.seconds, 3),
+                        "lr": max(group["lr"] for group in optimizer.param_groups), "images_per_second": round(speed, 2),
+                        "loss": loss, "grad_norm": norm, "losses": dict(zip(names, means))})
+            bar.set_postfix_str(f"epoch {now.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
+        self.seconds = now.seconds
+
+    def report_bad(self, number: int, ids: list[int], names: list[str], in_a_row: int) -> None:
+        text = (f"step {number}: not finite: {', '.join(names) or 'the gradient'}; images {ids}. The step was skipped, "
+                "nothing changed")
+        tqdm.write(text)
+        if self.active:
+            report = {"step": number, "images": ids, "losses": names, "in_a_row": in_a_row}
+            (self.path.parent / "nan_report.json").write_text(json.dumps(report) + "\n")
+        if in_a_row >= BAD_LIMIT:
+            raise FloatingPointError(f"{in_a_row} steps in a row without a finite loss; {text}. Look at these images, "
+                                     "lower --lr, or try --amp false")
+
+
+# ---------------------------------------------------------------------------------------------- the machine
+
+def set_up(run: Run) -> tuple[Run, torch.device, int, int]:
+    """Device, threads, process group and seeds -> the run with its choices filled in, device, rank, world size."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name, int(os.environ.get("LOCAL_RANK", 0)) if name == "cuda" else None)
+    if name == "cuda":
+        torch.cuda.set_device(device)
+    if world > 1 and not dist.is_initialized():
+        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = run.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, min(8, cores // world))
+    torch.set_num_threads(threads)
+    amp = run.amp
+    if amp is None:
+        amp = torch.cuda.is_bf16_supported() if name == "cuda" else torch.cpu._is_avx512_bf16_supported()
+    workers = run.workers if run.workers >= 0 else min(4, cores // world // 2 if name == "cuda" else cores // 4)
+    random.seed(run.seed + rank)
+    np.random.seed(run.seed + rank)
+    torch.manual_seed(run.seed + rank)
+    out = run.out or (str(Path(run.resume).parent) if run.resume else f"runs/{run.model}")
+    return dataclasses.replace(run, device=name, amp=amp, threads=threads, workers=workers, out=out), device, rank, world
+
+
+def parallel(model, device: torch.device):
+    ids = [device.index] if device.type == "cuda" else None
+    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
+
+
+def gather(value, world: int) -> list:
+    """This value of every rank, in order."""
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
+
+class Stop:
+    """Turns SIGTERM and SIGINT into a request to save and stop at the next step; a second one quits."""
+
+    def __init__(self):
+        self.number, self.immediately, self.previous = 0, False, {}
+
+    def __enter__(self):
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self.previous[number] = signal.signal(number, self.handle)
+        return self
+
+    def __exit__(self, *error):
+        for number, handler in self.previous.items():
+            signal.signal(number, handler)
+
+    def handle(self, number: int, frame) -> None:
+        if self.number or self.immediately:
+            sys.exit(128 + number)
+        self.number = number
+
+    @contextlib.contextmanager
+    def at_once(self):
+        """Inside, everything is saved already: the first signal quits."""
+        self.immediately = True
+        if self.number:
+            sys.exit(128 + self.number)
+        yield
+        self.immediately = False
+
+
+def progress_bar(cfg, plan: Plan, now: Progress):
+    """Images of the whole run, images a second, time left."""
+    return tqdm(total=cfg.epochs * plan.steps * plan.total, initial=now.step * plan.total, unit="image",
+                disable=plan.rank > 0, dynamic_ncols=True, smoothing=0.05,
+                bar_format="{percentage:3.0f}%|{bar}| {elapsed}, left {remaining} {postfix}")
+
+
+def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: list[str], now: Progress) -> str:
+    """What is about to happen, in about ten lines."""
+    counts = sorted(zip(data.class_counts(train_set).tolist(), train_set.class_names), reverse=True)
+    classes = ", ".join(f"{name} {count}" for count, name in counts[:12]) + (", ..." if len(counts) > 12 else "")
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {run.threads} threads"
+    batch = f"batch {plan.total}" + (f" = {plan.micro} x {run.accum} x {plan.world}" if plan.micro < plan.total else "")
+    attention = "kernel" if deformable_attn._kernel_works(device.type, False) else "plain PyTorch"
+    default = type(cfg)()
+    hint = (f" (published: lr {default.lr:g} for batch {default.batch_size})"
+            if cfg.batch_size != default.batch_size and cfg.lr == default.lr else "")
+    lines = [f"config    {json.dumps(dataclasses.asdict(cfg))}",
+             f"device    {where}; {'bfloat16 autocast' if run.amp else 'float32'}; "
+             f"deformable attention: {attention}",
+             f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to evaluate on; "
+             f"{run.workers} workers",
+             f"objects   {sum(c for c, _ in counts)} in {len(counts)} classes: {classes}",
+             f"model     {run.model} {run.variant}: {trainable / 1e6:.2f} M parameters to train of "
+             f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
+             f"training  {batch}, lr {cfg.lr:g}{hint}, {cfg.epochs} epochs of {plan.steps} steps, seed {run.seed}",
+             *(f"weights   {note}" for note in notes),
+             f"folder    {run.out}"]
+    if now.step:
+        lines.append(f"resuming  at step {now.step} of {cfg.epochs * plan.steps}")
+    return "\n".join(lines)
+
+
+# ---------------------------------------------------------------------------------------------- the command line
+
+def paper_files() -> list[str]:
+    """Names of the files beside this one that define or import both `Config` and `build`."""
+    names = []
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        body = ast.parse(path.read_text()).body
+        defined = {node.name for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
+        if {"Config", "build"} <= defined:
+            names.append(path.stem)
+    return names
+
+
+def load_paper(name: str):
+    """The module of a paper file; ValueError lists the files that qualify."""
+    found = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
+    paper = importlib.import_module(name) if found else None
+    if not (hasattr(paper, "Config") and hasattr(paper, "build")):
+        raise ValueError(f"expected --model to name a file with Config and build, got {name!r}: "
+                         f"there are {', '.join(paper_files())}")
+    return paper
+
+
+def parser_of(hint, default):
+    """The function that reads a flag of this type from text: tuples are comma lists, `X | None` reads as X."""
+    if typing.get_args(hint) and type(None) in typing.get_args(hint):
+        hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
+    if hint is bool:
+        def boolean(text: str) -> bool:
+            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+        return boolean
+    if isinstance(default, tuple):
+        def comma_list(text: str) -> tuple:
+            return tuple(type(default[0])(part) for part in text.split(",") if part)
+        return comma_list
+    return hint
+
+
+def add_flags(parser, cls, small: dict) -> None:
+    """One flag per field of a dataclass; its comment in the source is its help text."""
+    comments = dict(re.findall(r"^    (\w+)\s*:[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+    hints = typing.get_type_hints(cls)
+    group = parser.add_argument_group(f"{cls.__module__.replace('__main__', 'train')}.{cls.__name__}")
+    show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
+    for item in dataclasses.fields(cls):
+        shown = f"{show(item.default)}" + (f" ({show(small[item.name])})" if item.name in small else "")
+        options = dict(dest=item.name, default=argparse.SUPPRESS, type=parser_of(hints[item.name], item.default),
+                       help=f"{comments.get(item.name, '')} [{shown}]".strip().replace("%", "%%"), metavar="X")
+        if hints[item.name] in (bool, bool | None):
+            group.add_argument(f"--no_{item.name}", dest=item.name, action="store_const", const=False,
+                               default=argparse.SUPPRESS, help=argparse.SUPPRESS)
+            options |= dict(nargs="?", const=True)
+        if item.name == "resume":
+            options |= dict(nargs="?", const="auto")
+        group.add_argument(f"--{item.name}", **options)
+
+
+def read_flags(parser, argv: list[str], strict: bool = True) -> dict:
+    """The flags given; hyphens and underscores are the same, unknown flags are refused with the nearest known one."""
+    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag.group()[2:].replace("-", "_"), text) for text in argv]
+    given, unknown = parser.parse_known_args(argv)
+    if unknown and strict:
+        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+        parser.error(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+    return vars(given)
+
+
+def parse(argv: list[str]) -> tuple[Run, object]:
+    """Command line -> Run and Config: the file's defaults, then its SMALL with preset small, then the variant, then
+    flags. A resumed run takes everything from its checkpoint and refuses flags that contradict it."""
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    add_flags(first, Run, {})
+    peek = Run(**read_flags(first, argv, strict=False))
+    base, values = Run(), {}
+    if peek.resume:
+        path = Path(peek.resume)
+        if peek.resume == "auto":
+            path = checkpoints.newest(peek.out or f"runs/{peek.model}")
+        state = checkpoints.load(path)
+        base = dataclasses.replace(Run(**state["run"]), resume=str(path), init="", out=str(path.parent))
+        values = state["config"]
+    paper = load_paper(base.model if peek.resume else peek.model)
+    small = getattr(paper, "SMALL", {})
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     epilog="defaults in brackets; in parentheses those of --preset small")
+    add_flags(parser, Run, {})
+    add_flags(parser, paper.Config, small)
+    given = read_flags(parser, argv)
+    known = {item.name for item in dataclasses.fields(Run)}
+    run_given = {name: value for name, value in given.items() if name in known}
+    cfg_given = {name: value for name, value in given.items() if name not in known}
+    if peek.resume:
+        now = {**dataclasses.asdict(base), **values}
+        other = sorted(name for name in set(given) - MAY_CHANGE if given[name] != now[name])
+        if other:
+            parser.error(f"--resume goes on with the saved settings ({path}), got another --{other[0]} {given[other[0]]}: "
+                         f"the run has {now[other[0]]}; leave it out, or start a new run with --init and --out")
+        kept = {name: value for name, value in run_given.items() if name in MAY_CHANGE - {"resume", "out"}}
+        return dataclasses.replace(base, **kept), checkpoints.make_config(paper, values)
+    run = Run(**run_given)
+    preset = run.preset or ("paper" if run.data else "small")
+    variants = getattr(paper, "VARIANTS", {})
+    if preset not in ("paper", "small") or run.variant not in ("", *variants):
+        parser.error(f"expected --preset paper or small, got {preset!r}; and --variant one of "
+                     f"{', '.join(variants) or 'none'}, got {run.variant!r}")
+    if run.overfit and "epochs" not in cfg_given:
+        cfg_given["epochs"] = OVERFIT_EPOCHS
+    values = {**(small if preset == "small" else {}), **variants.get(run.variant, {}), **cfg_given}
+    return dataclasses.replace(run, preset=preset), checkpoints.make_config(paper, values)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run, cfg = parse(sys.argv[1:] if argv is None else argv)
+    if run.check_data:
+        sys.exit(data.check(run.check_data))
+    try:
+        train(run, cfg)
+    except torch.OutOfMemoryError as error:
+        raise torch.OutOfMemoryError(f"{error}\nThe device is full: try --accum {2 * run.accum} (same result, half the "
+                                     "memory), --amp true, or smaller --train_sizes and --max_size") from error
+
+
+if __name__ == "__main__":
+    main()
