@@ -23,6 +23,7 @@ import functools
 import io
 import itertools
 import json
+import math
 import struct
 import sys
 import zlib
@@ -241,13 +242,19 @@ def random_colour(rng, saturation, value):
     return 255 * np.array(colorsys.hsv_to_rgb(rng.random(), rng.uniform(*saturation), rng.uniform(*value)), np.float32)
 
 
+def rotate(x, y, angle):
+    """Coordinates along and across a direction; python floats keep float32 arrays float32."""
+    cos, sin = math.cos(angle), math.sin(angle)
+    return cos * x + sin * y, cos * y - sin * x
+
+
 def draw_background(rng, size):
     """Two related colours mixed by a gradient, smooth noise and a pattern, with faint strokes and discs: (size,size,3) float32, mean colour"""
     first = random_colour(rng, (0.05, 0.45), (0.3, 0.95))
     second = np.clip(first + rng.uniform(-38, 38, 3), 0, 255).astype(np.float32)
     angle, frequency, depth, cells = rng.uniform(0, 2 * np.pi), rng.uniform(12, 40), rng.uniform(0.1, 0.4), int(rng.integers(4, 14))
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
-    along, across = np.cos(angle) * x + np.sin(angle) * y, np.cos(angle) * y - np.sin(angle) * x
+    along, across = rotate(x, y, angle)
     noise = Image.fromarray(rng.random((cells, cells), np.float32)).resize((size, size), Image.Resampling.BICUBIC)
     mix = 0.1 + 0.35 * along + 0.8 * np.asarray(noise)
     pattern = rng.integers(5)                                              # two of five have none
@@ -272,8 +279,7 @@ def draw_background(rng, size):
 
 def draw_silhouette(label, side, angle, cx, cy, size):
     """Coverage of an object in the window that holds it and its shadow: alpha (h,w) float32 in [0,1], window (slice, slice)"""
-    turn = np.array([[np.cos(angle), np.sin(angle)], [-np.sin(angle), np.cos(angle)]])
-    points = OUTLINES[SCENE_CLASSES[label]] @ turn * (side / 2) + (cx, cy)
+    points = np.stack(rotate(*OUTLINES[SCENE_CLASSES[label]].T, -angle), 1) * (side / 2) + (cx, cy)
     low = np.maximum(np.floor(points.min(0)).astype(int) - 3, 0)
     high = np.minimum(np.ceil(points.max(0)).astype(int) + 3, size)
     fine = 2 if side > 60 else 4                                           # samples per px and axis
@@ -290,11 +296,11 @@ def draw_surface(rng, thing, cx, cy, window):
     """Colour, pattern and light of an object in its window: (h,w,3) float32"""
     y, x = np.mgrid[window].astype(np.float32)
     x, y = (x - cx) * (2 / thing.side), (y - cy) * (2 / thing.side)        # -1..1 over the object
-    u, v = np.cos(thing.angle) * x + np.sin(thing.angle) * y, np.cos(thing.angle) * y - np.sin(thing.angle) * x
+    u, v = rotate(x, y, thing.angle)
     frequency, depth = rng.uniform(5, 8) * max(1.0, (thing.side / 60) ** 0.7), rng.uniform(10, 30)
-    patterns = (lambda: np.sin(frequency * u), lambda: np.sin(0.7 * frequency * (u + v)), lambda: np.sin(frequency * np.hypot(u, v)),
-                lambda: np.sin(frequency * u) * np.sin(frequency * v), lambda: 2 * np.cos(frequency * u) * np.cos(frequency * v) - 1,
-                lambda: np.zeros_like(u))                                  # stripes two ways, rings, checks, dots, none
+    patterns = (lambda: np.sin(frequency * u), lambda: np.sin(0.7 * frequency * (u + v)), lambda: np.zeros_like(u),
+                lambda: np.sin(frequency * u) * np.sin(frequency * v), lambda: 2 * np.cos(frequency * u) * np.cos(frequency * v) - 1)
+    # stripes two ways, none, checks, dots
     pattern = np.clip(3 * patterns[rng.integers(len(patterns))](), -1, 1) * depth
     tint = rng.uniform(0.5, 1.2, 3).astype(np.float32)
     return thing.colour + pattern[..., None] * tint - 14 * (x + y)[..., None]   # light from the upper left
