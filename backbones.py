@@ -5,6 +5,7 @@ public ImageNet weights load by name. No local imports: copy it alone.
 about 128 px that trains from scratch in minutes on a CPU (OUR CHOICE): a 3x3 stem and no max pooling, strides as usual.
 """
 import functools
+import math
 from pathlib import Path
 from urllib.error import URLError
 
@@ -33,7 +34,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def group_norm(channels: int) -> nn.GroupNorm:
-    return nn.GroupNorm(min(32, channels), channels)
+    return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
 NORMS = {"frozen": FrozenBatchNorm2d, "batch": nn.BatchNorm2d, "group": group_norm}

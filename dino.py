@@ -99,7 +99,7 @@ class Config:
 
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
 SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
-             decoder_layers=3, ffn_dim=384, num_queries=40, dn_number=20, top_k=100, loss_class=2.0, lr=6e-4,
+             decoder_layers=3, ffn_dim=384, num_queries=40, dn_number=50, top_k=100, loss_class=2.0, lr=6e-4,
              lr_backbone=6e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=10, schedule="cosine", warmup=0.04,
              ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128)
 VARIANTS = {
@@ -256,7 +256,7 @@ def denoising_groups(number: int, fullest: int, copies: int) -> int:
 
 
 def denoising_queries(targets: list[dict], label_enc: nn.Embedding, cfg: Config, num_queries: int,
-                      draw=draw_noise) -> Denoising:
+                      draw=None) -> Denoising:
     """Section 3.3: every object is copied into G groups, as a positive (noise below the scale) and, if contrastive, a
     negative (between one and two scales) query. Object j of an image in copy e has slot e N + j, so a group is
     [N positives | N negatives]; unused slots hold zeros and the box (0.5, 0.5, 0.5, 0.5)."""
@@ -267,7 +267,7 @@ def denoising_queries(targets: list[dict], label_enc: nn.Embedding, cfg: Config,
     N = max(len(c) for c in chosen)
     G = denoising_groups(cfg.dn_number, N, per_object)
     R, P, B, device = G * per_object, G * per_object * N, len(targets), boxes.device
-    noise = draw(R, len(labels), label_enc.num_embeddings - 1, device)
+    noise = (draw or draw_noise)(R, len(labels), label_enc.num_embeddings - 1, device)
     negative = torch.arange(R, device=device) % per_object == 1                    # (R,)
     noised_labels = torch.where(noise.relabel < cfg.dn_label_noise / 2, noise.labels, labels)   # (R, T)
     reference = inverse_sigmoid(noised_boxes(boxes, noise, negative, cfg.dn_box_noise), EPS).sigmoid()   # (R, T, 4)

@@ -41,3 +41,12 @@ def shared():
 def golden(shared):
     """`golden("05_matcher")` opens one recording as a dictionary of arrays."""
     return lambda name: dict(np.load(shared / "golden" / f"{name}.npz"))
+
+
+@pytest.fixture(scope="session")
+def recipe(shared):
+    """The generator of the weights and images that full-size recordings use."""
+    sys.path.insert(0, str(shared / "golden"))
+    import recipe
+    sys.path.remove(str(shared / "golden"))
+    return recipe

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import checkpoints
+from backbones import Bottleneck, ResNet
 
 
 class GivenMaps(nn.Module):
@@ -66,7 +67,7 @@ def images_and_padding(rec, dtype, image):
     return images, padding
 
 
-def given_maps(rec, dtype, grad=False):
+def given_maps(rec, dtype=torch.float32, grad=True):
     maps = [tensor(rec[k], dtype).requires_grad_(grad) for k in sorted(rec) if k.startswith("feature") and "_" not in k]
     return GivenMaps(maps)
 
@@ -101,11 +102,11 @@ def check_losses(rec, losses, prefix="", rtol=1e-5, enc="enc"):
     values = dict(zip(rec[prefix + "loss_names"].tolist(), rec[prefix + "loss_values"] * rec[prefix + "loss_weights"]))
     expected = {k: v for k, v in values.items() if k.startswith(tuple(TERMS.values())) and
                 dict(zip(rec[prefix + "loss_names"].tolist(), rec[prefix + "loss_weights"]))[k] != 0}
-    ours = {authors_loss(name).replace("enc", enc): float(value) for name, value in losses.items()}
+    ours = {authors_loss(name).replace("enc", enc): float(value.detach()) for name, value in losses.items()}
     for name, value in expected.items():
         np.testing.assert_allclose(ours.pop(name, 0.0), value, rtol=rtol, atol=1e-6, err_msg=name)
     assert all(v == 0 for v in ours.values()), f"losses the authors do not have: {ours}"
-    np.testing.assert_allclose(float(sum(losses.values())), float(rec[prefix + "total"]), rtol=rtol / 5)
+    np.testing.assert_allclose(float(sum(losses.values()).detach()), float(rec[prefix + "total"]), rtol=rtol / 5)
 
 
 def check_matches(rec, matches, name, prefix=""):
@@ -126,7 +127,98 @@ def check_gradients(rec, model, family):
         assert abs(np.linalg.norm(grad) - norm) < 1e-3 * scale, f"gradient norm of {name}"
         projected = grad @ np.cos(0.7 * (np.arange(grad.size) + 1.0))
         assert abs(projected - dot) < dot_tolerance * scale, f"gradient of {name}"
-    silent = set(rec["no_grad_names"].tolist()) - {""}
-    expected = set(rec["grad_names"].tolist()) | silent
-    canonical = {n for n, p in model.named_parameters() if p.requires_grad}
-    assert len(expected) == len(canonical), "every trainable parameter is recorded once"
+    trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert len(rec["grad_names"]) == len(trainable), "every trainable parameter is recorded once"
+    assert all(p.grad is not None for p in trainable.values())
+
+
+def check_model(rec, model, criterion, family, dtype=torch.float32, recipe=None, enc="enc", detect=None):
+    """Outputs, queries, losses, matches, gradients and detections of one recorded run."""
+    load(model, weights(rec, recipe), family, dtype)
+    model.train(settings(rec)["mode"] == "train")
+    images, padding = images_and_padding(rec, dtype, recipe and recipe.image)
+    targets = read_targets(rec, dtype=dtype)
+    outputs = model(images, padding, targets)
+    check_outputs(rec, outputs)
+    losses = criterion(outputs, targets)
+    check_losses(rec, losses, enc=enc)
+    check_matches(rec, criterion.match(outputs, targets), "final")
+    if model.training:
+        sum(losses.values()).backward()
+        check_gradients(rec, model, family)
+        for i, given in enumerate(m for m in getattr(model.backbone, "maps", []) if m is not None):
+            close(given.grad, rec[f"feature{i}_grad"], 1e-3 * np.abs(rec[f"feature{i}_grad"]).max(), f"feature{i}_grad")
+    if "post.scores" in rec:
+        found = detect(outputs, tensor(rec["post_sizes"]), rec["post.scores"].shape[1])
+        for name, tolerance in (("scores", 1e-4), ("labels", 0), ("boxes", 1e-2)):
+            close(torch.stack([d[name] for d in found]), rec[f"post.{name}"], tolerance, f"post.{name}")
+    return outputs
+
+
+def check_outputs(rec, outputs):
+    """Logits and boxes of every layer, the encoder, and its input; tolerances are those the recordings state."""
+    layers = outputs["aux_outputs"] + [outputs]
+    close(stacked(layers, "pred_logits"), rec["out.logits"], 2e-4, "logits")
+    close(stacked(layers, "pred_boxes"), rec["out.boxes"], 5e-5, "boxes")
+    if "out.enc_logits" in rec and "enc_outputs" in outputs:
+        close(outputs["enc_outputs"]["pred_logits"], rec["out.enc_logits"], 2e-4, "encoder logits")
+        close(outputs["enc_outputs"]["pred_boxes"], rec["out.enc_boxes"], 5e-5, "encoder boxes")
+    if "out.dn_logits" in rec and rec["out.dn_logits"].size:
+        dn = outputs["dn_outputs"]["aux_outputs"] + [outputs["dn_outputs"]]
+        close(stacked(dn, "pred_logits"), rec["out.dn_logits"], 4e-4, "denoising logits")
+        close(stacked(dn, "pred_boxes"), rec["out.dn_boxes"], 5e-5, "denoising boxes")
+    memory = outputs["memory"]
+    assert [list(s) for s in memory.shapes] == rec["inner.shapes"].tolist()
+    for name, value, tolerance in (("memory", memory.tokens, 1e-4), ("encoder_pos", memory.positions, 1e-4),
+                                   ("valid_ratios", memory.valid_ratios, 1e-6),
+                                   ("padding_mask_flat", memory.padding, 0)):
+        if f"inner.{name}" in rec:
+            close(value, rec[f"inner.{name}"], tolerance, name)
+    if "inner.memory_mean_abs_per_image" in rec:
+        close(memory.tokens.abs().mean((1, 2)), rec["inner.memory_mean_abs_per_image"], 1e-5, "mean of memory")
+
+
+def stacked(layers, name):
+    return torch.stack([layer[name] for layer in layers])
+
+
+def close(ours, theirs, tolerance, name):
+    """Largest absolute difference at most `tolerance`."""
+    assert tuple(ours.shape) == theirs.shape, f"{name}: {tuple(ours.shape)} against {theirs.shape}"
+    difference = np.abs(ours.detach().double().numpy() - theirs.astype(np.float64)).max() if theirs.size else 0.0
+    assert difference <= tolerance, f"{name}: off by {difference:.3g}, allowed {tolerance:.3g}"
+
+
+def check_initialisation(path, model, family):
+    """Every parameter outside the backbone has the recorded shape and, up to chance, mean, spread and constancy."""
+    fresh = checkpoints.to_authors(dict(model.named_parameters(remove_duplicate=False)), family)
+    lines = [line.split(" | ") for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    for name, shape, *numbers in lines:
+        mean, std, low, high = (float(x) for x in numbers)
+        value = fresh[name].detach()
+        assert list(value.shape) == [int(x) for x in shape.split("x")], name
+        chance = 8 * std / value.numel() ** 0.5 + 1e-4 * abs(high)
+        assert abs(float(value.mean()) - mean) < chance + 1e-6, f"{name}: mean"
+        assert abs(float(value.std(correction=0)) - std) < chance + 1e-6, f"{name}: spread"
+        assert (std == 0) == bool(value.min() == value.max()), f"{name}: constant or not"
+    assert len(lines) > 100
+
+
+def narrow_resnet(dilation=False):
+    """ResNet-50 with a sixteenth of the channels, frozen as a published one."""
+    backbone = ResNet(Bottleneck, (3, 4, 6, 3), (4, 8, 16, 32), 4, dilation=dilation)
+    backbone.conv1.requires_grad_(False), backbone.layer1.requires_grad_(False)
+    return backbone
+
+
+def batch(*sizes, objects=(3, 0)):
+    """Noise images of these (height, width), padded to a batch: images, padding and targets with `objects` per image."""
+    generator = torch.Generator().manual_seed(1)
+    H, W = max(h for h, _ in sizes), max(w for _, w in sizes)
+    images, padding = torch.zeros(len(sizes), 3, H, W), torch.ones(len(sizes), H, W, dtype=torch.bool)
+    for i, (h, w) in enumerate(sizes):
+        images[i, :, :h, :w] = torch.randn(3, h, w, generator=generator)
+        padding[i, :h, :w] = False
+    targets = [{"labels": torch.randint(5, (n,), generator=generator),
+                "boxes": torch.rand(n, 4, generator=generator) * 0.4 + 0.2} for n in objects]
+    return images, padding, targets

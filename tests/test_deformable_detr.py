@@ -1,0 +1,290 @@
+"""deformable_detr.py: the authors' recordings, then one test per claim of the paper."""
+import copy
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import checkpoints
+import recordings
+from deformable_detr import (SMALL, VARIANTS, Config, DeformableDETR, Criterion, Memory, build, detect, encoder_proposals,
+                             encoder_references, param_groups, proposal_boxes, sine_embedding, sine_positions)
+from recordings import batch, close, config_fields, given_maps, narrow_resnet, tensor
+
+FAMILY = {"plain": "deformable_detr", "single_scale": "deformable_detr", "refine": "deformable_detr_refine",
+          "two_stage": "deformable_detr_two_stage", "dc5": "deformable_detr"}
+
+
+@pytest.mark.parametrize("variant", ["plain", "single_scale", "refine", "two_stage"])
+def test_tiny_models_equal_the_authors_forward_and_backward(golden, variant):
+    rec = golden(f"08_tiny_deformable_{variant}")
+    cfg = Config(**config_fields(rec))
+    model = DeformableDETR(given_maps(rec), cfg, 11)
+    recordings.check_model(rec, model, Criterion(cfg), FAMILY[variant], detect=detect)
+
+
+@pytest.mark.parametrize("variant", ["refine", "dc5"])
+def test_models_with_a_narrow_resnet_equal_the_authors(golden, variant):
+    rec = golden(f"09_narrow_r50_deformable_{variant}")
+    cfg = Config(**config_fields(rec))
+    model = DeformableDETR(narrow_resnet(variant == "dc5"), cfg, 11)
+    recordings.check_model(rec, model, Criterion(cfg), FAMILY[variant], detect=detect)
+
+
+@pytest.mark.parametrize("variant", ["plain", "single_scale", "refine", "two_stage"])
+def test_full_size_models_equal_the_authors(golden, recipe, variant):
+    rec = golden(f"10_full_deformable_{variant}")
+    cfg = replace(Config(**config_fields(rec)), dropout=0.0)
+    model, criterion = build(cfg, 91)
+    dtype = torch.float64 if variant == "two_stage" else torch.float32   # rankings of proposals need float64
+    recordings.check_model(rec, model, criterion, FAMILY[variant], dtype, recipe, detect=detect)
+
+
+@pytest.mark.parametrize("variant, file, tensors, parameters", [
+    ("", "r50", 561, 40_069_665), ("single_scale", "r50_single_scale", 549, 34_066_593),
+    ("refine", "r50_refine", 597, 40_849_660), ("two_stage", "r50_refine_two_stage", 630, 41_181_529)])
+def test_released_checkpoints_map_one_to_one(shared, recipe, variant, file, tensors, parameters):
+    keys = recipe.read_keys(shared / "golden" / f"keys_deformable_detr_{file}.txt")
+    assert len(keys) == tensors
+    with torch.device("meta"):
+        model, _ = build(replace(Config(), **VARIANTS.get(variant, {})), 91)
+        authors = {name: torch.empty(shape) for name, shape in keys}
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    family, found = checkpoints.recognise(authors)
+    ours = checkpoints.from_authors(authors, family)
+    assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
+    assert {k: v.shape for k, v in checkpoints.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
+
+
+def test_a_fresh_model_looks_like_the_authors(shared):
+    """Every parameter outside the backbone has the recorded shape, mean, spread and range of the first initialisation."""
+    for variant, file in (("", "r50"), ("refine", "r50_refine"), ("two_stage", "r50_refine_two_stage"),
+                          ("single_scale", "r50_single_scale")):
+        torch.manual_seed(0)
+        model, _ = build(replace(Config(), **VARIANTS.get(variant, {})), 91)
+        recordings.check_initialisation(shared / "golden" / f"init_deformable_detr_{file}.txt", model, FAMILY[variant or "plain"])
+
+
+def test_sine_positions_equal_the_authors(golden):
+    rec = golden("03_embeddings_and_boxes")
+    mask = torch.as_tensor(rec["mask"])
+    for nf in (16, 128):
+        ours = sine_positions(mask, 2 * nf).transpose(1, 2).unflatten(2, mask.shape[1:])
+        close(ours, rec[f"sine_deformable_nf{nf}"], 1e-4, f"{nf} features")
+
+
+def test_proposal_embeddings_equal_the_authors(golden):
+    rec = golden("03_embeddings_and_boxes")
+    boxes = tensor(rec["proposal_logits"]).sigmoid()
+    for nf in (16, 128):
+        if f"deformable_proposal_embed_nf{nf}" in rec:
+            close(sine_embedding(boxes, nf).flatten(2), rec[f"deformable_proposal_embed_nf{nf}"], 1e-5, f"{nf} features")
+    embedded = sine_embedding(torch.tensor([0.25, 0.5, 0.1, 0.2]), 128).flatten()
+    expected = {0: 1, 1: 0, 2: 0.977918, 3: 0.208991, 128: 0, 129: -1, 256: 0.587785, 384: 0.951057, 385: 0.309017}
+    assert all(abs(float(embedded[i]) - v) < 1e-5 for i, v in expected.items())
+
+
+@pytest.mark.parametrize("case", "abc")
+def test_references_and_proposals_equal_the_authors(golden, case):
+    rec = {k[2:]: v for k, v in golden("04_reference_points_and_proposals").items() if k.startswith(f"{case}_")}
+    memory = Memory(tensor(rec["memory"]), None, torch.as_tensor(rec["padding_mask_flat"]),
+                    [tuple(s) for s in rec["shapes"].tolist()], tensor(rec["valid_ratios"]), [], None, None)
+    close(encoder_references(memory), rec["reference_points"], 1e-5, "references")
+    tokens, proposals = encoder_proposals(memory)
+    close(tokens, rec["output_memory"], 0, "tokens")
+    expected = torch.as_tensor(rec["output_proposals"])
+    assert torch.equal(proposals.isinf(), expected.isinf())
+    finite = ~expected.isinf()
+    close(proposals[finite], expected[finite].numpy(), 1e-4, "proposals")
+
+
+def test_detections_equal_the_authors(golden):
+    rec = golden("11_postprocess")
+    outputs = {"pred_logits": tensor(rec["logits"]), "pred_boxes": tensor(rec["boxes"])}
+    for model, k in (("deformable_detr", 100), ("h_detr", 100), ("dino", 300)):
+        found = detect(outputs, tensor(rec["image_sizes_hw"]), k)
+        for name, tolerance in (("scores", 1e-6), ("labels", 0), ("boxes", 1e-3)):
+            close(torch.stack([d[name] for d in found]), rec[f"{model}_{name}"], tolerance, f"{model} {name}")
+
+
+# ------------------------------------------------------------------------------------------ claims and corner cases
+
+def small(**changes):
+    """A two-layer model of width 32 on the tiny backbone; forward and backward in milliseconds."""
+    torch.manual_seed(0)
+    cfg = replace(Config(), **{**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9), **changes})
+    return (cfg, *build(cfg, 5))
+
+
+ALL = {"plain": {}, **VARIANTS}
+
+
+@pytest.mark.parametrize("variant", ALL)
+@pytest.mark.parametrize("objects", [(3, 0), (0, 0), (14, 1)])
+def test_every_parameter_gets_a_finite_gradient(variant, objects):
+    cfg, model, criterion = small(**ALL[variant])
+    images, padding, targets = batch((64, 96), (48, 64), objects=objects)
+    losses = criterion(model(images, padding), targets)
+    sum(losses.values()).backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert {k.rsplit(".", 1)[0] for k in losses if "." in k} == {"aux0"} | ({"enc"} if cfg.two_stage else set())
+
+
+@pytest.mark.parametrize("variant", ["plain", "refine", "two_stage"])
+def test_it_overfits_four_scenes(variant):
+    cfg, model, criterion = small(**ALL[variant])
+    images, padding, targets = batch((64, 64), (64, 64), (64, 64), (64, 64), objects=(1, 2, 1, 2))
+    optimizer = torch.optim.AdamW(param_groups(model, cfg))
+    first = None
+    for _ in range(60):
+        loss = sum(criterion(model(images, padding), targets).values())
+        first = first or loss.item()
+        optimizer.zero_grad(), loss.backward(), optimizer.step()
+    assert loss.item() < first / 2
+
+
+@pytest.mark.parametrize("variant", ALL)
+def test_content_of_padding_changes_nothing_in_the_encoder(variant):
+    _, model, _ = small(**ALL[variant])
+    memory = model.eval().encode(*batch((64, 96), (40, 64))[:2])
+    references = encoder_references(memory)
+    disturbed = memory._replace(tokens=memory.tokens.masked_fill(memory.padding[..., None], 9.0))
+    for layer in model.encoder:
+        memory, disturbed = (m._replace(tokens=layer(m, references)) for m in (memory, disturbed))
+    assert memory.padding.any() and torch.equal(memory.tokens[~memory.padding], disturbed.tokens[~memory.padding])
+
+
+def test_padding_an_image_further_hardly_moves_its_boxes():
+    _, model, _ = small(**VARIANTS["refine"])
+    model.eval()
+    for head in (*model.bbox_embed, *model.class_embed):   # initially zero: give them something to say
+        for p in head.parameters():
+            p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
+    images, padding, _ = batch((96, 128), objects=(0,))
+    wider = torch.zeros(1, 3, 128, 192)
+    wider[..., :96, :128] = images
+    mask = torch.ones(1, 128, 192, dtype=torch.bool)
+    mask[:, :96, :128] = False
+    alone, padded = model(images, padding), model(wider, mask)
+    assert (alone["pred_boxes"] - padded["pred_boxes"]).abs().max() < 1e-2
+    best, still = (detect(out, torch.tensor([[96, 128]]), 1)[0] for out in (alone, padded))
+    assert best["labels"] == still["labels"] and best["query"] == still["query"]
+
+
+def test_first_boxes_are_a_point_and_a_fixed_size():
+    """A.3: at the start width and height are sigmoid(-2) in every layer, and the centre is the reference point."""
+    _, model, _ = small()
+    out = model(*batch((64, 96), (48, 64))[:2])
+    for layer in out["aux_outputs"] + [out]:
+        assert torch.allclose(layer["pred_boxes"][..., 2:], torch.tensor(0.119203), atol=1e-5)
+        assert torch.allclose(layer["pred_boxes"][..., :2], out["anchors"], atol=1e-5)
+
+
+def test_first_class_probabilities_are_a_hundredth():
+    _, model, _ = small()
+    p = model(*batch((64, 96))[:2])["pred_logits"].sigmoid().mean()
+    assert 0.008 < p < 0.015
+
+
+def test_refinement_trains_each_box_head_by_its_own_layer_only():
+    """Section 4.2: references are detached between layers, so the loss of layer d never reaches head d - 1."""
+    _, model, _ = small(**VARIANTS["refine"])
+    out = model(*batch((64, 96))[:2])
+    out["pred_boxes"].sum().backward()
+    assert model.bbox_embed[0].layers[-1].bias.grad is None
+    assert model.bbox_embed[1].layers[-1].bias.grad.abs().sum() > 0
+
+
+def test_without_refinement_all_layers_share_their_heads():
+    _, model, _ = small()
+    assert len({id(h) for h in model.bbox_embed}) == len({id(h) for h in model.class_embed}) == 1
+
+
+def test_two_stage_ranks_proposals_by_the_first_class_column_only():
+    cfg, model, _ = small(**VARIANTS["two_stage"])
+    model.eval()
+    images, padding, _ = batch((64, 96), (48, 64))
+    memory = model.encode(images, padding)
+    before = model.propose(memory)[0].reference
+    head = model.class_embed[-1]
+    head.weight.data[1:] = head.weight.data[1:].flip(0) + 3.0
+    assert torch.equal(before, model.propose(memory)[0].reference)
+    head.weight.data[0] = -head.weight.data[0]
+    assert not torch.equal(before, model.propose(memory)[0].reference)
+
+
+def test_the_encoder_loss_does_not_see_labels():
+    cfg, model, criterion = small(**VARIANTS["two_stage"])
+    images, padding, targets = batch((64, 96), (48, 64))
+    out = model(images, padding)
+    relabelled = [{**t, "labels": (t["labels"] + 1) % 5} for t in targets]
+    a, b = criterion(out, targets), criterion(out, relabelled)
+    assert all(a[k] == b[k] for k in a if k.startswith("enc.")) and a["cls"] != b["cls"]
+
+
+def test_two_stage_starts_from_its_proposals():
+    """At the start every head adds nothing: the boxes are the proposals, whose size doubles from level to level."""
+    _, model, _ = small(**VARIANTS["two_stage"])
+    out = model(*batch((64, 96))[:2])
+    boxes, usable = proposal_boxes(out["memory"])
+    assert torch.allclose(out["enc_outputs"]["pred_boxes"][usable], boxes[usable], atol=1e-5)
+    assert torch.all(out["enc_outputs"]["pred_boxes"][~usable] == 1)
+    sizes = [float(b[0, -1]) for b in boxes.split([h * w for h, w in out["memory"].shapes], 1) for b in [b[0]]]
+    assert sizes == pytest.approx([0.05, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("size", [(16, 16), (8, 200), (33, 65)])
+def test_tiny_and_thin_images(size):
+    for variant in ("plain", "two_stage"):
+        cfg, model, criterion = small(num_queries=300, backbone_norm="group", **ALL[variant])
+        images, padding, targets = batch(size, objects=(2,))
+        out = model(images, padding)
+        assert sum(criterion(out, targets).values()).isfinite()
+        found = detect(out, torch.tensor([size]), 10_000)[0]
+        assert len(found["scores"]) == out["pred_logits"].numel()
+
+
+def test_two_stage_needs_refinement():
+    with pytest.raises(ValueError, match="with_box_refine"):
+        small(two_stage=True)
+
+
+def test_learning_rates_come_in_three_groups():
+    cfg = Config()
+    with torch.device("meta"):
+        model, _ = build(cfg, 91)
+    rest, backbone, slow = param_groups(model, cfg)
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert {names[id(p)].split(".")[0] for p in backbone["params"]} == {"backbone"}
+    assert all("sampling_offsets" in names[id(p)] or "reference_points" in names[id(p)] for p in slow["params"])
+    assert len(slow["params"]) == 2 * 12 + 2
+    trainable = sum(p.numel() for g in (rest, backbone, slow) for p in g["params"])
+    assert trainable == 40_069_665 - 222_400   # stem and first stage are frozen
+    assert [g["lr"] for g in (rest, backbone, slow)] == [2e-4, 2e-5, 2e-5]
+
+
+def test_detections_equal_a_sort():
+    outputs = {"pred_logits": torch.randn(1, 4, 3), "pred_boxes": torch.rand(1, 4, 4)}
+    found = detect(outputs, torch.tensor([[10, 20]]), 5)[0]
+    flat = sorted(((float(s), q, k) for q, row in enumerate(outputs["pred_logits"][0].sigmoid())
+                   for k, s in enumerate(row)), reverse=True)[:5]
+    assert [(q, k) for _, q, k in flat] == list(zip(found["query"].tolist(), found["labels"].tolist()))
+    cx, cy, w, h = outputs["pred_boxes"][0, flat[0][1]]
+    assert torch.allclose(found["boxes"][0], torch.stack([(cx - w / 2) * 20, (cy - h / 2) * 10, (cx + w / 2) * 20,
+                                                          (cy + h / 2) * 10]))
+
+
+def test_dropout_acts_only_in_training():
+    _, model, _ = small(dropout=0.5)
+    images, padding, _ = batch((64, 64), objects=(0,))
+    model.eval()
+    assert torch.equal(model(images, padding)["pred_logits"], model(images, padding)["pred_logits"])
+    model.train()
+    assert not torch.equal(model(images, padding)["pred_logits"], model(images, padding)["pred_logits"])
+
+
+def test_a_copy_of_the_file_is_a_model(tmp_path):
+    """`cp deformable_detr.py mine.py` gives a paper file of one's own."""
+    assert all(hasattr(sys.modules["deformable_detr"], name) for name in ("Config", "build", "detect", "param_groups"))
+    assert copy.deepcopy(Config()) == Config()
