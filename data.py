@@ -640,7 +640,7 @@ def flip(image, target):
 def random_crop(image, target, rng):
     """The crop branch: short side to 400, 500 or 600, then a window with sides of 384 to 600 px, each drawn by itself.
 
-    Only the window is computed: PIL resamples a region of the original to the same pixels as cropping the resized whole.
+    Only the window is computed: PIL resamples a region of the original to the pixels that cropping the resized whole gives, to rounding.
     """
     whole = resized(*image.size, int(rng.choice(CROP_RESIZE)))
     size = tuple(int(rng.integers(CROP_SIDES[0], min(side, CROP_SIDES[1]) + 1)) for side in whole)      # w, h
