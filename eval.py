@@ -1,0 +1,423 @@
+"""COCO AP of a checkpoint, detections on your own pictures, and how far anchors start from their objects.
+
+    python eval.py --checkpoint runs/dino/best.pt                    AP on the data the checkpoint was trained on
+    python eval.py --checkpoint FILE --data DIR                      AP on another COCO-layout folder, same classes
+    python eval.py --checkpoint FILE --images a.jpg photos/ "*.png"  drawn pictures and a COCO-results json
+    python eval.py --checkpoint FILE --analyze                       ATD(k): DINO, section 3.3
+
+AP, AP50, AP75 and the size bands are pycocotools' figures, for boxes and, where detections carry masks, for masks. Two
+things pycocotools leaves to its caller: `summarize` knows no limit but 100 detections an image, so the table is read
+from `eval["precision"]` here; and -1 means "no such object", which the printed table shows as "-".
+
+The way of one detection: `detect` gives corner boxes in pixels of the original image and a label in 0..N-1;
+`coco_results` turns them into what a COCO json holds (x, y, w, h, the category id of the json, compressed RLE);
+`score` compares the results with the ground truth of `dataset.coco()`.
+"""
+import argparse
+import contextlib
+import glob
+import importlib
+import io
+import json
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch.utils.data import DataLoader, Subset
+
+import checkpoints
+import data
+
+SMALL_AREA = 32 ** 2     # px^2 of the original image: COCO's border between small and medium objects
+COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+
+
+# ---- AP --------------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, amp=False, workers=0, rank=0, world=1):
+    """AP of `model` on `dataset` -> {"bbox": figures, "segm": figures (with masks), "images", "seconds",
+    "score_seconds"}, figures as in `score`.
+
+    `detect(outputs, sizes, top_k)` comes from the paper file. With `world` processes each rank runs every world-th
+    image and all ranks get all results, hence the same figures. The model's training mode is left as it was found.
+    """
+    start = time.perf_counter()
+    results = []
+    for outputs, targets in predict(model, dataset, range(rank, len(dataset), world), device, batch_size, amp, workers):
+        sizes = torch.stack([target["orig_size"] for target in targets]).to(device)              # (B, 2), h and w
+        detections = detect(outputs, sizes, max(cfg.top_k, max_dets))
+        results += coco_results(detections, [target["image_id"] for target in targets], dataset.category_ids)
+    if world > 1:
+        shares = [None] * world
+        torch.distributed.all_gather_object(shares, results)
+        results = [result for share in shares for result in share]
+    scoring = time.perf_counter()
+    metrics = {"bbox": score(dataset.coco(), results, "bbox", max_dets)}
+    if dataset.has_masks and any("segmentation" in result for result in results):
+        metrics["segm"] = score(dataset.coco(), results, "segm", max_dets)
+    end = time.perf_counter()
+    return {**metrics, "images": len(dataset), "seconds": end - start, "score_seconds": end - scoring}
+
+
+def predict(model, dataset, indices, device, batch_size=1, amp=False, workers=0):
+    """Yields (outputs, targets) for batches of the images at `indices`, in evaluation mode and without gradients."""
+    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=data.collate, num_workers=workers)
+    device, training, done = torch.device(device), model.training, 0
+    model.eval()
+    try:
+        for images, padding, targets in loader:
+            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                outputs = model(images.to(device), padding.to(device))
+            yield outputs, targets
+            done += len(targets)
+            if sys.stderr.isatty():
+                print(f"\revaluated {done}/{len(indices)} images\x1b[K", end="", file=sys.stderr, flush=True)
+    finally:
+        model.train(training)
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def coco_results(detections, image_ids, category_ids):
+    """Detections in COCO's results format, a list of {image_id, category_id, bbox [x, y, w, h] px, score}.
+
+    detections: one {scores (k,), labels (k,), boxes (k, 4) xyxy px, masks (k, h, w) or k RLEs (optional)} per image;
+    category_ids[label] is the category's id in the json. Masks become `segmentation`, a compressed RLE whose counts
+    are text, so the list can be written as json.
+    """
+    results = []
+    for detection, image_id in zip(detections, image_ids, strict=True):
+        corners = detection["boxes"].double().cpu()                                              # (k, 4)
+        xywh = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
+        labels, scores = detection["labels"].tolist(), detection["scores"].tolist()
+        rows = [{"image_id": int(image_id), "category_id": category_ids[label], "bbox": box, "score": value}
+                for label, box, value in zip(labels, xywh, scores, strict=True)]
+        if "masks" in detection:
+            for row, mask in zip(rows, encode_masks(detection["masks"]), strict=True):
+                row["segmentation"] = mask
+        results += rows
+    return results
+
+
+def encode_masks(masks):
+    """Masks (k, h, w), bool, or k RLEs -> k compressed RLEs {size [h, w], counts text}."""
+    if isinstance(masks, torch.Tensor):
+        fortran = np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy())        # (h, w, k)
+        masks = rle.encode(fortran) if len(masks) else []
+    return [{"size": [int(n) for n in mask["size"]], "counts": _text(mask["counts"])} for mask in masks]
+
+
+def _text(counts):
+    return counts.decode("ascii") if isinstance(counts, bytes) else counts
+
+
+def score(gt, results, iou_type="bbox", max_dets=100):
+    """COCO's figures for a list of results against the ground truth `gt` (a pycocotools COCO).
+
+    iou_type: "bbox" or "segm". Only the `max_dets` best detections of an image count.
+    -> {AP, AP50, AP75, APs, APm, APl, ARs, ARm, ARl, AR1, AR10, AR<max_dets>, max_dets,
+    per_class {name: {AP, AP50, objects}}}; -1 where the ground truth has no such object. ValueError for results of
+    images or categories that the ground truth does not have.
+    """
+    evaluation = COCOeval(gt, _results_as_coco(gt, results, iou_type), iou_type)
+    evaluation.params.maxDets = [limit for limit in (1, 10, 100) if limit < max_dets] + [max_dets]
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation.evaluate()
+        evaluation.accumulate()
+    # precision (T thresholds, R recalls, K classes, A areas, M limits), recall (T, K, A, M); areas: all, s, m, l
+    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
+    figures = {"AP": _mean(precision[:, :, :, 0, -1]), "AP50": _mean(precision[0, :, :, 0, -1]),
+               "AP75": _mean(precision[5, :, :, 0, -1])}
+    for area, letter in enumerate("sml", start=1):
+        figures["AP" + letter] = _mean(precision[:, :, :, area, -1])
+        figures["AR" + letter] = _mean(recall[:, :, area, -1])
+    for m, limit in enumerate(evaluation.params.maxDets):
+        figures[f"AR{limit}"] = _mean(recall[:, :, 0, m])
+    per_class = {}
+    for k, category in enumerate(evaluation.params.catIds):
+        objects = sum(not gt.anns[i].get("iscrowd") for i in gt.getAnnIds(catIds=[category]))
+        per_class[gt.cats[category]["name"]] = {"AP": _mean(precision[:, :, k, 0, -1]),
+                                                "AP50": _mean(precision[0, :, k, 0, -1]), "objects": objects}
+    return {**figures, "max_dets": max_dets, "per_class": per_class}
+
+
+def _mean(values):
+    """Mean of the entries that exist; pycocotools marks the others, and we their mean, with -1."""
+    existing = values[values > -1]
+    return float(existing.mean()) if existing.size else -1.0
+
+
+def _results_as_coco(gt, results, iou_type):
+    """Results as the second COCO object of COCOeval. `COCO.loadRes` cannot be used: it fails on an empty list, changes
+    the caller's rows, and takes the area of the box for that of the mask where a row has both."""
+    for key, known in (("image_id", gt.imgs), ("category_id", gt.cats)):
+        foreign = sorted({result[key] for result in results} - known.keys())
+        if foreign:
+            raise ValueError(f"expected every {key} of the results among the {len(known)} of the ground truth, got "
+                             f"{foreign[:5]}: are the detections from another data set?")
+    annotations = []
+    for number, result in enumerate(results, start=1):     # COCOeval takes id 0 for "no match"
+        row = {"id": number, "iscrowd": 0, **{key: result[key] for key in ("image_id", "category_id", "score")}}
+        if iou_type == "bbox":
+            row |= {"bbox": result["bbox"], "area": result["bbox"][2] * result["bbox"][3]}
+        else:                                              # one by one: rle.area fails for a list of more than 255
+            row |= {"segmentation": result["segmentation"], "area": float(rle.area(result["segmentation"]))}
+        annotations.append(row)
+    coco = COCO()
+    coco.dataset = {"images": gt.dataset["images"], "categories": gt.dataset["categories"], "annotations": annotations}
+    with contextlib.redirect_stdout(io.StringIO()):
+        coco.createIndex()
+    return coco
+
+
+def table(metrics, classes=True):
+    """The figures of `evaluate` as text: one line per kind of overlap, then (`classes`) one line per class."""
+    kinds = [kind for kind in ("bbox", "segm") if kind in metrics]
+    recalls = sorted((key for key in metrics["bbox"] if key[:2] == "AR" and key[2:].isdigit()), key=lambda k: int(k[2:]))
+    lines = [" " * 6 + "".join(f"{name:>8}" for name in (*COLUMNS, *recalls))]
+    for kind in kinds:
+        lines.append(f"{kind:6}" + "".join(_cell(metrics[kind][name]) for name in (*COLUMNS, *recalls)))
+    if classes:
+        per_class = metrics["bbox"]["per_class"]
+        width = max(map(len, per_class), default=0) + 2
+        head = "".join(f"{kind + ' ' + name:>12}" for kind in kinds for name in ("AP", "AP50"))
+        lines += ["", f"{'class':{width}}{'objects':>8}{head}"]
+        for name, row in per_class.items():
+            cells = "".join(_cell(metrics[kind]["per_class"][name][column], 12)
+                            for kind in kinds for column in ("AP", "AP50"))
+            lines.append(f"{name:{width}}{row['objects']:>8}{cells}")
+    return "\n".join(lines)
+
+
+def _cell(value, width=8):
+    return f"{'-':>{width}}" if value == -1 else f"{value:>{width}.3f}"
+
+
+# ---- ATD -------------------------------------------------------------------------------------------------------------
+
+def anchor_distances(anchors, boxes):
+    """L1 distance (n,) between initial anchors (n, 2 or 4) and the boxes (n, 4) they were matched to, both normalised
+    cxcywh. Anchors that are points are compared with the boxes' centres."""
+    return (anchors - boxes[:, :anchors.shape[-1]]).abs().sum(-1)
+
+
+def atd(distances, k=100):
+    """Average of the top-k distances, ATD(k): the mean of the k largest (of all, where there are fewer). DINO 3.3."""
+    return float(distances.topk(min(k, len(distances))).values.mean()) if len(distances) else -1.0
+
+
+@torch.no_grad()
+def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, workers=0):
+    """ATD(k) of a detector over `dataset`: for every object the distance to the initial anchor of the query whose
+    last-layer prediction is matched to it (DINO, section 3.3 and figure 4a, b).
+
+    -> {"ATD", "ATD_small", "k", "objects", "small_objects", "coordinates": "xywh" or "xy"}; small: a box of less than
+    32^2 px in the original image. ValueError for a model without `outputs["anchors"]`.
+    """
+    distances, areas = [], []
+    for outputs, targets in predict(model, dataset, range(len(dataset)), device, batch_size, amp, workers):
+        if "anchors" not in outputs:
+            raise ValueError("expected outputs['anchors'], the initial references of the queries; this model gives none")
+        targets = [{key: value.to(device) if isinstance(value, torch.Tensor) else value
+                    for key, value in target.items()} for target in targets]
+        anchors = outputs["anchors"].float()                                                     # (B, Nq, 2 or 4)
+        for b, (query, matched) in enumerate(criterion.match(outputs, targets)):
+            boxes = targets[b]["boxes"][matched.to(device)]                                      # (n, 4)
+            distances.append(anchor_distances(anchors[b, query.to(device)], boxes).cpu())
+            areas.append((boxes[:, 2:] * targets[b]["orig_size"].flip(0)).prod(-1).cpu())
+    distances, small = torch.cat(distances), torch.cat(areas) < SMALL_AREA
+    return {"ATD": atd(distances, k), "ATD_small": atd(distances[small], k), "k": k, "objects": len(distances),
+            "small_objects": int(small.sum()), "coordinates": "xywh"[:anchors.shape[-1]]}
+
+
+def analysis_text(analysis):
+    """`analyze`'s figures as text."""
+    k, n, small = analysis["k"], analysis["objects"], analysis["small_objects"]
+    unit = "|x| + |y| + |w| + |h|" if analysis["coordinates"] == "xywh" else \
+        "|x| + |y|: this detector's anchors are points, not comparable with anchors that are boxes"
+    return (f"ATD({k})         {analysis['ATD']:.4f}   mean of the {min(k, n)} largest of {n} matched objects\n"
+            f"ATD({k}) small   {analysis['ATD_small']:.4f}   mean of the {min(k, small)} largest of {small}\n"
+            f"distance: {unit}, normalised to the image")
+
+
+# ---- pictures --------------------------------------------------------------------------------------------------------
+
+def find_images(patterns):
+    """Files, folders and glob patterns -> image files, sorted within each, none twice. FileNotFoundError names what
+    matched nothing."""
+    found = {}
+    for pattern in patterns:
+        path = Path(pattern)
+        files = [path] if path.is_file() else path.iterdir() if path.is_dir() else \
+            [Path(name) for name in glob.glob(pattern, recursive=True)]
+        images = sorted(file for file in files if file == path or file.suffix.lower() in SUFFIXES)
+        if not images:
+            raise FileNotFoundError(f"expected an image file, a folder of images or a glob pattern, got {pattern!r}, "
+                                    f"which matches none ({', '.join(sorted(SUFFIXES))})")
+        found.update(dict.fromkeys(images))
+    return list(found)
+
+
+def image_ids(paths):
+    """File names that are all different numbers are the ids, as in COCO; otherwise 1, 2, 3, ..."""
+    numbers = [int(path.stem) for path in paths if path.stem.isdecimal()]
+    return numbers if len(set(numbers)) == len(paths) else list(range(1, len(paths) + 1))
+
+
+@torch.no_grad()
+def infer(model, image, cfg, device, amp=False):
+    """One PIL image through a model in evaluation mode -> outputs of a batch of one."""
+    images, padding, _ = data.collate([data.eval_transform(cfg)(image)])                         # (1, 3, h, w)
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+        return model(images.to(device), padding.to(device))
+
+
+def detect_image(model, detect, image, cfg, device, amp=False):
+    """The top-k detections of one PIL image, in its pixels."""
+    size = torch.tensor([image.size[::-1]], device=device)                                       # (1, 2), h and w
+    return detect(infer(model, image, cfg, device, amp), size, cfg.top_k)[0]
+
+
+def above(detection, threshold):
+    """The detections with at least this score."""
+    kept = detection["scores"] >= threshold
+    return {key: value[kept] for key, value in detection.items()}
+
+
+def detect_images(paths, model, detect, cfg, meta, out, device, threshold=0.3, amp=False):
+    """Writes out/NAME.jpg for every image, with the detections of at least `threshold`, and out/detections.json, COCO
+    results of the top-k with a `file_name` in each row. Files that are no whole image are named and skipped.
+    -> the number of images read."""
+    import visualize   # here, because AP needs no matplotlib and visualize imports this file
+
+    out.mkdir(parents=True, exist_ok=True)
+    results, names = [], set()
+    for path, image_id in zip(paths, image_ids(paths), strict=True):
+        try:
+            image = data.read_image(path)
+        except data.BROKEN_IMAGE as error:
+            print(f"skipped {path}: {error}", file=sys.stderr)
+            continue
+        detection = detect_image(model, detect, image, cfg, device, amp)
+        rows = coco_results([detection], [image_id], meta["category_ids"])
+        results += [{**row, "file_name": path.name} for row in rows]
+        shown = above(detection, threshold)
+        name = path.stem if path.stem not in names else f"{path.stem}_{image_id}"
+        names.add(name)
+        visualize.detections(image, shown, meta["class_names"]).save(out / f"{name}.jpg", quality=90)
+        print(f"{path}: {_summary(shown['labels'].tolist(), meta['class_names'])}")
+    (out / "detections.json").write_text(json.dumps(results))
+    return len(names)
+
+
+def _summary(labels, class_names):
+    counts = [f"{labels.count(label)} {class_names[label]}" for label in sorted(set(labels))]
+    return ", ".join(counts) or "nothing"
+
+
+# ---- command line ----------------------------------------------------------------------------------------------------
+
+class Flags(argparse.ArgumentParser):
+    """A parser for which --max_dets and --max-dets are the same flag and abbreviations are unknown flags."""
+
+    def __init__(self, **options):
+        super().__init__(allow_abbrev=False, **options)
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = sys.argv[1:] if args is None else args
+        args = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in args]
+        return super().parse_known_args(args, namespace)
+
+
+def validation_set(folder, cfg, meta):
+    """What a checkpoint is evaluated on: the val split of `folder`, else the data of its own run (the very images of an
+    --overfit run). ValueError for released weights, which name no data."""
+    run = meta.get("run")
+    if not folder and not run:
+        raise ValueError("expected --data DIR: released weights do not say which data they belong to")
+    if not folder and run["overfit"]:
+        return data.build_datasets(run["data"] or None, cfg, run["seed"], overfit=run["overfit"])[1]
+    folder = folder or run["data"]
+    transform = data.eval_transform(cfg)
+    return data.CocoFolder(folder, "val", transform) if folder else data.Shapes("val", transform=transform)
+
+
+def fit_classes(model, paper, cfg, meta, dataset):
+    """The model for the classes of `dataset`. Released COCO heads have 91 columns, 11 of them unused: those are taken
+    out. Any other difference is a ValueError that lists both."""
+    names = [name for name in meta["class_names"] if not name.startswith("unused ")]
+    if names != dataset.class_names:
+        raise ValueError(f"expected a data set with the classes of the checkpoint, in this order,\n  {names}\n"
+                         f"got {dataset.name} with\n  {dataset.class_names}\n"
+                         "give the data it was trained on with --data, or train on these classes: train.py --init")
+    if len(names) == len(meta["class_names"]):
+        return model
+    rows = [row for row, name in enumerate(meta["class_names"]) if not name.startswith("unused ")]
+    print(f"keeping the {len(rows)} class columns in use of {len(meta['class_names'])}")
+    device = next(model.parameters()).device
+    fitted, _ = paper.build(cfg, len(rows))
+    fitted.load_state_dict(checkpoints.select_classes(model.state_dict(), rows))
+    return fitted.to(device).eval()
+
+
+def parser():
+    flags = Flags(description=__doc__.split("\n")[0])
+    flags.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a run, or released weights")
+    flags.add_argument("--data", metavar="DIR", help="COCO-layout folder; without it, the data of the checkpoint")
+    flags.add_argument("--images", nargs="+", metavar="PATH", help="detect on these files, folders or glob patterns")
+    flags.add_argument("--score_threshold", type=float, default=0.3, help="least score that is drawn (default 0.3)")
+    flags.add_argument("--max_dets", type=int, default=100, help="detections an image that count (default 100)")
+    flags.add_argument("--analyze", action="store_true", help="also ATD(k), how far anchors start from their objects")
+    flags.add_argument("--k", type=int, default=100, help="the k of ATD(k) (default 100)")
+    flags.add_argument("--out", metavar="DIR", help="folder of the results (default: that of the checkpoint)")
+    flags.add_argument("--batch_size", type=int, default=1, help="images at a time (default 1: nothing is padded)")
+    flags.add_argument("--workers", type=int, default=0, help="processes that read images (default 0: this one)")
+    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
+    flags.add_argument("--amp", action="store_true", help="bfloat16 autocast")
+    return flags
+
+
+def main(argv=None):
+    flags = parser()
+    args = flags.parse_args(argv)
+    try:
+        model, cfg, meta = checkpoints.load_model(args.checkpoint, args.device)
+        paper = importlib.import_module(meta["model_name"])
+        if args.images:
+            paths = find_images(args.images)
+        else:
+            dataset = validation_set(args.data, cfg, meta)
+            model = fit_classes(model, paper, cfg, meta, dataset)
+    except (ValueError, FileNotFoundError) as error:
+        flags.error(str(error))
+    out = Path(args.out or Path(args.checkpoint).parent)
+    if args.images:
+        out = Path(args.out or out / "detections")
+        read = detect_images(paths, model, paper.detect, cfg, meta, out, args.device, args.score_threshold, args.amp)
+        print(f"{read} of {len(paths)} images drawn (scores of at least {args.score_threshold}), see {out}")
+        return
+    common = dict(batch_size=args.batch_size, amp=args.amp, workers=args.workers)
+    metrics = evaluate(model, paper.detect, dataset, cfg, args.device, max_dets=args.max_dets, **common)
+    print(table(metrics))
+    print(f"\n{dataset.name}: {metrics['images']} images, best {args.max_dets} detections of each, "
+          f"{metrics['seconds']:.1f} s ({metrics['score_seconds']:.1f} s of them scoring)")
+    if args.analyze:
+        _, criterion = paper.build(cfg, len(dataset.class_names))
+        metrics["analysis"] = analyze(model, criterion, dataset, args.device, args.k, **common)
+        print("\n" + analysis_text(metrics["analysis"]))
+    out.mkdir(parents=True, exist_ok=True)
+    record = {"checkpoint": str(args.checkpoint), "step": meta["step"], "data": dataset.name, **metrics}
+    (out / "eval.json").write_text(json.dumps(record, indent=1))
+    print(f"written to {out / 'eval.json'}")
+
+
+if __name__ == "__main__":
+    main()
