@@ -179,7 +179,9 @@ def _check(value, shapes, points, weights, reference=None):
 
 DTYPES = {torch.float64: "float64", torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
 MAX_LEVELS = 32
-CPU_FLAGS = ["-O3", "-march=native", "-fopenmp", "-std=c++17", "-shared", "-fPIC"]
+CPU_FLAGS = ["-std=c++17", "-shared", "-fPIC", "-O3", "-march=native", "-fopenmp",
+             # Sums may be reordered, which makes them vector code. NaN and infinity keep their meaning.
+             "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
 
 
 class _Problem(ctypes.Structure):
