@@ -237,7 +237,7 @@ def test_two_stage_starts_from_its_proposals():
 @pytest.mark.parametrize("size", [(16, 16), (8, 200), (33, 65)])
 def test_tiny_and_thin_images(size):
     for variant in ("plain", "two_stage"):
-        cfg, model, criterion = small(num_queries=300, backbone_norm="group", **ALL[variant])
+        cfg, model, criterion = small(num_queries=300, dim=64, backbone_norm="group", **ALL[variant])
         images, padding, targets = batch(size, objects=(2,))
         out = model(images, padding)
         assert sum(criterion(out, targets).values()).isfinite()

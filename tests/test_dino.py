@@ -316,7 +316,7 @@ def test_learning_rates_come_in_two_groups():
 
 @pytest.mark.parametrize("size", [(16, 16), (8, 200), (33, 65)])
 def test_tiny_and_thin_images(size):
-    cfg, model, criterion = small(num_queries=900, backbone_norm="group")
+    cfg, model, criterion = small(num_queries=900, dim=64, backbone_norm="group")
     images, padding, targets = batch(size, objects=(2,))
     out = model(images, padding, targets)
     assert sum(criterion(out, targets).values()).isfinite()
