@@ -19,6 +19,7 @@ import inspect
 import json
 import math
 import re
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -131,7 +132,7 @@ def tile(pictures, path, columns, titles=None, gap=8):
         sheet.paste(picture, (x + (width - picture.width) // 2, y + head + (height - picture.height) // 2))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     if Path(path).suffix == ".png":
-        sheet = sheet.quantize(256, dither=Image.Dither.NONE)   # a third of the size
+        sheet = sheet.quantize(256)   # a third of the size
     sheet.save(path, quality=85, optimize=True)
     return path
 
@@ -141,29 +142,26 @@ def spread(count, n):
     return np.linspace(0, count - 1, min(n, count)).round().astype(int).tolist()
 
 
-def predictions(model, detect, dataset, cfg, device, path, n=8, score_threshold=0.3):
+def predictions(model, detect, dataset, cfg, device, path, n=6, score_threshold=0.3):
     """Ground truth beside predictions, for n images spread over the data set, four columns of pictures."""
     training, pictures, titles = model.training, [], []
     model.eval()
     for index in spread(len(dataset), n):
         image, truth = ground_truth(dataset, index)
         found = above(detect_image(model, detect, image, cfg, device), score_threshold)
-        pictures += [detections(image, det, dataset.class_names, side=300) for det in (truth, found)]
+        pictures += [detections(image, det, dataset.class_names, side=256) for det in (truth, found)]
         titles += [f"{int(dataset.image_ids[index])}: ground truth", f"detections, score >= {score_threshold:g}"]
     model.train(training)
     return tile(pictures, path, 4, titles)
 
 
 def _save(figure, path, dpi=110, rect=(0, 0, 1, 1)):
-    """Writes the figure, a png with 256 colours: a third of the size and no visible difference."""
     figure.tight_layout(pad=0.6, rect=rect)
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=dpi)
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=dpi, bbox_inches="tight", pad_inches=0.08,
+                   pil_kwargs={"quality": 88} if path.suffix == ".jpg" else {"optimize": True})
     plt.close(figure)
-    if Path(path).suffix == ".png":
-        with Image.open(path) as picture:
-            quantised = picture.convert("RGB").quantize(256, dither=Image.Dither.NONE)
-        quantised.save(path, optimize=True)
     return path
 
 
@@ -295,7 +293,7 @@ def sampled(model, run):
             hook.remove()
 
 
-def sampling_points(checkpoint, image, out="sampling_points.png", rank=0, device="cpu"):
+def sampling_points(checkpoint, image, out="sampling_points.jpg", rank=0, device="cpu"):
     """Where the query of the `rank`-th best detection looks: a row per decoder layer, a column per head; the area of a
     point is its attention weight, its colour its level. White: the layer's reference; dashed: the detected box.
     checkpoint, image: files."""
@@ -308,20 +306,17 @@ def sampling_points(checkpoint, image, out="sampling_points.png", rank=0, device
     layers = [{key: value[0, query].cpu().numpy() for key, value in record.items()} for record in records]
     M, L, K = layers[0]["weights"].shape
     extent = np.array(picture.size)
-    centre, half = (box[:2] + box[2:]) / 2, max(1.3 * (box[2:] - box[:2]).max(), 0.2 * extent.max())
-    pale = np.asarray(picture, np.float32) * 0.55 + 255 * 0.2
+    x, y = view_of(box, extent)
     figure, axes = plt.subplots(len(layers), M, figsize=(1.9 * M + 0.4, 1.9 * len(layers) + 0.8), squeeze=False)
     for i, (row, layer) in enumerate(zip(axes, layers)):
         for m, axis in enumerate(row):
-            axis.imshow(pale.astype(np.uint8), extent=(0, extent[0], extent[1], 0))
-            axis.set(xlim=(centre[0] - half, centre[0] + half), ylim=(centre[1] + half, centre[1] - half), xticks=[], yticks=[],
-                     facecolor="#dddddd")
+            _show(axis, picture)
+            axis.set(xlim=x, ylim=y[::-1], facecolor="#dddddd")
             _outline(axis, box, "white", linestyle="--", linewidth=1)
             reference = layer["reference"][0] * np.tile(extent, len(layer["reference"][0]) // 2)
             axis.plot(*reference[:2], "+", color="white", markersize=7)
             for level in range(L):
-                x, y = (layer["locations"][m, level] * extent).T
-                axis.scatter(x, y, s=8 + 130 * layer["weights"][m, level], color=LEVEL_COLOURS[level % 5], alpha=0.9,
+                axis.scatter(*(layer["locations"][m, level] * extent).T, s=8 + 130 * layer["weights"][m, level], color=LEVEL_COLOURS[level % 5], alpha=0.9,
                              edgecolors="black", linewidths=0.4)
             if i == 0:
                 axis.set_title(f"head {m + 1}", fontsize=8)
@@ -340,14 +335,26 @@ def _outline(axis, xyxy, rgb, **style):
     axis.add_patch(Rectangle((x1, y1), x2 - x1, y2 - y1, fill=False, edgecolor=rgb, **style))
 
 
+def view_of(box, extent):
+    """A square around a box (4,) xyxy that leaves room for what lies about it, moved into the image (w, h) where that is
+    large enough, and a little margin -> x limits, y limits."""
+    side = min(max(2.2 * (box[2:] - box[:2]).max(), 0.4 * extent.max()), extent.max() * 1.1)
+    low = (box[:2] + box[2:] - side) / 2
+    margin = 0.05 * side
+    low = np.where(extent + 2 * margin > side, low.clip(-margin, np.maximum(extent + margin - side, -margin)), (extent - side) / 2)
+    return (low[0], low[0] + side), (low[1], low[1] + side)
+
+
 def _show(axis, image, title=""):
-    axis.imshow(np.asarray(image, np.float32).astype(np.uint8), extent=(0, image.width, image.height, 0))
+    """The image, paler than it is, so that what is drawn on it stands out."""
+    pixels = np.asarray(image, np.float32) * 0.6 + 0.15 * 255
+    axis.imshow(pixels.astype(np.uint8), extent=(0, image.width, image.height, 0), interpolation="bicubic")
     axis.set(xlim=(0, image.width), ylim=(image.height, 0), xticks=[], yticks=[])
     axis.set_title(title, fontsize=9)
 
 
-def anchors(checkpoint, image, out="anchors.png", score_threshold=0.3, device="cpu"):
-    """Left: the initial anchors of all queries (grey), those that become detections in their class's colour; right: the
+def anchors(checkpoint, image, out="anchors.jpg", score_threshold=0.3, device="cpu"):
+    """Left: the initial anchors of all queries (white), those that become detections in their class's colour; right: the
     boxes these end as, with a line from each anchor's centre. Anchors that are points are drawn as points."""
     model, detect, cfg, meta = load(checkpoint, device)
     picture = data.read_image(image)
@@ -357,11 +364,11 @@ def anchors(checkpoint, image, out="anchors.png", score_threshold=0.3, device="c
     det = above(detect(outputs, size, cfg.top_k)[0], score_threshold)
     start = outputs["anchors"][0].float().cpu()                                                  # (Nq, 2 or 4)
     start = start * torch.tensor(picture.size).repeat(start.shape[-1] // 2)
-    figure, axes = plt.subplots(1, 2, figsize=(11, 11 / 2 * picture.height / picture.width + 0.4))
+    figure, axes = plt.subplots(1, 2, figsize=(11, 5.4 * picture.height / picture.width + 0.3))
     for axis, title in zip(axes, (f"initial anchors of {len(start)} queries", f"final boxes, score >= {score_threshold:g}")):
         _show(axis, picture, title)
     for anchor in start:
-        _draw_anchor(axes[0], anchor, "#bbbbbb", alpha=0.5, linewidth=0.7)
+        _draw_anchor(axes[0], anchor, "white", alpha=0.6, linewidth=0.7)
     for label, box, query in zip(det["labels"].tolist(), det["boxes"].cpu(), det["query"].tolist()):
         rgb = [v / 255 for v in colour(label)]
         _draw_anchor(axes[0], start[query], rgb, linewidth=2)
@@ -369,7 +376,7 @@ def anchors(checkpoint, image, out="anchors.png", score_threshold=0.3, device="c
         centre = (box[:2] + box[2:]) / 2
         axes[1].plot(*zip(start[query][:2], centre), color=rgb, linewidth=1.2)
         axes[1].plot(*start[query][:2], "o", color=rgb, markersize=3)
-        axes[1].text(box[0], box[1], meta["class_names"][label], fontsize=7, color="white", va="bottom",
+        axes[1].text(max(0, box[0]), max(0, box[1]), meta["class_names"][label], fontsize=7, color="white", va="top",
                      bbox=dict(facecolor=rgb, edgecolor="none", pad=1))
     return _save(figure, out)
 
@@ -401,8 +408,9 @@ def noised_boxes(pictures, targets, denoising, out, group=0):
         for box in target["boxes"]:
             _outline(axis, box_cxcywh_to_xyxy(box) * scale, "white", linewidth=2)
     handles = [plt.Line2D([], [], color=rgb, linestyle=style, label=text) for rgb, style, text in (
-        ("#bbbbbb", "-", "object (white)"), ("#22c03c", "-", "positive query"), ("#e6194b", "--", "negative query"))]
-    figure.legend(handles=handles[:copies + 1], loc="lower left", ncols=3, frameon=False, fontsize=9)
+        ("white", "-", "object"), ("#22c03c", "-", "positive query"), ("#e6194b", "--", "negative query"))]
+    figure.legend(handles=handles[:copies + 1], loc="lower left", ncols=3, fontsize=9, facecolor="#39424e",
+                  labelcolor="white")
     _draw_attention_mask(axes[-1], denoising, copies * N)
     return _save(figure, out, rect=(0, 0.06, 1, 1))
 
@@ -456,13 +464,13 @@ def checkpoint_detections(checkpoint, image, out="detections.jpg", score_thresho
     return tile([detections(picture, found, meta["class_names"])], out, 1, gap=0)
 
 
-def checkpoint_predictions(checkpoint, out="predictions.png", folder=None, n=8, score_threshold=0.3, device="cpu"):
+def checkpoint_predictions(checkpoint, out="predictions.png", folder=None, n=6, score_threshold=0.3, device="cpu"):
     """Ground truth beside predictions on the validation set of a checkpoint."""
     model, detect, cfg, meta = load(checkpoint, device)
     return predictions(model, detect, validation_set(folder, cfg, meta), cfg, device, out, n, score_threshold)
 
 
-def checkpoint_noised_boxes(checkpoint, out="noised_boxes.png", folder=None, n=3, device="cpu"):
+def checkpoint_noised_boxes(checkpoint, out="noised_boxes.jpg", folder=None, n=3, device="cpu"):
     """The denoising queries that a checkpoint's model would make of n validation images. ValueError without any."""
     model, _, cfg, meta = load(checkpoint, device)
     paper = importlib.import_module(meta["model_name"])
@@ -505,7 +513,7 @@ def main(argv=None):
     try:
         print(f"written to {function(**args)}")
     except (ValueError, FileNotFoundError) as error:
-        flags.error(str(error))
+        sys.exit(f"visualize.py: {error}")
 
 
 if __name__ == "__main__":
