@@ -3,13 +3,14 @@
 One image travels  file or generator -> PIL image + pixel boxes -> Transform -> collate -> (images, padding, targets).
 
     image     float32 (3,h,w), RGB, ImageNet mean and deviation removed
-    target    labels (n,) int64 in 0..N-1 | boxes (n,4) float32 cxcywh in [0,1] of the unpadded image | masks (n,h,w) bool, on request
-              image_id int | size (2,) = (h,w) fed to the model | orig_size (2,) = (h,w) of the original | index int, position in the data set
+    target    labels (n,) int64 in 0..N-1 | boxes (n,4) float32 cxcywh in [0,1] of the unpadded image
+              masks (n,h,w) bool, on request | image_id int | index int, position in the data set
+              size (2,) = (h,w) fed to the model | orig_size (2,) = (h,w) of the original
     padding   (B,H,W) bool, True where an image was enlarged to the size of its batch
 
-Class ids: the `categories` of the json, sorted by id, become 0..N-1 here and nowhere else; `category_ids[label]` is the way back.
-Chance: a training sample depends on (seed, epoch, index), the order of an epoch on (seed, epoch), a scene on (seed, split, index). The
-number of workers changes nothing. Annotations lie in flat arrays, so that reading them in a forked worker copies no memory page.
+Class ids: the `categories` of the json, sorted by id, become 0..N-1 here and nowhere else; `category_ids[label]` leads back.
+Chance: a training sample depends on (seed, epoch, index), the order of an epoch on (seed, epoch), a scene on (seed, split,
+index). The number of workers changes nothing. Annotations lie in flat arrays: a forked worker that reads them copies no page.
 
     python data.py --write DIR      writes the generated scenes as a COCO-layout folder
     python data.py --check DIR      the data doctor: a table per class, every problem by file and id, exit code 1 on errors
@@ -39,25 +40,26 @@ from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset
 
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)      # of ImageNet, RGB
+MEAN = np.array([0.485, 0.456, 0.406], np.float32)     # of ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
-CROP_RESIZE, CROP_SIDES = (400, 500, 600), (384, 600)   # the recipe's crop branch: short sides before the crop, sides of the crop
-JITTER_GAIN, JITTER_SHIFT, JITTER_INVERT = 0.15, 0.08, 0.15   # colour jitter: largest gain and shift of the [0,1] range, share inverted
-SMALL_AREA, LARGE_AREA = 32 ** 2, 96 ** 2               # px, the borders of COCO's three size bands
-BAD_SHARE = 0.01                                        # unreadable images beyond this share (and beyond one image) stop the run
-HEADERS_AT_START = 500                                  # image files whose header the check at every start opens
-BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)   # as PIL reports it
-ORIENTATION = 0x0112                                    # the EXIF tag
+CROP_RESIZE, CROP_SIDES = (400, 500, 600), (384, 600)  # crop branch: short sides before the crop, limits of its sides, px
+JITTER_GAIN, JITTER_SHIFT = 0.15, 0.08                 # colour jitter: the largest, of values in [0,1]
+JITTER_INVERT = 0.15                                   # share of the images
+SMALL_AREA, LARGE_AREA = 32 ** 2, 96 ** 2              # px, the borders of COCO's three size bands
+BAD_SHARE = 0.01                                       # more unreadable images than this, and than one, stop the run
+HEADERS_AT_START = 500                                 # image files whose header the check at every start opens
+ORIENTATION = 0x0112                                   # the EXIF tag
+BROKEN_IMAGE = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
 
-NUM_TRAIN, NUM_VAL, SCENE_SEED = 4000, 500, 0           # the default generated data set
-SCENE_SIZE = 160                                        # px; the lengths below are for this size and scale with it
+NUM_TRAIN, NUM_VAL, SCENE_SEED = 4000, 500, 0          # the default generated data set
+SCENE_SIZE = 160                                       # px; the lengths below are for this size and scale with it
 COUNT_SHARES = (0.05, 0.13, 0.20, 0.21, 0.16, 0.11, 0.07, 0.04, 0.03)   # of scenes with 0, 1, .. 8 objects
-MIN_SIDE, MAX_SIDE = 21, 78                             # px, longer side of an ordinary object before rotation and occlusion
-LARGE_SHARE, LARGE_SIDES = 0.36, (118, 150)             # scenes with one object of more than LARGE_AREA, and its longer side in px
-MAX_ROTATION = 0.45                                     # rad, either way
-MIN_CONTRAST = 130                                      # sum over RGB of |object - whatever lies behind it|, of 765
-MIN_VISIBLE = 0.6                                       # share of every object that later objects leave visible
-MAX_OUTSIDE = 0.15                                      # share of an object's side that may lie outside the image
+MIN_SIDE, MAX_SIDE = 21, 78                            # px, longer side of an object before rotation and occlusion
+LARGE_SHARE, LARGE_SIDES = 0.36, (118, 150)            # scenes with one object above LARGE_AREA, its longer side in px
+MAX_ROTATION = 0.45                                    # rad, either way
+MIN_CONTRAST = 130                                     # sum over RGB of |object - whatever lies behind it|, of 765
+MIN_VISIBLE = 0.6                                      # share of every object that later objects leave visible
+MAX_OUTSIDE = 0.15                                     # share of an object's side that may lie outside the image
 
 
 @functools.cache
@@ -71,7 +73,7 @@ def stream(purpose, *key):
     return np.random.default_rng((1 + ("scene", "order", "sample").index(purpose), *key))
 
 
-# ---------------------------------------------------------------------------------------------------------------- annotations
+# -------------------------------------------------------------------------------------------- annotations
 
 class Objects(NamedTuple):
     """The annotated objects of one image, in pixels of the original."""
@@ -83,7 +85,7 @@ class Objects(NamedTuple):
 
 
 class Annotations(NamedTuple):
-    """The objects of all images end to end: image i owns rows first[i]:first[i+1]. Flat, so that forked workers share them."""
+    """The objects of all images end to end: image i owns rows first[i]:first[i+1]. Flat: forked workers share them."""
     first: np.ndarray            # (images+1,) int64
     boxes: np.ndarray            # (A,4) float64 xywh
     labels: np.ndarray           # (A,) int64
@@ -118,15 +120,17 @@ def decode_mask(segmentation, height, width):
         segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
     mask = coco_mask.decode(segmentation)
     if mask.shape != (height, width):
-        raise ValueError(f"segmentation: expected a mask of {height} x {width} px (h x w), got {mask.shape}; run python data.py --check DIR")
+        raise ValueError(f"segmentation: expected a mask of (h, w) = {height, width} px, got {mask.shape}; "
+                         "run python data.py --check DIR")
     return mask
 
 
 class DetectionData(Dataset):
-    """What generated and recorded data share. A subclass sets the attributes below and defines objects(index) and image(index).
+    """What generated and recorded data share.
 
-    name, split, class_names [str], category_ids [int], image_ids (n,) int64, has_masks, annotations, degenerate (boxes dropped);
-    also file_name(index), image_size(index) -> (height, width) of the original in px, and take(rows) -> a part of the data set.
+    A subclass has  name, split, class_names [str], category_ids [int], image_ids (n,) int64, annotations, has_masks,
+    degenerate (number of boxes dropped)  and defines  objects(index) -> Objects, image(index) -> PIL RGB original,
+    image_size(index) -> its (height, width) in px, file_name(index), take(rows) -> a part of the data set.
     """
     epoch = 0
     degenerate = 0
@@ -158,7 +162,7 @@ class DetectionData(Dataset):
         return tensor, target
 
     def pixel_target(self, index, width, height):
-        """What there is to learn in an image: labels, boxes (n,4) xyxy in px clipped to the image, masks (n,h,w) uint8. No crowds."""
+        """What there is to learn in an image: labels, boxes (n,4) xyxy px clipped to it, masks (n,h,w) uint8; no crowds"""
         objects = self.objects(index)
         boxes = np.concatenate([objects.boxes[:, :2], objects.boxes[:, :2] + objects.boxes[:, 2:]], 1)
         boxes = np.clip(boxes, 0, [width, height, width, height])
@@ -170,8 +174,8 @@ class DetectionData(Dataset):
         return target
 
     def coco(self):
-        """The ground truth as pycocotools wants it: crowds as regions to ignore, degenerate boxes left out, annotation ids from 1
-        (pycocotools takes a match with id 0 for no match)."""
+        """The ground truth for pycocotools: crowds as regions to ignore, degenerate boxes left out, annotation ids from 1
+        (it takes a match with id 0 for no match)."""
         images, rows = [], []
         for index, image_id in enumerate(self.image_ids.tolist()):
             height, width = self.image_size(index)
@@ -195,7 +199,7 @@ def class_counts(dataset):
     return np.bincount(annotations.labels[~annotations.crowd], minlength=len(dataset.class_names))
 
 
-# ------------------------------------------------------------------------------------------------------------- generated scenes
+# -------------------------------------------------------------------------------------------- generated scenes
 
 def _outlines():
     """Class name -> polygon (points, 2), x right, y down, centred, longer side 2."""
@@ -208,12 +212,15 @@ def _outlines():
 
     turn, up, arm = np.arange(48) * np.pi / 24, -np.pi / 2, 0.36
     quarter = np.array([[arm, -1], [arm, -arm], [1, -arm]])                # of the cross; the rest by turning it
-    turns = [np.array([[1, 0], [0, 1]]), np.array([[0, 1], [-1, 0]]), -np.array([[1, 0], [0, 1]]), np.array([[0, -1], [1, 0]])]
+    turns = [np.linalg.matrix_power(np.array([[0, 1], [-1, 0]]), k) for k in range(4)]
     back = np.linspace(2 * np.pi - 1.15, 1.15, 40)                         # the inner arc of the crescent
     lobes = 13 * np.cos(turn) - 5 * np.cos(2 * turn) - 2 * np.cos(3 * turn) - np.cos(4 * turn)
-    shapes = {"circle": polar(turn), "square": polar(up / 2 + np.arange(4) * np.pi / 2),
-              "triangle": polar(up + np.arange(3) * np.pi / 1.5), "star": polar(up + np.arange(10) * np.pi / 5, np.tile([1, 0.5], 5)),
-              "ring": polar(turn), "cross": np.concatenate([quarter @ t for t in turns]),
+    shapes = {"circle": polar(turn),
+              "square": polar(up / 2 + np.arange(4) * np.pi / 2),
+              "triangle": polar(up + np.arange(3) * np.pi / 1.5),
+              "star": polar(up + np.arange(10) * np.pi / 5, np.tile([1, 0.5], 5)),
+              "ring": polar(turn),
+              "cross": np.concatenate([quarter @ t for t in turns]),
               "crescent": np.concatenate([polar(np.linspace(0.9, 2 * np.pi - 0.9, 40)), 0.81 * polar(back) + (0.45, 0)]),
               "heart": np.stack([16 * np.sin(turn) ** 3, -lobes], 1)}
     return {name: unit(points) for name, points in shapes.items()}
@@ -249,10 +256,14 @@ def rotate(x, y, angle):
 
 
 def draw_background(rng, size):
-    """Two related colours mixed by a gradient, smooth noise and a pattern, with faint strokes and discs: (size,size,3) float32, mean colour"""
+    """Two related colours mixed by a gradient, smooth noise and a pattern, with faint strokes and discs.
+
+    -> canvas (size,size,3) float32, its mean colour (3,)
+    """
     first = random_colour(rng, (0.05, 0.45), (0.3, 0.95))
     second = np.clip(first + rng.uniform(-38, 38, 3), 0, 255).astype(np.float32)
-    angle, frequency, depth, cells = rng.uniform(0, 2 * np.pi), rng.uniform(12, 40), rng.uniform(0.1, 0.4), int(rng.integers(4, 14))
+    angle, frequency = rng.uniform(0, 2 * np.pi), rng.uniform(12, 40)
+    depth, cells = rng.uniform(0.1, 0.4), int(rng.integers(4, 14))
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
     along, across = rotate(x, y, angle)
     noise = Image.fromarray(rng.random((cells, cells), np.float32)).resize((size, size), Image.Resampling.BICUBIC)
@@ -278,7 +289,7 @@ def draw_background(rng, size):
 
 
 def draw_silhouette(label, side, angle, cx, cy, size):
-    """Coverage of an object in the window that holds it and its shadow: alpha (h,w) float32 in [0,1], window (slice, slice)"""
+    """Coverage of an object in the window that holds it and its shadow -> alpha (h,w) float32 in [0,1], (rows, columns)"""
     points = np.stack(rotate(*OUTLINES[SCENE_CLASSES[label]].T, -angle), 1) * (side / 2) + (cx, cy)
     low = np.maximum(np.floor(points.min(0)).astype(int) - 3, 0)
     high = np.minimum(np.ceil(points.max(0)).astype(int) + 3, size)
@@ -298,9 +309,11 @@ def draw_surface(rng, thing, cx, cy, window):
     x, y = (x - cx) * (2 / thing.side), (y - cy) * (2 / thing.side)        # -1..1 over the object
     u, v = rotate(x, y, thing.angle)
     frequency, depth = rng.uniform(5, 8) * max(1.0, (thing.side / 60) ** 0.7), rng.uniform(10, 30)
-    patterns = (lambda: np.sin(frequency * u), lambda: np.sin(0.7 * frequency * (u + v)), lambda: np.zeros_like(u),
-                lambda: np.sin(frequency * u) * np.sin(frequency * v), lambda: 2 * np.cos(frequency * u) * np.cos(frequency * v) - 1)
-    # stripes two ways, none, checks, dots
+    patterns = (lambda: np.sin(frequency * u),                             # stripes
+                lambda: np.sin(0.7 * frequency * (u + v)),                 # stripes, slanted
+                lambda: np.sin(frequency * u) * np.sin(frequency * v),     # checks
+                lambda: 2 * np.cos(frequency * u) * np.cos(frequency * v) - 1,   # dots
+                lambda: np.zeros_like(u))
     pattern = np.clip(3 * patterns[rng.integers(len(patterns))](), -1, 1) * depth
     tint = rng.uniform(0.5, 1.2, 3).astype(np.float32)
     return thing.colour + pattern[..., None] * tint - 14 * (x + y)[..., None]   # light from the upper left
@@ -326,7 +339,7 @@ def draw_scene(rng, size=SCENE_SIZE):
             cx, cy = rng.uniform(min(margin, size / 2), max(size - margin, size / 2), 2)
             alpha, window = draw_silhouette(label, side, angle, cx, cy, size)
             mask = alpha > 0.5
-            hidden = np.bincount(owner[window][mask], minlength=len(things) + 1)[1:]   # px this place takes from each earlier object
+            hidden = np.bincount(owner[window][mask], minlength=len(things) + 1)[1:]   # px lost by each earlier object
             if (visible - hidden >= MIN_VISIBLE * np.array([thing.pixels for thing in things])).all():
                 break
         else:
@@ -340,7 +353,7 @@ def draw_scene(rng, size=SCENE_SIZE):
         visible = np.append(visible - hidden, thing.pixels)
         things.append(thing)
         owner[window][mask] = len(things)
-        (top, bottom), (left, right) = ((s.start + 2, min(s.stop + 2, size)) for s in window)       # the shadow: 2 px down and right
+        (top, bottom), (left, right) = ((s.start + 2, min(s.stop + 2, size)) for s in window)    # shadow: 2 px down, right
         shadow = np.asarray(Image.fromarray((alpha * 80).astype(np.uint8)).filter(ImageFilter.BoxBlur(1.5)), np.float32) / 255
         canvas[top:bottom, left:right] *= 1 - shadow[:bottom - top, :right - left, None]
         canvas[window] += alpha[..., None] * (draw_surface(rng, thing, cx, cy, window) - canvas[window])
@@ -358,8 +371,8 @@ def visible_objects(owner, things):
         areas.append(mask.sum())
         code = coco_mask.encode(np.asfortranarray(mask.view(np.uint8)))
         texts.append(json.dumps({"size": list(mask.shape), "counts": code["counts"].decode()}).encode())
-    labels = np.array([thing.label for thing in things], np.int64)
-    return Objects(np.array(boxes, np.float64).reshape(-1, 4), labels, np.array(areas, np.float64), np.zeros(len(things), bool), texts)
+    boxes, labels = np.array(boxes, np.float64).reshape(-1, 4), np.array([thing.label for thing in things], np.int64)
+    return Objects(boxes, labels, np.array(areas, np.float64), np.zeros(len(things), bool), texts)
 
 
 class Shapes(DetectionData):
@@ -377,7 +390,7 @@ class Shapes(DetectionData):
         self.split, self.seed, self.size, self.load_masks = split, seed, size, load_masks
         self.image_ids = np.arange({"train": NUM_TRAIN, "val": NUM_VAL}[split] if num_images is None else num_images)
         self.transform = transform or Transform(sizes=())
-        self.pixels = np.zeros((len(self), size, size, 3), np.uint8)       # the system gives the memory when a scene is written
+        self.pixels = np.zeros((len(self), size, size, 3), np.uint8)       # takes memory as scenes are drawn
         self.scenes = [None] * len(self)                                   # Objects of each scene drawn so far
 
     def draw(self, index):
@@ -418,17 +431,17 @@ class Shapes(DetectionData):
         return part
 
 
-# ---------------------------------------------------------------------------------------------------------- COCO-layout folders
+# -------------------------------------------------------------------------------------------- COCO-layout folders
 
 class CocoFolder(DetectionData):
     """A folder in COCO layout: annotations/instances_{split}2017.json and {split}2017/ with the images.
 
     root: the folder; split: train or val; annotations, images: explicit paths where the layout differs.
-    Crowds are never learnt and are regions to ignore in coco(). Boxes without width or height inside the image are dropped and counted
-    (`degenerate`). Images without objects stay. An unreadable training image is replaced by the next readable one; an unreadable
-    evaluation image is shown as plain grey, so that its objects count as missed. Either way one warning, and RuntimeError when there
-    are more than max(1, 1 %). EXIF rotation is applied to the pixels, except where the width and height of the json fit only the
-    unrotated pixels: then the boxes were drawn on those.
+    Crowds are never learnt and are regions to ignore in coco(). Boxes without width or height inside the image are dropped
+    and counted (`degenerate`). Images without objects stay. EXIF rotation is applied to the pixels, except where the width
+    and height of the json fit only the unrotated pixels: then the boxes were drawn on those.
+    An unreadable training image is replaced by the next readable one; an unreadable evaluation image is shown as plain
+    grey, so that its objects count as missed. Either way one warning, and RuntimeError beyond max(1, 1 %) of the images.
     Raises FileNotFoundError (no json, no images) and ValueError (a json that cannot be used, see json_problems).
     """
 
@@ -441,22 +454,23 @@ class CocoFolder(DetectionData):
         self.problems = list(json_problems(data))
         fatal = [problem for problem in self.problems if problem.level == "fatal"]
         if fatal:
-            raise ValueError(f"{path}: expected a COCO json, got {len(fatal)} entries that cannot be used: "
-                             + "; ".join(f"{p.kind}: {p.where}" for p in fatal[:3]) + "; python data.py --check DIR lists them all")
+            named = "; ".join(f"{problem.kind}: {problem.where}" for problem in fatal[:3])
+            raise ValueError(f"{path}: expected a COCO json, got {len(fatal)} entries that cannot be used: {named}; "
+                             "python data.py --check DIR lists them all")
         self.folder = Path(images) if images else images_folder(root, split, data["images"])
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.class_names, self.category_ids = [str(c["name"]) for c in categories], [c["id"] for c in categories]
         self.image_ids = np.array([image["id"] for image in data["images"]])
         self.files = np.array([image["file_name"] for image in data["images"]])
-        self.sizes = np.array([listed_size(image) for image in data["images"]])         # (images, 2) w, h of the json, 0 = not given
-        self.bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()             # unreadable images, known to every worker
+        self.sizes = np.array([listed_size(image) for image in data["images"]])   # (images, 2) w, h, 0 = not given
+        self.bad = torch.zeros(len(self), dtype=torch.bool).share_memory_()       # unreadable images, known to every worker
         self._flatten(data["annotations"])
         given = sum(bool(row.get("segmentation")) for row in data["annotations"])
         self.has_masks = 0 < given == len(data["annotations"])
         broken = [problem for problem in self.problems if problem.kind == "malformed segmentation"]
         if load_masks and (broken or 0 < given < len(data["annotations"])):
-            raise ValueError(f"{path}: masks need a valid segmentation for every object, got {given} for {len(data['annotations'])} objects, "
-                             f"{len(broken)} malformed; python data.py --check DIR names them")
+            raise ValueError(f"{path}: masks need a valid segmentation for every object, got {given} for "
+                             f"{len(data['annotations'])} objects, {len(broken)} malformed; python data.py --check DIR names them")
 
     def _flatten(self, rows):
         """json annotations -> self.annotations, ordered by image, degenerate boxes dropped and counted"""
@@ -468,12 +482,12 @@ class CocoFolder(DetectionData):
         self.degenerate = int((~keep).sum())
         order = np.flatnonzero(keep)[np.argsort(image[keep], kind="stable")]
         kept = [rows[k] for k in order]
-        wants_text = self.load_masks or self.split != "train"               # a training set without masks need not carry its polygons
+        wants_text = self.load_masks or self.split != "train"              # training without masks need not carry polygons
         texts = [json.dumps(row["segmentation"]).encode() if wants_text and row.get("segmentation") else b"" for row in kept]
         self.annotations = Annotations(
             np.searchsorted(image[order], np.arange(len(self) + 1)), boxes[order],
             np.array([label[row["category_id"]] for row in kept], np.int64),
-            np.array([row.get("area", row["bbox"][2] * row["bbox"][3]) for row in kept], np.float64),
+            np.array([listed_area(row) for row in kept], np.float64),
             np.array([bool(row.get("iscrowd", 0)) for row in kept], bool),
             np.frombuffer(b"".join(texts), np.uint8), np.cumsum([0] + [len(text) for text in texts]))
 
@@ -505,16 +519,18 @@ class CocoFolder(DetectionData):
             if self.split != "train":
                 width, height = self.sizes[index].tolist()
                 return index, Image.new("RGB", (max(width, 1), max(height, 1)), (124, 116, 104))
-        raise RuntimeError(f"{self.folder}: expected at least one readable image, got none of {len(self)}; python data.py --check DIR")
+        raise RuntimeError(f"{self.folder}: expected a readable image, got none of {len(self)}; python data.py --check DIR")
 
     def _count_bad(self, index, error):
         self.bad[index] = True
         instead = "another image takes its place" if self.split == "train" else "its objects count as missed"
         print(f"warning: {self.folder / self.files[index]} cannot be read ({error}); {instead}", file=sys.stderr)
-        if self.bad.sum() > max(1, BAD_SHARE * len(self)):
+        allowed = max(1, BAD_SHARE * len(self))
+        if self.bad.sum() > allowed:
             names = ", ".join(self.files[self.bad.numpy()][:5])
-            raise RuntimeError(f"{self.folder}: expected at most {max(1, int(BAD_SHARE * len(self)))} unreadable images of {len(self)}, got "
-                               f"{int(self.bad.sum())} ({names} ...); repair or remove them, python data.py --check DIR lists them all") from error
+            raise RuntimeError(f"{self.folder}: expected at most {int(allowed)} unreadable images of {len(self)}, got "
+                               f"{int(self.bad.sum())} ({names}); repair or remove them, python data.py --check DIR lists all"
+                               ) from error
 
     def take(self, rows):
         part = copy.copy(self)
@@ -531,15 +547,15 @@ def json_path(root, split):
 def read_json(path):
     """FileNotFoundError or ValueError where there is no file or no JSON object in it."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a COCO json there, got no such file; a data folder holds "
-                                "annotations/instances_{train,val}2017.json, train2017/ and val2017/ (python data.py --write DIR makes one)")
+        raise FileNotFoundError(f"{path}: expected a COCO json there, got no such file; a data folder holds annotations/"
+                                "instances_{train,val}2017.json, train2017/ and val2017/ (python data.py --write DIR makes one)")
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:
         raise ValueError(f"{path}: expected JSON, got {error}; write the file anew") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object with images, annotations and categories, got a {type(data).__name__}; "
-                         "this looks like a results file, give the ground truth")
+        raise ValueError(f"{path}: expected a JSON object with images, annotations and categories, got a "
+                         f"{type(data).__name__}; this looks like a results file, give the ground truth")
     return data
 
 
@@ -549,8 +565,8 @@ def images_folder(root, split, images):
     places = [root / f"{split}2017", root / "images" / f"{split}2017", root / split, root / "images", root]
     found = next((place for place in places if any((place / name).is_file() for name in names)), None)
     if found is None:
-        raise FileNotFoundError(f"{places[0]}: expected the images of the json there (such as {names[0]}), got none of the first {len(names)}; "
-                                f"put them there or correct file_name in {json_path(root, split)}")
+        raise FileNotFoundError(f"{places[0]}: expected the images of the json there (such as {names[0]}), got none of the "
+                                f"first {len(names)}; put them there or correct file_name in {json_path(root, split)}")
     return found
 
 
@@ -559,14 +575,19 @@ def listed_size(image):
     return tuple(int(image[side]) if isinstance(image.get(side), (int, float)) else 0 for side in ("width", "height"))
 
 
+def listed_area(row):
+    """px of a json annotation, from its box where no area is given"""
+    return float(row.get("area") or row["bbox"][2] * row["bbox"][3])
+
+
 def degenerate_boxes(boxes, sizes):
-    """boxes (n,4) xywh, sizes (n,2) w, h of their images, 0 = unknown -> (n,) bool: nothing is left after clipping to the image"""
+    """boxes (n,4) xywh, sizes (n,2) w, h of their images, 0 = unknown -> (n,) bool: nothing of the box lies in the image"""
     limits = np.where(sizes > 0, sizes, np.inf).reshape(-1, 2)
     low, high = np.clip(boxes[:, :2], 0, limits), np.clip(boxes[:, :2] + boxes[:, 2:], 0, limits)
     return ~(high > low).all(1)
 
 
-# ------------------------------------------------------------------------------------------------------------------ image files
+# -------------------------------------------------------------------------------------------- image files
 
 def read_header(path):
     """-> stored (width, height), EXIF orientation 1..8"""
@@ -575,16 +596,17 @@ def read_header(path):
 
 
 def upright_size(stored, orientation, listed=None):
-    """-> (width, height) in the frame of the boxes, whether the EXIF rotation leads there. listed: (width, height) of the json."""
+    """-> (width, height) in the frame of the boxes, whether EXIF rotation leads there. listed: (width, height) of the json."""
     turned = stored[::-1] if orientation in (5, 6, 7, 8) else stored
     rotate = not listed == stored != turned
     return (turned if rotate else stored), rotate
 
 
 def read_image(path, listed=None):
-    """Any file PIL reads -> RGB image, turned as its EXIF tag says unless `listed` (width, height) fits only the unturned pixels.
+    """Any file PIL reads -> RGB image, turned as its EXIF tag says unless listed (width, height) fits only the unturned pixels.
 
-    Grey, palette and CMYK become RGB, transparency is dropped, 16-bit values keep their upper 8 bits. Raises one of BROKEN_IMAGE.
+    Grey, palette and CMYK become RGB, transparency is dropped, 16-bit values keep their upper 8 bits.
+    Raises one of BROKEN_IMAGE.
     """
     with Image.open(path) as image:
         image.load()
@@ -600,7 +622,7 @@ def read_image(path, listed=None):
         return image.convert("RGB")
 
 
-# ------------------------------------------------------------------------------------------------------------------- transforms
+# -------------------------------------------------------------------------------------------- transforms
 
 def resized(width, height, short, max_size=None):
     """(width, height) after the papers' rule: the shorter side becomes `short`, less where the longer would pass max_size."""
@@ -614,7 +636,7 @@ def resized(width, height, short, max_size=None):
 
 
 def resample(image, target, size, region=None):
-    """Scale `region` (x0,y0,x1,y1 px, default all) of image and target to size (w,h); what lies outside the region is dropped."""
+    """Scale the region (x0,y0,x1,y1 px, default all) of image and target to size (w,h); what lies outside is dropped."""
     if region is None and image.size == tuple(size):
         return image, target
     x0, y0, x1, y1 = region or (0, 0, *image.size)
@@ -640,7 +662,7 @@ def flip(image, target):
 def random_crop(image, target, rng):
     """The crop branch: short side to 400, 500 or 600, then a window with sides of 384 to 600 px, each drawn by itself.
 
-    Only the window is computed: PIL resamples a region of the original to the pixels that cropping the resized whole gives, to rounding.
+    Only the window is computed: to rounding, PIL resamples a region to the pixels that cropping the resized whole gives.
     """
     whole = resized(*image.size, int(rng.choice(CROP_RESIZE)))
     size = tuple(int(rng.integers(CROP_SIDES[0], min(side, CROP_SIDES[1]) + 1)) for side in whole)      # w, h
@@ -651,9 +673,9 @@ def random_crop(image, target, rng):
 
 
 def normalise(image, channels=(0, 1, 2), gain=1.0, shift=0.0, invert=False):
-    """PIL RGB -> float32 (3,h,w); colour c comes from channels[c], then inversion, gain and shift in [0,1], then mean and deviation.
+    """PIL RGB -> float32 (3,h,w): one table of 256 values a channel.
 
-    All of it is one table of 256 values a channel.
+    Colour c comes from channels[c]; then inversion, gain and shift in [0,1]; then mean and deviation.
     """
     levels = np.arange(256, dtype=np.float32) / 255
     levels = np.clip((1 - levels if invert else levels) * gain + shift, 0, 1)
@@ -666,8 +688,8 @@ def normalise(image, channels=(0, 1, 2), gain=1.0, shift=0.0, invert=False):
 class Transform:
     """(PIL image, pixel target) -> (float32 (3,h,w), model target). Defaults: nothing but the normalisation.
 
-    sizes: short sides to choose from in px, () keeps the size; max_size: limit of the long side. augment: horizontal flip for half of
-    the images and a random size, else the first size. crop: half of the images take the crop branch first. jitter: colours too.
+    sizes: short sides to choose from in px, () keeps the size; max_size: limit of the long side. augment: a random size, and
+    horizontal flip for half of the images. crop: half of them take the crop branch first. jitter: colours too.
     """
     sizes: tuple = ()
     max_size: int | None = None
@@ -711,7 +733,7 @@ def eval_transform(cfg):
     return Transform((cfg.eval_size,), cfg.max_size)
 
 
-# ---------------------------------------------------------------------------------------------------------------------- batches
+# -------------------------------------------------------------------------------------------- batches
 
 def collate(samples):
     """[(image (3,h,w), target)] -> images (B,3,H,W) with zeros to the right and below, padding (B,H,W) bool, [target]"""
@@ -725,7 +747,7 @@ def collate(samples):
 
 
 def build_datasets(data, cfg, seed, load_masks=False, overfit=0, num_train=NUM_TRAIN, num_val=NUM_VAL):
-    """-> train, val. data: a COCO-layout folder, or None for the generated scenes (num_train and num_val, the same ones for every seed).
+    """-> train, val. data: a COCO-layout folder, or None for num_train and num_val generated scenes, the same for every seed.
 
     seed: of the augmentation. overfit N: both are the first N training images with objects, without augmentation.
     """
@@ -745,9 +767,9 @@ def build_datasets(data, cfg, seed, load_masks=False, overfit=0, num_train=NUM_T
 def batches(dataset, batch_size, seed=0, epoch=0, shuffle=False, workers=0, rank=0, world=1, start=0):
     """-> DataLoader of one epoch of this rank: (images, padding, targets), see collate.
 
-    batch_size: images of this rank in a batch. shuffle (training): an order from (seed, epoch) alone, the last incomplete batch left
-    out, the same number of batches on every rank, never zero. Otherwise (evaluation): every image once over all ranks.
-    start: batches to skip, unread. Touches no global random state.
+    batch_size: images of this rank in a batch. shuffle (training): an order from (seed, epoch) alone, the last incomplete
+    batch left out, the same number of batches on every rank, never zero. Otherwise (evaluation): every image once over all
+    ranks. start: batches to skip, unread. Touches no global random state.
     """
     dataset.set_epoch(epoch)
     if workers:
@@ -756,20 +778,21 @@ def batches(dataset, batch_size, seed=0, epoch=0, shuffle=False, workers=0, rank
         order = stream("order", seed, epoch).permutation(len(dataset))
         if len(order) < batch_size * world:
             smaller = max(1, len(order) // world)
-            say_once(f"{dataset.name}: {len(order)} training images for batches of {batch_size * world}; batches of {smaller * world} instead")
+            say_once(f"{dataset.name}: {len(order)} training images: batch {smaller * world} instead of {batch_size * world}")
             order, batch_size = np.resize(order, max(len(order), world)), smaller
         steps = len(order) // (batch_size * world)
         plan = order[:steps * batch_size * world].reshape(steps, world, batch_size)[:, rank].tolist()
     else:
         mine = list(range(rank, len(dataset), world))
         plan = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
-    return DataLoader(dataset, batch_sampler=plan[start:], collate_fn=collate, num_workers=workers, generator=torch.Generator())
+    return DataLoader(dataset, batch_sampler=plan[start:], collate_fn=collate, num_workers=workers,
+                      generator=torch.Generator())                         # the global one belongs to the model
 
 
-# -------------------------------------------------------------------------------------------------------------- the data doctor
+# -------------------------------------------------------------------------------------------- the data doctor
 
 class Problem(NamedTuple):
-    level: str                   # fatal: the data set cannot be loaded | error: it can, and would mislead | warning: it is taken care of
+    level: str                   # fatal: cannot be loaded | error: can, and would mislead | warning: is taken care of
     kind: str
     where: str
 
@@ -792,9 +815,9 @@ def json_problems(data):
         if image is None:
             yield Problem("fatal", "unknown image id", f"{where}: expected an id from images")
         elif row["category_id"] not in names:
-            yield Problem("fatal", "unknown category id", f"{where}: got category {row['category_id']}, expected one of {sorted(names)[:8]}..")
+            yield Problem("fatal", "unknown category id", f"{where}: got category {row['category_id']}, expected an id from categories")
         elif not (isinstance(box, list) and len(box) == 4 and all(type(v) in (int, float) and np.isfinite(v) for v in box)):
-            yield Problem("fatal", "malformed box", f"{where}: got {str(box)[:60]}, expected [x, y, width, height] as finite numbers")
+            yield Problem("fatal", "malformed box", f"{where}: got {str(box)[:60]}, expected finite [x, y, width, height]")
         else:
             usable.append((row, where, listed_size(image)))
             fault = segmentation_fault(row.get("segmentation"), listed_size(image))
@@ -819,13 +842,15 @@ def entry_problems(data):
             lacking = [field for field in fields if not isinstance(entry, dict) or field not in entry]
             if lacking:
                 yield Problem("fatal", f"incomplete {part}", f"{part}[{k}] lacks {', '.join(lacking)}")
-            elif any(type(entry[field]) is not int for field in fields if field.endswith("id")):
-                yield Problem("fatal", "ids", f"{part}[{k}]: expected integer ids, got {[entry[f] for f in fields if f.endswith('id')]}")
+                continue
+            ids = [entry[field] for field in fields if field.endswith("id")]
+            if any(type(number) is not int for number in ids):
+                yield Problem("fatal", "ids", f"{part}[{k}]: expected integer ids, got {ids}")
         level = "warning" if part == "annotations" else "fatal"            # annotation ids are numbered anew for the evaluation
         ids = Counter(entry.get("id") for entry in entries if isinstance(entry, dict) and type(entry.get("id")) is int)
         yield from (Problem(level, f"id used twice in {part}", f"id {i} stands {n} times") for i, n in ids.items() if n > 1)
     files = Counter(image.get("file_name") for image in data.get("images") or () if isinstance(image, dict))
-    yield from (Problem("warning", "file listed twice", f"{name}: {n} entries in images") for name, n in files.items() if n > 1)
+    yield from (Problem("warning", "file listed twice", f"{name}: {n} images") for name, n in files.items() if n > 1)
 
 
 def box_problems(rows, wheres, sizes):
@@ -838,8 +863,8 @@ def box_problems(rows, wheres, sizes):
     as_corners = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= limits + 1).all(1)
     # corners read as width and height overshoot wherever x1 + x2 > width; true widths are rarely all greater than their x
     if beyond.sum() >= max(1, 0.1 * len(boxes)) and as_corners.mean() > 0.95:
-        yield Problem("error", "boxes look like xyxy", f"{beyond.sum()} of {len(boxes)} boxes leave their image as [x, y, width, height], and "
-                      f"{as_corners.sum()} fit as [x1, y1, x2, y2]; COCO wants x, y, width, height. First: {wheres[np.argmax(beyond)]}")
+        yield Problem("error", "boxes look like xyxy", f"{beyond.sum()} of {len(boxes)} boxes leave their image as [x, y, width, "
+                      f"height], {as_corners.sum()} fit as [x1, y1, x2, y2]; COCO wants the former. First: {wheres[np.argmax(beyond)]}")
     for k in np.flatnonzero(degenerate | outside):
         kind = "degenerate box (dropped)" if degenerate[k] else "box leaves the image (clipped)"
         yield Problem("warning", kind, f"{wheres[k]}: {boxes[k].tolist()} in {'x'.join(map(str, sizes[k]))} px")
@@ -865,7 +890,8 @@ def segmentation_fault(segmentation, size):
 def file_problems(folder, images, decode):
     """Missing and unreadable files, wrong width and height, EXIF rotation. decode: read every pixel, else only the headers."""
     for image in images:
-        path, listed, where = folder / image["file_name"], listed_size(image), f"image {image['id']}, {folder / image['file_name']}"
+        path, listed = folder / image["file_name"], listed_size(image)
+        where = f"image {image['id']}, {path}"
         if not path.is_file():
             yield Problem("error", "missing file", where)
             continue
@@ -878,7 +904,8 @@ def file_problems(folder, images, decode):
             continue
         size, rotate = upright_size(stored, orientation, listed)
         if listed != size:
-            yield Problem("error", "wrong width or height", f"{where}: json says {listed[0]}x{listed[1]}, the file has {size[0]}x{size[1]}")
+            says, has = "x".join(map(str, listed)), "x".join(map(str, size))
+            yield Problem("error", "wrong width or height", f"{where}: json says {says}, the file has {has}")
         if orientation != 1:
             action = "the pixels are turned by it" if rotate else "not applied, the json fits the unturned pixels"
             yield Problem("warning", "EXIF rotation", f"{where}: orientation {orientation}, {action}")
@@ -898,7 +925,7 @@ def report(problems, limit):
 def print_table(data):
     """Images, boxes and size bands per class, crowds not counted."""
     rows = [row for row in data["annotations"] if not row.get("iscrowd")]
-    areas = np.array([row.get("area", row["bbox"][2] * row["bbox"][3]) for row in rows], float)
+    areas = np.array([listed_area(row) for row in rows])
     band = np.digitize(areas, (SMALL_AREA, LARGE_AREA))
     print(f"  {'class':24}{'id':>8}{'images':>8}{'boxes':>8}{'small':>8}{'medium':>8}{'large':>8}")
     for category in sorted(data["categories"], key=lambda category: category["id"]):
@@ -915,19 +942,20 @@ def check(directory, full=True):
     errors = 0
     for split in ("train", "val"):
         path = json_path(directory, split)
-        print(f"{path}")
+        print(path)
+        problems = []
         try:
             data = read_json(path)
-            problems = list(json_problems(data))
+            problems += json_problems(data)
             loadable = not any(problem.level == "fatal" for problem in problems)
             if loadable:
-                print(f"  {len(data['images'])} images, {len(data['annotations'])} annotations, {len(data['categories'])} classes")
+                print(*(f"  {len(data[part])} {part}" for part in FIELDS))
                 print_table(data)
                 problems += file_problems(images_folder(Path(directory), split, data["images"]), data["images"], full)
                 if split == "train" and not CocoFolder(directory, split).first(1).image_ids.size:
                     problems.append(Problem("error", "nothing to learn", "no usable box in the training set"))
         except (FileNotFoundError, ValueError) as error:
-            problems = [Problem("fatal", "cannot be loaded", str(error))]
+            problems.append(Problem("fatal", "cannot be loaded", str(error)))
         report(problems, limit=sys.maxsize)
         bad = sum(problem.level != "warning" for problem in problems)
         print(f"  {bad} errors, {len(problems) - bad} warnings")
@@ -936,7 +964,7 @@ def check(directory, full=True):
 
 
 def quick_check(dataset, training=True):
-    """The check at every start: what the json shows and the headers of some images, no decoding. Prints and returns the problems.
+    """The check at every start, without decoding: what the json and some image headers show. Prints and returns the problems.
 
     Raises ValueError for a training set without one usable box.
     """
@@ -949,8 +977,8 @@ def quick_check(dataset, training=True):
     report(problems, limit=3)
     boxes = class_counts(dataset).sum()
     if training and not boxes:
-        raise ValueError(f"{dataset.name}: expected at least one usable box to learn from, got {len(dataset)} images with none "
-                         f"({dataset.degenerate} degenerate boxes dropped); python data.py --check DIR shows what is there")
+        raise ValueError(f"{dataset.name}: expected at least one usable box to learn from, got {len(dataset)} images with "
+                         f"none ({dataset.degenerate} degenerate boxes dropped); python data.py --check DIR shows what is there")
     return problems
 
 
@@ -968,7 +996,7 @@ def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEE
 
 
 def main():
-    parser = argparse.ArgumentParser(description="write the generated scenes, or check a COCO-layout folder", allow_abbrev=False)
+    parser = argparse.ArgumentParser(allow_abbrev=False, description="write the generated scenes, or check a folder")
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--write", metavar="DIR", help="write the generated scenes there")
     task.add_argument("--check", metavar="DIR", help="look for problems there; exit code 1 on errors")
@@ -978,6 +1006,8 @@ def main():
     flags = parser.parse_args()
     if flags.check:
         sys.exit(1 if check(flags.check) else 0)
+    if any(json_path(flags.write, split).exists() for split in ("train", "val")):
+        parser.error(f"--write {flags.write}: expected a new folder, got one with annotations; name another or remove it")
     write_scenes(flags.write, flags.num_train, flags.num_val, flags.seed)
 
 
