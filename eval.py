@@ -236,7 +236,7 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
         for b, (query, matched) in enumerate(criterion.match(outputs, targets)):
             boxes = targets[b]["boxes"][matched.to(device)]                                      # (n, 4)
             distances.append(anchor_distances(anchors[b, query.to(device)], boxes).cpu())
-            areas.append((boxes[:, 2:] * targets[b]["orig_size"].flip(0)).prod(-1).cpu())
+            areas.append((boxes[:, 2:].prod(-1) * targets[b]["orig_size"].prod()).cpu())
     distances, small = torch.cat(distances), torch.cat(areas) < SMALL_AREA
     return {"ATD": atd(distances, k), "ATD_small": atd(distances[small], k), "k": k, "objects": len(distances),
             "small_objects": int(small.sum()), "coordinates": "xywh"[:anchors.shape[-1]]}

@@ -54,6 +54,13 @@ def test_ap_with_half_the_objects_found_follows_the_101_recall_points():
     assert figures["AR100"] == pytest.approx(0.5)
 
 
+def test_a_second_detection_of_the_same_object_is_a_false_alarm():
+    first, second = [0, 0, 20, 20], [60, 60, 20, 20]
+    gt = truth([(1, 7, first), (1, 7, second)])
+    rows = [result(1, 7, first, 0.9), result(1, 7, first, 0.8), result(1, 7, second, 0.7)]
+    assert evaluation.score(gt, rows)["AP"] == pytest.approx((51 + 50 * 2 / 3) / 101)
+
+
 def test_size_bands_without_objects_are_minus_one_and_shown_as_a_dash():
     gt = truth([(1, 7, [0, 0, 20, 20])])
     metrics = {"bbox": evaluation.score(gt, [result(1, 7, [0, 0, 20, 20], 1.0)])}
@@ -359,6 +366,14 @@ def test_images_of_any_size_are_drawn_and_listed_and_broken_ones_named(checkpoin
     rows = json.loads((out / "detections.json").read_text())
     assert {(row["image_id"], row["file_name"]) for row in rows} == {(int(name.split(".")[0]), name) for name in sizes}
     assert all(1 <= row["category_id"] <= 8 for row in rows)
+
+
+def test_boxes_come_back_in_pixels_of_a_picture_that_is_not_square():
+    detector = importlib.import_module("deformable_detr")
+    outputs = {"pred_logits": torch.tensor([[[3.0, -3.0]]]), "pred_boxes": torch.tensor([[[0.5, 0.5, 1.0, 0.5]]])}
+    cfg = type("Config", (), {"top_k": 1, "eval_size": 30, "max_size": 60})
+    det = evaluation.detect_image(lambda images, padding: outputs, detector.detect, Image.new("RGB", (90, 60)), cfg, "cpu")
+    assert det["boxes"].tolist() == [[0, 15, 90, 45]] and det["labels"].tolist() == [0]
 
 
 def test_names_that_are_no_numbers_count_from_one(tmp_path):
