@@ -184,11 +184,12 @@ CPU_FLAGS = ["-std=c++17", "-shared", "-fPIC", "-O3", "-march=native", "-fopenmp
              "-fno-trapping-math", "-fassociative-math", "-fno-signed-zeros"]
 
 
-class _Problem(ctypes.Structure):
+class Problem(ctypes.Structure):
     """`struct Problem` of the kernel files, field by field."""
     _fields_ = ([(name, ctypes.c_void_p) for name in (
                     "value", "points", "weights", "reference", "grad_output",
-                    "output", "grad_value", "grad_points", "grad_weights", "grad_locations")]
+                    "output", "grad_value", "grad_points", "grad_weights", "grad_locations",
+                    "cells", "corner_weights", "rows", "first")]
                 + [(name, ctypes.c_int64) for name in ("B", "S", "Nq")]
                 + [(name, ctypes.c_int) for name in ("M", "D", "L", "K", "reference_size", "threads")]
                 + [("H", ctypes.c_int * MAX_LEVELS), ("W", ctypes.c_int * MAX_LEVELS)])
@@ -198,27 +199,57 @@ class BuildError(RuntimeError):
     """A kernel could not be built; the text says why and what would help."""
 
 
+class Kernels:
+    """One compiled kernel file. `dtypes` are those it computes in; it is handed other values as float32."""
+
+    def __init__(self, path, dtypes):
+        self.library, self.dtypes = ctypes.CDLL(str(path)), dtypes
+
+    def __call__(self, name, shapes, value, points, **tensors):
+        """Runs one entry point. Every tensor is contiguous, 16-byte aligned and kept alive by the caller during the call."""
+        (B, S, M, D), (_, Nq, _, L, K, _) = value.shape, points.shape
+        reference = tensors.get("reference")
+        problem = Problem(value=value.data_ptr(), points=points.data_ptr(), B=B, S=S, Nq=Nq, M=M, D=D, L=L, K=K,
+                          reference_size=0 if reference is None else reference.shape[-1], threads=torch.get_num_threads(),
+                          **{key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None})
+        problem.H[:L], problem.W[:L] = shapes[::2], shapes[1::2]
+        self.launch(getattr(self.library, f"{name}_{DTYPES[value.dtype]}"), problem, value.device)
+
+    def launch(self, function, problem, device):
+        if device.type == "cpu":
+            code = function(ctypes.byref(problem), None)
+        else:
+            with torch.cuda.device(device):
+                code = function(ctypes.byref(problem), ctypes.c_void_p(torch.cuda.current_stream(device).cuda_stream))
+        if code:
+            self.library.error_text.restype = ctypes.c_char_p
+            raise RuntimeError(f"{function.__name__} on {device}: {self.library.error_text(code).decode()}")
+
+
 def _use_kernel(value, impl):
     if impl not in (None, "kernel", "torch"):
         raise ValueError(f'expected impl None, "kernel" or "torch", got {impl!r}')
-    return impl != "torch" and _kernel_works(value.device.type, impl == "kernel")
+    return impl != "torch" and _kernel_works(value.device.type, value.device.index, impl == "kernel")
 
 
 @torch.compiler.assume_constant_result    # torch.compile asks once, while tracing, and does not look inside
-def _kernel_works(device_type, required):
-    library = _library(device_type)
-    if required and isinstance(library, BuildError):
-        raise library
-    return not isinstance(library, BuildError)
+def _kernel_works(device_type, index, required):
+    kernels = _kernels(device_type, index)
+    if required and isinstance(kernels, BuildError):
+        raise kernels
+    return not isinstance(kernels, BuildError)
 
 
 @functools.cache
-def _library(device_type):
-    """The loaded kernel library of a device type, built first where it is not in the cache. Where that fails: a warning,
-    once, that says why and what is used instead, and the BuildError in place of the library."""
+def _kernels(device_type, index):
+    """The kernels of a device, built first where they are not in the cache. Where that fails: a warning, once, that says
+    why and what is used instead, and the BuildError in place of the kernels."""
     try:
         if device_type == "cpu":
-            return _load("cpp", [*CPU_FLAGS, _cpu_name()], _compile_cpu)
+            return Kernels(build("cpp", [*CPU_FLAGS, _cpu_name()], _compile_cpu), (torch.float32, torch.float64))
+        if device_type == "cuda" and torch.version.cuda:
+            major, minor = torch.cuda.get_device_capability(index)
+            return Kernels(build_cuda(f"{major}{minor}"), tuple(DTYPES))
         raise BuildError(f"there is no kernel for device {device_type!r}")
     except BuildError as error:
         cost = "a training step takes about 1.7 times as long" if device_type == "cpu" else "several times slower"
@@ -226,9 +257,10 @@ def _library(device_type):
         return error
 
 
-def _load(suffix, facts, compile):
-    """Everything the machine code depends on is in the cached file's name, so a stale one is never picked up. The build
-    happens under a temporary name and is renamed when whole: a killed build leaves nothing that could be loaded or waited for."""
+def build(suffix, facts, compile):
+    """Path of the compiled deformable_attn_kernel.<suffix>. Everything the machine code depends on is in the cached file's
+    name (source, torch, `facts`), so a stale one is never picked up. The build happens in a folder of its own and is
+    renamed when whole: a killed build leaves nothing that could be loaded or waited for. Raises BuildError."""
     source = Path(__file__).with_name(f"deformable_attn_kernel.{suffix}")
     try:
         key = hashlib.sha256("\n".join([source.read_text(), torch.__version__, *facts]).encode()).hexdigest()[:16]
@@ -238,14 +270,13 @@ def _load(suffix, facts, compile):
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder, prefix="deformable_attn_build_") as scratch:
                 os.replace(compile(source, Path(scratch)), target)
-        return ctypes.CDLL(str(target))
+        return target
     except OSError as error:
         raise BuildError(f"{error}; TORCH_EXTENSIONS_DIR names the folder for compiled kernels") from error
 
 
 def _compile_cpu(source, scratch):
-    compiler = os.environ.get("CXX", "c++")
-    target = scratch / "kernel.so"
+    compiler, target = os.environ.get("CXX", "c++"), scratch / "kernel.so"
     try:
         run = subprocess.run([compiler, *CPU_FLAGS, str(source), "-o", str(target)], capture_output=True, text=True)
     except FileNotFoundError as error:
@@ -255,9 +286,24 @@ def _compile_cpu(source, scratch):
     return target
 
 
+def build_cuda(sm):
+    """Path of the CUDA kernels for one architecture, such as "90". Needs nvcc and ninja. Raises BuildError."""
+    def compile(source, scratch):
+        from torch.utils import cpp_extension    # not at the top: importing it searches for compilers
+        flags = ["-O3", f"-gencode=arch=compute_{sm},code=sm_{sm}"]
+        try:
+            cpp_extension.load("deformable_attn_kernel", [str(source)], extra_cuda_cflags=flags, build_directory=str(scratch),
+                               is_python_module=False)
+        except (RuntimeError, OSError, subprocess.SubprocessError) as error:
+            raise BuildError(f"the CUDA build failed: {_first_error(str(error))}") from error
+        return next(scratch.glob("*.so"))
+
+    return build("cu", [str(torch.version.cuda), sm], compile)
+
+
 def _first_error(log):
     lines = log.strip().splitlines() or ["no message"]
-    return next((line.strip() for line in lines if re.search(r"\berror\b", line, re.IGNORECASE)), lines[-1])
+    return next((line.strip() for line in lines if re.search(r"\b(error|fatal)\b", line)), lines[-1])
 
 
 def _cpu_name():
@@ -273,55 +319,89 @@ def _cpu_name():
 
 _operators = torch.library.Library("nanodetr", "DEF")
 _operators.define("ms_deform_attn(Tensor value, int[] shapes, Tensor points, Tensor weights, Tensor? reference) -> Tensor")
-_operators.define("ms_deform_attn_backward(Tensor grad_output, Tensor value, int[] shapes, Tensor points, Tensor weights, "
-                  "Tensor? reference, bool reference_grad) -> (Tensor, Tensor, Tensor, Tensor)")
+_operators.define("ms_deform_attn_backward(Tensor grad_output, Tensor? output, Tensor value, int[] shapes, Tensor points, "
+                  "Tensor weights, Tensor? reference, bool reference_grad) -> (Tensor, Tensor, Tensor, Tensor)")
 
 
-def _problem(shapes, **tensors):
-    """Sizes and pointers for the kernels. Every tensor is contiguous; the caller keeps them alive during the call."""
-    (B, S, M, D), (_, Nq, _, L, K, _) = tensors["value"].shape, tensors["points"].shape
-    reference = tensors.get("reference")
-    problem = _Problem(B=B, S=S, Nq=Nq, M=M, D=D, L=L, K=K, threads=torch.get_num_threads(),
-                       reference_size=0 if reference is None else reference.shape[-1],
-                       **{name: tensor.data_ptr() for name, tensor in tensors.items() if tensor is not None})
-    problem.H[:L], problem.W[:L] = shapes[::2], shapes[1::2]
-    return ctypes.byref(problem)
+def _ready(kernels, value, points, weights, reference, **more):
+    """The inputs as the kernels read them: `T` for values, offsets and logits, `C` for locations, weights and references."""
+    T = value.dtype if value.dtype in kernels.dtypes else torch.float32
+    C = _coordinate_dtype(value)
+    dtypes = dict(points=C if reference is None else T, weights=C if reference is None else T, reference=C)
+    inputs = {}
+    for name, tensor in dict(value=value, points=points, weights=weights, reference=reference, **more).items():
+        if tensor is not None:
+            tensor = tensor.to(dtypes.get(name, T)).contiguous()
+            inputs[name] = tensor if tensor.data_ptr() % 16 == 0 else tensor.clone()
+    return inputs, C
 
 
-def _forward_cpu(value, shapes, points, weights, reference):
-    dtype = _coordinate_dtype(value)     # half precision is computed in float32: a CPU gains nothing from narrower sums
-    inputs = {name: tensor if tensor is None else tensor.to(dtype).contiguous() for name, tensor in
-              dict(value=value, points=points, weights=weights, reference=reference).items()}
-    (B, S, M, D), Nq = value.shape, points.shape[1]
-    output = value.new_empty(B, Nq, M * D, dtype=dtype)
-    getattr(_library("cpu"), f"forward_{DTYPES[dtype]}")(_problem(shapes, **inputs, output=output))
+def run_forward(kernels, value, shapes, points, weights, reference):
+    """The operator through one set of kernels -> (B, Nq, M D)."""
+    inputs, _ = _ready(kernels, value, points, weights, reference)
+    (B, _, M, D), Nq = value.shape, points.shape[1]
+    output = inputs["value"].new_empty(B, Nq, M * D)
+    kernels("forward", shapes, **inputs, output=output)
     return output.to(value.dtype)
 
 
-def _backward_cpu(grad_output, value, shapes, points, weights, reference, reference_grad):
-    dtype = _coordinate_dtype(value)
-    inputs = {name: tensor if tensor is None else tensor.to(dtype).contiguous() for name, tensor in
-              dict(value=value, points=points, weights=weights, reference=reference, grad_output=grad_output).items()}
-    grads = dict(grad_value=torch.zeros_like(inputs["value"]), grad_points=torch.empty_like(inputs["points"]),
-                 grad_weights=torch.empty_like(inputs["weights"]),
-                 grad_locations=torch.empty_like(inputs["points"]) if reference_grad else None)
-    getattr(_library("cpu"), f"backward_{DTYPES[dtype]}")(_problem(shapes, **inputs, **grads))
-    return (grads["grad_value"].to(value.dtype), grads["grad_points"].to(points.dtype), grads["grad_weights"].to(weights.dtype),
-            _reference_grad(grads["grad_locations"], points, reference))
+def run_backward(kernels, grad_output, output, value, shapes, points, weights, reference, reference_grad, deterministic):
+    """-> gradients of value, points, weights, reference (empty where not wanted). `output` is needed beside a reference.
+
+    deterministic: the value gradient is summed in sorted order instead of by atomics. It costs a sort of B Nq M L K
+    integers and about 20 bytes of memory for each; the CPU's loops have one order in any case."""
+    inputs, C = _ready(kernels, value, points, weights, reference, grad_output=grad_output, output=output)
+    grad_points, grad_weights = torch.empty_like(inputs["points"]), torch.empty_like(inputs["weights"])
+    grad_locations = torch.empty_like(inputs["points"], dtype=C) if reference_grad else None
+    grads = dict(grad_points=grad_points, grad_weights=grad_weights, grad_locations=grad_locations)
+    if deterministic:
+        grad_value = torch.empty_like(inputs["value"], dtype=C)
+        cells = torch.empty_like(inputs["weights"], dtype=torch.int32)
+        corner_weights = cells.new_empty((*cells.shape, 4), dtype=C)
+        kernels("backward", shapes, **inputs, **grads, cells=cells, corner_weights=corner_weights)
+        cells, order = cells.flatten().sort(stable=True)
+        number = value.shape[0] * value.shape[2] * sum((H + 1) * (W + 1) for H, W in zip(shapes[::2], shapes[1::2]))
+        first = torch.searchsorted(cells, torch.arange(number + 1, device=cells.device, dtype=torch.int32))
+        kernels("sum_by_cell", shapes, **inputs, grad_value=grad_value, first=first,
+                corner_weights=corner_weights.view(-1, 4)[order], rows=order // weights.shape[3:].numel())
+    else:
+        grad_value = torch.zeros_like(inputs["value"], dtype=C)    # summed in C whatever T is
+        kernels("backward", shapes, **inputs, **grads, grad_value=grad_value)
+    if reference_grad:      # through `sampling_locations`: the centre moves every location of its query and level, a box's
+        grad_reference = grad_locations.sum((2, 4))                                 # size scales the offsets (B, Nq, L, 2)
+        if reference.shape[-1] == 4:
+            grad_size = (grad_locations * points).sum((2, 4)) * (0.5 / points.shape[-2])
+            grad_reference = torch.cat([grad_reference, grad_size], -1)
+        grad_reference = grad_reference.to(reference.dtype)                         # (B, Nq, L, 2 or 4)
+    else:
+        grad_reference = value.new_empty(0)
+    return grad_value.to(value.dtype), grad_points.to(points.dtype), grad_weights.to(weights.dtype), grad_reference
 
 
-def _reference_grad(grad_locations, offsets, reference):
-    """Through `sampling_locations`: the centre moves every location of its query and level, a box's size scales the offsets."""
-    if grad_locations is None:
-        return offsets.new_empty(0)
-    grad = grad_locations.sum((2, 4))                                               # (B, Nq, L, 2)
-    if reference.shape[-1] == 4:
-        grad = torch.cat([grad, (grad_locations * offsets).sum((2, 4)) * (0.5 / offsets.shape[-2])], -1)
-    return grad.to(reference.dtype)                                                 # (B, Nq, L, 2 or 4)
+def _forward(value, *inputs):
+    return run_forward(_kernels(value.device.type, value.device.index), value, *inputs)
 
 
-_operators.impl("ms_deform_attn", _forward_cpu, "CPU")
-_operators.impl("ms_deform_attn_backward", _backward_cpu, "CPU")
+def _backward(grad_output, output, value, *inputs):
+    deterministic = value.is_cuda and torch.are_deterministic_algorithms_enabled()
+    return run_backward(_kernels(value.device.type, value.device.index), grad_output, output, value, *inputs, deterministic)
+
+
+def _autocast_cuda(value, shapes, points, weights, reference):
+    """Under CUDA autocast values (and, fused, offsets and logits) are in the autocast type; coordinates never are. There is
+    no such rule for the CPU: its loops compute in float32, and half-precision values stay what the layers before made them."""
+    dtype = torch.get_autocast_dtype("cuda")
+    low = lambda tensor: tensor.to(dtype) if tensor.dtype == torch.float32 else tensor
+    with torch.autocast("cuda", enabled=False):
+        if reference is not None:
+            points, weights = low(points), low(weights)
+        return torch.ops.nanodetr.ms_deform_attn(low(value), shapes, points, weights, reference)
+
+
+for _device in ("CPU", "CUDA"):
+    _operators.impl("ms_deform_attn", _forward, _device)
+    _operators.impl("ms_deform_attn_backward", _backward, _device)
+_operators.impl("ms_deform_attn", _autocast_cuda, "AutocastCUDA")
 
 
 @torch.library.register_fake("nanodetr::ms_deform_attn", lib=_operators)
@@ -331,21 +411,22 @@ def _(value, shapes, points, weights, reference):
 
 
 @torch.library.register_fake("nanodetr::ms_deform_attn_backward", lib=_operators)
-def _(grad_output, value, shapes, points, weights, reference, reference_grad):
-    contiguous = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (value, points, weights)]
-    return (*contiguous, reference.new_empty(reference.shape) if reference_grad else points.new_empty(0))
+def _(grad_output, output, value, shapes, points, weights, reference, reference_grad):
+    gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (value, points, weights)]
+    return (*gradients, reference.new_empty(reference.shape) if reference_grad else value.new_empty(0))
 
 
-def _save(ctx, inputs, output):
+def _save_for_backward(ctx, inputs, output):
     value, ctx.shapes, points, weights, reference = inputs
-    ctx.save_for_backward(value, points, weights, reference)
+    ctx.save_for_backward(None if reference is None else output, value, points, weights, reference)
 
 
-def _backward(ctx, grad_output):
-    value, points, weights, reference = ctx.saved_tensors
+def _gradients(ctx, grad_output):
+    output, value, points, weights, reference = ctx.saved_tensors
     wanted = ctx.needs_input_grad[4]
-    grads = torch.ops.nanodetr.ms_deform_attn_backward(grad_output, value, ctx.shapes, points, weights, reference, wanted)
+    grads = torch.ops.nanodetr.ms_deform_attn_backward(
+        grad_output, output, value, ctx.shapes, points, weights, reference, wanted)
     return grads[0], None, grads[1], grads[2], grads[3] if wanted else None
 
 
-torch.library.register_autograd("nanodetr::ms_deform_attn", _backward, setup_context=_save, lib=_operators)
+torch.library.register_autograd("nanodetr::ms_deform_attn", _gradients, setup_context=_save_for_backward, lib=_operators)

@@ -23,6 +23,8 @@
 struct Problem {                                             // the same struct stands in the .cu file and in Python
   const void *value, *points, *weights, *reference, *grad_output;
   void *output, *grad_value, *grad_points, *grad_weights, *grad_locations;    // grad_locations: only where wanted
+  void *cells, *corner_weights;                              // these four: only in the .cu file
+  const void *rows, *first;
   int64_t B, S, Nq;
   int M, D, L, K, reference_size, threads, H[32], W[32];
 };
@@ -137,7 +139,7 @@ template <typename T, int WIDTH> void backward(const Problem& p) {
   }
 }
 
-#define ENTRY(name, pass, T) extern "C" void name(const Problem* p) { p->D == 32 ? pass<T, 32>(*p) : pass<T, 0>(*p); }
+#define ENTRY(name, pass, T) extern "C" int name(const Problem* p, void*) { p->D == 32 ? pass<T, 32>(*p) : pass<T, 0>(*p); return 0; }
 ENTRY(forward_float32, forward, float)
 ENTRY(forward_float64, forward, double)
 ENTRY(backward_float32, backward, float)
