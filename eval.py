@@ -185,7 +185,7 @@ def _results_as_coco(gt, results, iou_type):
 def table(metrics, classes=True):
     """The figures of `evaluate` as text: one line per kind of overlap, then (`classes`) one line per class."""
     kinds = [kind for kind in ("bbox", "segm") if kind in metrics]
-    recalls = sorted((key for key in metrics["bbox"] if key[:2] == "AR" and key[2:].isdigit()), key=lambda k: int(k[2:]))
+    recalls = sorted((key for key in metrics["bbox"] if re.fullmatch(r"AR\d+", key)), key=lambda key: int(key[2:]))
     lines = [" " * 6 + "".join(f"{name:>8}" for name in (*COLUMNS, *recalls))]
     for kind in kinds:
         lines.append(f"{kind:6}" + "".join(_cell(metrics[kind][name]) for name in (*COLUMNS, *recalls)))
@@ -229,7 +229,7 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
     distances, areas = [], []
     for outputs, targets in predict(model, dataset, range(len(dataset)), device, batch_size, amp, workers):
         if "anchors" not in outputs:
-            raise ValueError("expected outputs['anchors'], the initial references of the queries; this model gives none")
+            raise ValueError("expected outputs['anchors'], where each query starts; this model gives none")
         targets = [{key: value.to(device) if isinstance(value, torch.Tensor) else value
                     for key, value in target.items()} for target in targets]
         anchors = outputs["anchors"].float()                                                     # (B, Nq, 2 or 4)
@@ -349,9 +349,10 @@ def validation_set(folder, cfg, meta):
         raise ValueError("expected --data DIR: released weights do not say which data they belong to")
     if not folder and run["overfit"]:
         return data.build_datasets(run["data"] or None, cfg, run["seed"], overfit=run["overfit"])[1]
-    folder = folder or run["data"]
-    transform = data.eval_transform(cfg)
-    return data.CocoFolder(folder, "val", transform) if folder else data.Shapes("val", transform=transform)
+    folder, transform = folder or run["data"], data.eval_transform(cfg)
+    if folder:
+        return data.CocoFolder(folder, "val", transform)
+    return data.Shapes("val", run["num_val"], transform=transform)
 
 
 def fit_classes(model, paper, cfg, meta, dataset):

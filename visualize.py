@@ -174,7 +174,7 @@ def read_log(run_dir):
 
 
 def curves(run_dir):
-    """run_dir/curves.png from run_dir/log.jsonl: AP against training minutes and steps, losses by group, learning rate."""
+    """run_dir/curves.png from its log.jsonl: AP against training minutes and steps, losses by group, learning rate."""
     steps, evals = read_log(run_dir)
     figure, ((ap, loss), (parts, lr)) = plt.subplots(2, 2, figsize=(12, 7.5))
     _plot_ap(ap, evals, steps)
@@ -211,7 +211,7 @@ def _plot_ap(axis, evals, steps):
 
 
 def _plot_losses(total, parts, steps):
-    """The sum on one axis; on the other the last layer's terms, and one line each for other groups (aux, enc, dn, ...)."""
+    """The sum on one axis; on the other the last layer's terms and a line for each other group (aux, enc, dn, ...)."""
     x = np.array([line["step"] for line in steps])
     total.plot(x, [line["loss"] for line in steps], color="#bbb", linewidth=0.8)
     total.plot(x, _smooth([line["loss"] for line in steps]), color="#444")
@@ -259,7 +259,8 @@ def compare_curves(run_dirs, out="compare_curves.png", kind="bbox", labels=None)
         for name, style in (("AP", dict(linewidth=2.2)), ("AP50", dict(linewidth=0.9, linestyle="--", alpha=0.8))):
             axis.plot(minutes, [line[kind][name] for line in evals], color=f"C{number}", **style,
                       label=f"{label}: AP {evals[-1][kind]['AP']:.3f}" if name == "AP" and evals else None)
-    axis.set(xlabel="training minutes (evaluation not counted)", ylabel="AP (solid), AP50 (dashed)", ylim=(0, 1), xlim=(0, None))
+    axis.set(xlabel="training minutes (evaluation not counted)", ylabel="AP (solid), AP50 (dashed)",
+             ylim=(0, 1), xlim=(0, None))
     axis.legend(loc="lower right", frameon=False)
     axis.grid(alpha=0.25)
     axis.spines[["top", "right"]].set_visible(False)
@@ -284,8 +285,8 @@ def sampled(model, run):
         records.append({"reference": reference, "weights": weights.unflatten(-1, (L, K)),
                         "locations": sampling_locations(reference, offsets, shapes)})
 
-    modules = [module for name, module in model.named_modules() if isinstance(module, MSDeformAttn) and "decoder" in name]
-    hooks = [module.register_forward_pre_hook(record) for module in modules]
+    hooks = [module.register_forward_pre_hook(record) for name, module in model.named_modules()
+             if isinstance(module, MSDeformAttn) and "decoder" in name]
     try:
         return run(), records
     finally:
@@ -316,8 +317,8 @@ def sampling_points(checkpoint, image, out="sampling_points.jpg", rank=0, device
             reference = layer["reference"][0] * np.tile(extent, len(layer["reference"][0]) // 2)
             axis.plot(*reference[:2], "+", color="white", markersize=7)
             for level in range(L):
-                axis.scatter(*(layer["locations"][m, level] * extent).T, s=8 + 130 * layer["weights"][m, level], color=LEVEL_COLOURS[level % 5], alpha=0.9,
-                             edgecolors="black", linewidths=0.4)
+                axis.scatter(*(layer["locations"][m, level] * extent).T, s=8 + 130 * layer["weights"][m, level],
+                             color=LEVEL_COLOURS[level % 5], alpha=0.9, edgecolors="black", linewidths=0.4)
             if i == 0:
                 axis.set_title(f"head {m + 1}", fontsize=8)
             if m == 0:
@@ -336,12 +337,13 @@ def _outline(axis, xyxy, rgb, **style):
 
 
 def view_of(box, extent):
-    """A square around a box (4,) xyxy that leaves room for what lies about it, moved into the image (w, h) where that is
-    large enough, and a little margin -> x limits, y limits."""
+    """A square around a box (4,) xyxy with room for what lies about it, moved into the image (w, h) and a little margin
+    where that is large enough -> x limits, y limits."""
     side = min(max(2.2 * (box[2:] - box[:2]).max(), 0.4 * extent.max()), extent.max() * 1.1)
     low = (box[:2] + box[2:] - side) / 2
     margin = 0.05 * side
-    low = np.where(extent + 2 * margin > side, low.clip(-margin, np.maximum(extent + margin - side, -margin)), (extent - side) / 2)
+    inside = low.clip(-margin, np.maximum(extent + margin - side, -margin))
+    low = np.where(extent + 2 * margin > side, inside, (extent - side) / 2)
     return (low[0], low[0] + side), (low[1], low[1] + side)
 
 
@@ -354,8 +356,9 @@ def _show(axis, image, title=""):
 
 
 def anchors(checkpoint, image, out="anchors.jpg", score_threshold=0.3, device="cpu"):
-    """Left: the initial anchors of all queries (white), those that become detections in their class's colour; right: the
-    boxes these end as, with a line from each anchor's centre. Anchors that are points are drawn as points."""
+    """Initial anchors against final boxes. Left: the anchors of all queries (white), those that become detections in
+    the colour of their class; right: the boxes these end as, with a line from each anchor's centre. Anchors that are
+    points are drawn as points."""
     model, detect, cfg, meta = load(checkpoint, device)
     picture = data.read_image(image)
     with torch.no_grad():
@@ -365,8 +368,8 @@ def anchors(checkpoint, image, out="anchors.jpg", score_threshold=0.3, device="c
     start = outputs["anchors"][0].float().cpu()                                                  # (Nq, 2 or 4)
     start = start * torch.tensor(picture.size).repeat(start.shape[-1] // 2)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.4 * picture.height / picture.width + 0.3))
-    for axis, title in zip(axes, (f"initial anchors of {len(start)} queries", f"final boxes, score >= {score_threshold:g}")):
-        _show(axis, picture, title)
+    _show(axes[0], picture, f"initial anchors of {len(start)} queries")
+    _show(axes[1], picture, f"final boxes, score >= {score_threshold:g}")
     for anchor in start:
         _draw_anchor(axes[0], anchor, "white", alpha=0.6, linewidth=0.7)
     for label, box, query in zip(det["labels"].tolist(), det["boxes"].cpu(), det["query"].tolist()):
@@ -440,8 +443,8 @@ def load(checkpoint, device="cpu"):
 def scenes(out="scenes.jpg", n=32):
     """A contact sheet of the first n generated training scenes with their ground truth, masks and boxes."""
     dataset = data.Shapes("train", n, load_masks=True)
-    return tile([detections(*ground_truth(dataset, index), dataset.class_names, side=196) for index in range(n)], out, 8,
-                gap=4)
+    sheet = [detections(*ground_truth(dataset, index), dataset.class_names, side=196) for index in range(n)]
+    return tile(sheet, out, 8, gap=4)
 
 
 def strip(checkpoint, out="strip.jpg", folder=None, n=6, side=256, score_threshold=0.3, device="cpu"):
@@ -507,7 +510,8 @@ def main(argv=None):
             shown = "" if required or default is None else f" (default {default})"
             command.add_argument("--data" if key == "folder" else f"--{key}", dest=key, required=required,
                                  default=None if required else default, help=HELP[key] + shown, metavar="X",
-                                 type=type(default) if shown else str, nargs="+" if key in ("run_dirs", "labels") else None)
+                                 type=type(default) if shown else str,
+                                 nargs="+" if key in ("run_dirs", "labels") else None)
     args = vars(flags.parse_args(argv))
     function = COMMANDS[args.pop("name")]
     try:

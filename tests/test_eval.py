@@ -328,7 +328,7 @@ def write_checkpoint(path, name="dino", class_names=data.SCENE_CLASSES, **run):
     checkpoints.save(path, {
         "format": 1, "model_name": name, "variant": "", "config": dataclasses.asdict(cfg), "model": model.state_dict(),
         "class_names": list(class_names), "category_ids": list(range(1, len(class_names) + 1)), "epoch": 1, "step": 5,
-        "run": {"data": "", "seed": 0, "overfit": 0} | run})
+        "run": {"data": "", "seed": 0, "overfit": 0, "num_val": 6} | run})
     return path
 
 
@@ -337,12 +337,7 @@ def checkpoint(request, tmp_path_factory):
     return write_checkpoint(tmp_path_factory.mktemp(request.param) / "best.pt", request.param)
 
 
-@pytest.fixture
-def few_scenes(monkeypatch):
-    monkeypatch.setattr(data, "NUM_VAL", 6)
-
-
-def test_a_checkpoint_alone_gives_the_table_the_json_and_atd(checkpoint, few_scenes, capsys):
+def test_a_checkpoint_alone_gives_the_table_the_json_and_atd(checkpoint, capsys):
     evaluation.main(["--checkpoint", str(checkpoint), "--analyze", "--max-dets", "20", "--batch_size", "3"])
     printed = capsys.readouterr().out
     assert "crescent" in printed and "AR20" in printed and "ATD(100) small" in printed

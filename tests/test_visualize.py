@@ -27,11 +27,6 @@ def picture(tmp_path_factory):
     return path
 
 
-@pytest.fixture
-def few_scenes(monkeypatch):
-    monkeypatch.setattr(data, "NUM_VAL", 6)
-
-
 def found(boxes, labels, **more):
     return {"boxes": torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4), "labels": torch.tensor(labels, dtype=torch.int64),
             **more}
@@ -166,15 +161,15 @@ def test_pictures_of_one_image_are_made_by_one_command(checkpoint, picture, tmp_
 
 
 @pytest.mark.parametrize("command, suffix", [("predictions", "png"), ("strip", "jpg")])
-def test_pictures_of_the_validation_set_are_made_by_one_command(checkpoint, few_scenes, tmp_path, command, suffix):
+def test_pictures_of_the_validation_set_are_made_by_one_command(checkpoint, tmp_path, command, suffix):
     out = tmp_path / f"picture.{suffix}"
     visualize.main([command, "--checkpoint", str(checkpoint), "--out", str(out), "--n", "3", "--score-threshold", "0"])
     assert Image.open(out).width > 600
 
 
-def test_predictions_leave_the_model_in_the_mode_they_found(checkpoint, few_scenes, tmp_path):
+def test_predictions_leave_the_model_in_the_mode_they_found(checkpoint, tmp_path):
     model, detect, cfg, _ = visualize.load(checkpoint)
-    dataset = data.Shapes("val", transform=data.eval_transform(cfg))
+    dataset = data.Shapes("val", 3, transform=data.eval_transform(cfg))
     visualize.predictions(model.train(), detect, dataset, cfg, "cpu", tmp_path / "p.png", n=1)
     assert model.training
 
@@ -217,7 +212,7 @@ def test_noised_boxes_show_positives_within_and_negatives_beyond_the_noise(tmp_p
     assert len(negative) == (4 if denoising == "contrastive" else 0)
 
 
-def test_noised_boxes_need_a_model_with_denoising(checkpoint, few_scenes, tmp_path, capsys):
+def test_noised_boxes_need_a_model_with_denoising(checkpoint, tmp_path, capsys):
     arguments = ["noised_boxes", "--checkpoint", str(checkpoint), "--out", str(tmp_path / "noised.jpg")]
     if "dino" in str(checkpoint):
         visualize.main(arguments)
