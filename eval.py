@@ -99,7 +99,7 @@ def coco_results(detections, image_ids, category_ids):
     """
     results = []
     for detection, image_id in zip(detections, image_ids, strict=True):
-        corners = detection["boxes"].double().cpu()                                              # (k, 4)
+        corners = detection["boxes"].cpu().double()                                              # (k, 4)
         xywh = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
         labels, scores = detection["labels"].tolist(), detection["scores"].tolist()
         rows = [{"image_id": int(image_id), "category_id": category_ids[label], "bbox": box, "score": value}

@@ -473,9 +473,9 @@ def checkpoint_predictions(checkpoint, out="predictions.png", folder=None, n=6, 
     return predictions(model, detect, validation_set(folder, cfg, meta), cfg, device, out, n, score_threshold)
 
 
-def checkpoint_noised_boxes(checkpoint, out="noised_boxes.jpg", folder=None, n=3, device="cpu"):
+def checkpoint_noised_boxes(checkpoint, out="noised_boxes.jpg", folder=None, n=3):
     """The denoising queries that a checkpoint's model would make of n validation images. ValueError without any."""
-    model, _, cfg, meta = load(checkpoint, device)
+    model, _, cfg, meta = load(checkpoint)
     paper = importlib.import_module(meta["model_name"])
     if not hasattr(paper, "denoising_queries") or not hasattr(model, "label_enc"):
         raise ValueError(f"expected a model trained with denoising queries, got {meta['model_name']} without: give a "
