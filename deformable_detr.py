@@ -42,7 +42,7 @@ from torch import Tensor, nn
 from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, inverse_sigmoid
 from deformable_attn import MSDeformAttn
-from matcher import SetLoss, Weights, count_boxes
+from matcher import SetLoss, Weights, at_least_float32, count_boxes
 
 
 @dataclass
@@ -505,7 +505,7 @@ def detect(outputs: dict, sizes: Tensor, top_k: int) -> list[dict]:
 
     sizes (B, 2): height and width, pixels, of the images the boxes are wanted in
     -> B dictionaries: scores (k,), labels (k,), boxes (k, 4) xyxy pixels, query (k,)."""
-    scores = outputs["pred_logits"].sigmoid()                                      # (B, Nq, num_classes)
+    scores = at_least_float32(outputs["pred_logits"]).sigmoid()                    # (B, Nq, num_classes)
     K = scores.shape[-1]
     scores, best = scores.flatten(1).topk(min(top_k, scores[0].numel()))           # (B, k)
     query, labels = best // K, best % K
