@@ -16,10 +16,12 @@ import dataclasses
 import importlib
 import os
 import pickle
+import random
 import re
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -66,14 +68,14 @@ def load(path: str | Path, map_location="cpu") -> dict:
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             state = torch.load(path, map_location=map_location, weights_only=True)
-    except pickle.UnpicklingError as error:
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
-        raise ValueError(f"{path}: expected tensors and plain types only, got a pickle that asks for "
-                         f"{asked.group(1) if asked else 'something else'}. Nothing of it was run. Ask whoever made the "
-                         "file for one that holds only weights") from error
-    except (RuntimeError, EOFError, OSError) as error:
-        raise ValueError(f"{path}: expected a checkpoint, got a file that is broken or cut short "
-                         f"({str(error).splitlines()[0]}). Copy it again, or use {path.name}.prev") from error
+        if asked:
+            raise ValueError(f"{path}: expected tensors and plain types only, got a pickle that asks for {asked.group(1)}. "
+                             "Nothing of it was run. Ask whoever made the file for one that holds only weights") from error
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise ValueError(f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). Copy it "
+                         f"again, or use {path.name}.prev") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no checkpoint")
     return state
@@ -116,6 +118,21 @@ def make_config(paper, values: dict):
         raise ValueError(f"this checkpoint sets {', '.join(unknown)}, which {paper.__name__}.Config does not have: "
                          "it was made by another version of the file; check that version out")
     return paper.Config(**values)
+
+
+def random_state() -> dict:
+    """The state of every random generator of this process, in plain types."""
+    name, keys, *rest = np.random.get_state()
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
+            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+
+
+def set_random_state(state: dict) -> None:
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    if state["cuda"] is not None and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 # ---------------------------------------------------------------------------------------------- released weights

@@ -33,6 +33,8 @@ import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # threads that spin for long stop each other on a busy machine
+
 import numpy as np
 import torch
 import torch.distributed as dist
@@ -42,10 +44,10 @@ from tqdm import tqdm
 
 import checkpoints
 import data
-import deformable_attn
 import visualize
 from backbones import load_backbone_weights
 from data import NUM_TRAIN, NUM_VAL
+from deformable_attn import BuildError, ms_deform_attn
 from eval import COLUMNS as AP_COLUMNS
 from eval import evaluate, predict
 
@@ -117,6 +119,7 @@ def train(run: Run, cfg) -> dict:
     model, criterion = paper.build(cfg, len(train_set.class_names))
     notes = start_weights(run, cfg, model, train_set.class_names)
     model.to(device)
+    torch.manual_seed(run.seed + rank)
     average = Average(model, cfg.ema)
     optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
@@ -128,7 +131,7 @@ def train(run: Run, cfg) -> dict:
     log, record = Log(out, now, rank == 0), {}
 
     def save(name: str = "last.pt") -> None:
-        state = whole_state(run, cfg, train_set, model, average, optimizer, now, gather(random_state(), world))
+        state = whole_state(run, cfg, train_set, model, average, optimizer, now, gather(checkpoints.random_state(), world))
         if rank == 0:
             checkpoints.save(out / name, state, keep_previous=True)
 
@@ -256,9 +259,8 @@ def load_data(run: Run, cfg):
         cfg = dataclasses.replace(cfg, dropout=0.0, schedule="flat")
     train_set, val_set = data.build_datasets(run.data or None, cfg, run.seed, overfit=run.overfit,
                                              num_train=run.num_train, num_val=run.num_val)
-    if not sum(data.class_counts(train_set)):
-        raise ValueError(f"expected at least one object in the training set of {train_set.name}, got none in "
-                         f"{len(train_set)} images: see python train.py --check_data {run.data}")
+    data.quick_check(train_set)   # refuses a training set without one object
+    data.quick_check(val_set, training=False)
     return cfg, train_set, val_set
 
 
@@ -286,6 +288,8 @@ def epoch_batches(dataset, plan: Plan, run: Run, epoch: int, start: int):
     order = np.concatenate([order.permutation(len(dataset)) for _ in range(plan.repeats)])
     micro = order[:plan.steps * plan.total].reshape(-1, plan.micro)[start * run.accum * plan.world:][plan.rank::plan.world]
     dataset.set_epoch(epoch)
+    if run.workers:
+        dataset.prepare()   # once, for all workers
     loader = iter(DataLoader(dataset, batch_sampler=micro.tolist(), collate_fn=data.collate, num_workers=run.workers,
                              generator=torch.Generator(),   # the default one belongs to the model
                              pin_memory=run.device == "cuda"))
@@ -341,19 +345,12 @@ def enough(run: Run, record: dict) -> bool:
 
 # ---------------------------------------------------------------------------------------------- what is kept
 
-def random_state() -> dict:
-    """The state of every random generator, in plain types."""
-    name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
-
-
 def whole_state(run, cfg, dataset, model, average, optimizer, now: Progress, rngs: list) -> dict:
     """Everything a checkpoint holds; without `optimizer` only what inference needs."""
     state = {"format": checkpoints.FORMAT, "model_name": run.model, "variant": run.variant,
              "config": dataclasses.asdict(cfg), "run": dataclasses.asdict(run), "class_names": list(dataset.class_names),
              "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name, "model": model.state_dict(),
-             "progress": {**dataclasses.asdict(now)}, "epoch": now.epoch, "step": now.step, "best": now.best}
+             "progress": dataclasses.asdict(now), "epoch": now.epoch, "step": now.step, "best": now.best}
     if average.decay:
         state["ema"] = average.model.state_dict()
     if optimizer is not None:
@@ -367,12 +364,7 @@ def restore(state: dict, model, average: Average, optimizer, rank: int) -> Progr
     if average.decay:
         average.model.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
-    rng = state["rng"][rank]
-    random.setstate(rng["python"])
-    np.random.set_state(rng["numpy"])
-    torch.set_rng_state(rng["torch"])
-    if rng["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(rng["cuda"])
+    checkpoints.set_random_state(state["rng"][rank])
     return Progress(**state["progress"])
 
 
@@ -423,9 +415,9 @@ class Log:
             lines = [line for line in lines if json.loads(line)["step"] + (json.loads(line)["kind"] == "eval") <= now.step]
             self.path.write_text("".join(lines))
 
-    def write(self, record: dict) -> None:
+    def write(self, record: dict, name: str = "log.jsonl") -> None:
         if self.active:
-            with open(self.path, "a") as file:
+            with open(self.path.with_name(name), "a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def add(self, result: tuple) -> None:
@@ -440,8 +432,15 @@ class Log:
         good = table[table[:, -1] > 0]
         for number, (ids, row) in enumerate(zip((ids for ids, *_ in self.waiting), table), now.step - len(table) + 1):
             now.bad = 0 if row[-1] else now.bad + 1
-            if now.bad:
-                self.report_bad(number, ids, [n for n, v in zip(names, row) if not math.isfinite(v)], now.bad)
+            if not now.bad:
+                continue
+            culprits = [name for name, value in zip(names, row) if not math.isfinite(value)] or ["gradient"]
+            self.write({"step": number, "images": ids, "losses": culprits, "in_a_row": now.bad}, "nan_report.jsonl")
+            text = f"step {number}: {', '.join(culprits)} not finite on images {ids}. The step was skipped, nothing changed"
+            tqdm.write(text)
+            if now.bad >= BAD_LIMIT:
+                raise FloatingPointError(f"{now.bad} steps in a row; {text}. Look at these images, lower --lr, or try "
+                                         "--amp false")
         images = sum(len(ids) for ids, *_ in self.waiting) * world
         self.waiting = []
         if len(good):
@@ -453,17 +452,6 @@ class Log:
                         "loss": loss, "grad_norm": norm, "losses": dict(zip(names, means))})
             bar.set_postfix_str(f"epoch {now.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
         self.seconds = now.seconds
-
-    def report_bad(self, number: int, ids: list[int], names: list[str], in_a_row: int) -> None:
-        text = (f"step {number}: not finite: {', '.join(names) or 'the gradient'}; images {ids}. The step was skipped, "
-                "nothing changed")
-        tqdm.write(text)
-        if self.active:
-            report = {"step": number, "images": ids, "losses": names, "in_a_row": in_a_row}
-            (self.path.parent / "nan_report.json").write_text(json.dumps(report) + "\n")
-        if in_a_row >= BAD_LIMIT:
-            raise FloatingPointError(f"{in_a_row} steps in a row without a finite loss; {text}. Look at these images, "
-                                     "lower --lr, or try --amp false")
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -477,18 +465,22 @@ def set_up(run: Run) -> tuple[Run, torch.device, int, int]:
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         dist.init_process_group("nccl" if name == "cuda" else "gloo")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    threads = run.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, min(8, cores // world))
+    threads = run.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, min(8, cores() // world))
     torch.set_num_threads(threads)
     amp = run.amp
     if amp is None:
         amp = torch.cuda.is_bf16_supported() if name == "cuda" else torch.cpu._is_avx512_bf16_supported()
-    workers = run.workers if run.workers >= 0 else min(4, cores // world // 2 if name == "cuda" else cores // 4)
+    workers = run.workers if run.workers >= 0 else min(4, cores() // world // (2 if name == "cuda" else 4))
     random.seed(run.seed + rank)
     np.random.seed(run.seed + rank)
-    torch.manual_seed(run.seed + rank)
+    torch.manual_seed(run.seed)   # every rank builds the same model; `train` then gives each its own chance
     out = run.out or (str(Path(run.resume).parent) if run.resume else f"runs/{run.model}")
     return dataclasses.replace(run, device=name, amp=amp, threads=threads, workers=workers, out=out), device, rank, world
+
+
+def cores() -> int:
+    """CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
 
 
 def parallel(model, device: torch.device):
@@ -538,8 +530,18 @@ class Stop:
 def progress_bar(cfg, plan: Plan, now: Progress):
     """Images of the whole run, images a second, time left."""
     return tqdm(total=cfg.epochs * plan.steps * plan.total, initial=now.step * plan.total, unit="image",
-                disable=plan.rank > 0, dynamic_ncols=True, smoothing=0.05,
+                disable=plan.rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60,
                 bar_format="{percentage:3.0f}%|{bar}| {elapsed}, left {remaining} {postfix}")
+
+
+def attention(device: torch.device) -> str:
+    """Which deformable attention this device gets, found out on one pixel."""
+    value, points = torch.zeros(1, 1, 1, 4, device=device), torch.zeros(1, 1, 1, 1, 1, 2, device=device)
+    try:
+        ms_deform_attn(value, [(1, 1)], points, points[..., 0], impl="kernel")
+    except BuildError as error:
+        return f"plain PyTorch ({error})"
+    return "kernel"
 
 
 def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: list[str], now: Progress) -> str:
@@ -547,15 +549,16 @@ def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: 
     counts = sorted(zip(data.class_counts(train_set).tolist(), train_set.class_names), reverse=True)
     classes = ", ".join(f"{name} {count}" for count, name in counts[:12]) + (", ..." if len(counts) > 12 else "")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {run.threads} threads"
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+    busy = f" (busy: load {load:.1f}; --threads 1 may be faster)" if run.threads > 1 and load > cores() / 2 else ""
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {run.threads} threads{busy}"
     batch = f"batch {plan.total}" + (f" = {plan.micro} x {run.accum} x {plan.world}" if plan.micro < plan.total else "")
-    attention = "kernel" if deformable_attn._kernel_works(device.type, False) else "plain PyTorch"
     default = type(cfg)()
     hint = (f" (published: lr {default.lr:g} for batch {default.batch_size})"
             if cfg.batch_size != default.batch_size and cfg.lr == default.lr else "")
     lines = [f"config    {json.dumps(dataclasses.asdict(cfg))}",
              f"device    {where}; {'bfloat16 autocast' if run.amp else 'float32'}; "
-             f"deformable attention: {attention}",
+             f"deformable attention: {attention(device)}",
              f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to evaluate on; "
              f"{run.workers} workers",
              f"objects   {sum(c for c, _ in counts)} in {len(counts)} classes: {classes}",
@@ -684,7 +687,7 @@ def parse(argv: list[str]) -> tuple[Run, object]:
 def main(argv: list[str] | None = None) -> None:
     run, cfg = parse(sys.argv[1:] if argv is None else argv)
     if run.check_data:
-        sys.exit(data.check(run.check_data))
+        sys.exit(1 if data.check(run.check_data) else 0)
     try:
         train(run, cfg)
     except torch.OutOfMemoryError as error:

@@ -1,0 +1,258 @@
+"""Files that are whole or absent, never run code, and carry the authors' names back and forth."""
+import argparse
+import importlib
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+import zlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpoints
+
+ROOT = Path(checkpoints.__file__).parent
+LISTS = {   # key list -> family, Config overrides that names and shapes show
+    "deformable_detr_r50": ("deformable_detr", dict(num_feature_levels=4, num_queries=300, ffn_dim=1024)),
+    "deformable_detr_r50_single_scale": ("deformable_detr", dict(num_feature_levels=1, num_queries=300)),
+    "deformable_detr_r50_refine": ("deformable_detr_refine", dict(with_box_refine=True)),
+    "deformable_detr_r50_refine_two_stage": ("deformable_detr_two_stage", dict(with_box_refine=True, two_stage=True)),
+    "dino_r50_4scale": ("dino", dict(num_feature_levels=4, num_queries=900, ffn_dim=2048)),
+    "dino_r50_5scale": ("dino", dict(num_feature_levels=5)),
+}
+
+
+def read_keys(path):
+    """[(name, shape)] of a recorded key list."""
+    rows = []
+    for line in path.read_text().splitlines():
+        if line and not line.startswith("#"):
+            name, shape = line.split(" ", 1)
+            rows.append((name, tuple(int(n) for n in shape.strip("() ").split(",") if n.strip())))
+    return rows
+
+
+def one_name(name, tied):
+    """Names of one tensor -> one of them, by the rules of the authors' code."""
+    name = name.removeprefix("transformer.decoder.") if "_embed." in name else name
+    head = name.split(".")
+    return ".".join([head[0], "0", *head[2:]]) if tied and head[0] in ("class_embed", "bbox_embed") else name
+
+
+def numbered(keys, tied):
+    """A state dict whose tensors are all different, except where the authors save one tensor under several names."""
+    return {name: torch.full(shape, float(zlib.crc32(one_name(name, tied).encode()) % 2 ** 24)) for name, shape in keys}
+
+
+@pytest.fixture(params=LISTS)
+def listed(request, shared):
+    path = shared / "golden" / f"keys_{request.param}.txt"
+    return read_keys(path), *LISTS[request.param]
+
+
+# ---- released weights
+
+def test_every_released_tensor_has_one_place(listed):
+    """Names and shapes of the built model equal those of the renamed checkpoint: nothing missing, nothing left over."""
+    keys, family, expected = listed
+    theirs = {name: torch.empty(shape, device="meta") for name, shape in keys}
+    found_family, found = checkpoints.recognise(theirs)
+    assert found_family == family and expected.items() <= found.items()
+    paper = importlib.import_module(checkpoints.FAMILIES[family].model_name)
+    with torch.device("meta"):
+        model, _ = paper.build(paper.Config(**found), 91)
+    ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in checkpoints.from_authors(theirs, family).items()}
+
+
+def test_round_trip_is_bit_equal(listed):
+    keys, family, _ = listed
+    theirs = numbered(keys, checkpoints.FAMILIES[family].tied)
+    back = checkpoints.to_authors(checkpoints.from_authors(theirs, family), family)
+    assert back.keys() == theirs.keys()
+    assert all(torch.equal(back[name], theirs[name]) for name in theirs)
+
+
+def test_copies_that_differ_are_refused(shared):
+    keys = read_keys(shared / "golden" / "keys_dino_r50_4scale.txt")
+    for name in ("transformer.decoder.class_embed.3.weight", "bbox_embed.4.layers.1.bias", "class_embed.2.bias"):
+        theirs = numbered(keys, True)
+        theirs[name] = theirs[name] + 1
+        with pytest.raises(ValueError, match="one tensor under two names"):
+            checkpoints.from_authors(theirs, "dino")
+
+
+def test_unknown_weights_are_refused_with_the_known_families():
+    with pytest.raises(ValueError, match="deformable_detr_two_stage, dino.*fc.weight"):
+        checkpoints.recognise({"fc.weight": torch.zeros(1)})
+
+
+def test_profiler_counters_are_dropped():
+    assert checkpoints.strip_profiler({"a.total_ops": 1, "a.weight": 2, "total_params": 3}) == {"a.weight": 2}
+
+
+def released_file(path, monkeypatch):
+    """A small DINO in the authors' layout, with their pickled options beside it."""
+    paper = importlib.import_module("dino")
+    cfg = paper.Config(backbone="resnet18", dim=32, ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries=5)
+    model, _ = paper.build(cfg, 91)
+    weights = checkpoints.to_authors(model.state_dict(), "dino")
+    torch.save({"model": weights, "args": argparse.Namespace(lr=1e-4), "epoch": 11}, path)
+    monkeypatch.setattr(checkpoints, "recognise", lambda state, real=checkpoints.recognise:
+                        (real(state)[0], {**real(state)[1], "backbone": "resnet18"}))
+    return model
+
+
+def test_released_files_load_with_their_options_pickled_beside_them(tmp_path, monkeypatch):
+    source = released_file(tmp_path / "released.pth", monkeypatch)
+    model, cfg, meta = checkpoints.load_model(tmp_path / "released.pth")
+    assert cfg.num_queries == 5 and cfg.encoder_layers == 1 and meta["class_names"][18] == "dog"
+    assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
+
+
+# ---- class rows
+
+def test_coco_has_eighty_names_on_ninety_one_columns():
+    names = checkpoints.coco_columns()
+    assert len(checkpoints.COCO_IDS) == len(checkpoints.COCO_NAMES) == 80 and len(set(names)) == 91
+    assert (names[1], names[13], names[90], names[12]) == ("person", "stop sign", "toothbrush", "unused 12")
+
+
+def heads(two_stage):
+    """Class heads and label table with row i filled with i (label table: 100 + i, one extra row)."""
+    rows = torch.arange(91.0)
+    state = {f"class_embed.{h}.weight": rows[:, None].repeat(1, 3) + 1000 * h for h in range(7)}
+    state |= {f"class_embed.{h}.bias": rows.clone() + 1000 * h for h in range(7)}
+    state |= {"label_enc.weight": 100 + torch.arange(92.0)[:, None], "level_embed": torch.ones(4, 3)}
+    return state | ({"pos_trans.weight": torch.zeros(1)} if two_stage else {"enc_out_class_embed.bias": rows.clone()})
+
+
+def test_selecting_classes_keeps_rows_in_order_and_the_extra_label_last():
+    state = checkpoints.select_classes(heads(False), checkpoints.COCO_IDS)
+    expected = torch.tensor(checkpoints.COCO_IDS, dtype=torch.float32)
+    assert torch.equal(state["class_embed.6.bias"], expected + 6000)
+    assert torch.equal(state["enc_out_class_embed.bias"], expected)
+    assert torch.equal(state["label_enc.weight"][:, 0], torch.cat([100 + expected, torch.tensor([191.0])]))
+    assert torch.equal(state["level_embed"], torch.ones(4, 3))
+
+
+def test_row_zero_of_the_objectness_head_stays_row_zero():
+    state = checkpoints.select_classes(heads(True), checkpoints.COCO_IDS)
+    assert state["class_embed.6.bias"][0] == 6000 and state["class_embed.5.bias"][0] == 5001
+    fresh = {key: torch.full((2, *value.shape[1:]), -1.0) if checkpoints.class_rows(key) else value
+             for key, value in heads(True).items()}
+    fresh["label_enc.weight"] = torch.full((3, 1), -1.0)
+    fitted, skipped = checkpoints.fit(heads(True), checkpoints.coco_columns(), fresh, ["cat", "unicorn"])
+    cat = checkpoints.coco_columns().index("cat")
+    assert fitted["class_embed.6.bias"].tolist() == [6000, -1] and fitted["class_embed.0.bias"].tolist() == [cat, -1]
+    assert fitted["label_enc.weight"][:, 0].tolist() == [100 + cat, -1, -1] and "1 of 2 classes" in skipped[-1]
+
+
+def test_the_same_classes_in_another_order_are_put_right():
+    state = {"class_embed.0.bias": torch.tensor([1.0, 2.0]), "other": torch.ones(2)}
+    fitted, _ = checkpoints.fit(state, ["a", "b"], {"class_embed.0.bias": torch.zeros(2), "other": torch.zeros(2)}, ["b", "a"])
+    assert fitted["class_embed.0.bias"].tolist() == [2, 1]
+
+
+def test_weights_of_which_nothing_fits_are_refused():
+    with pytest.raises(ValueError, match="nothing of this checkpoint fits"):
+        checkpoints.fit({"a": torch.ones(1)}, [], {"b": torch.ones(1)}, [])
+
+
+# ---- files
+
+class Malicious:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_pickle_refused(tmp_path):
+    """A checkpoint that wants to run code is refused by name, in torch's format and as a bare pickle, and runs nothing."""
+    trap = tmp_path / "trap"
+    torch.save({"model": {}, "args": Malicious(trap)}, tmp_path / "zip.pt")
+    torch.save({"model": {}, "args": Malicious(trap)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"args": Malicious(trap)}, protocol=2))
+    for name in ("zip.pt", "old.pt", "bare.pt"):
+        with pytest.raises(ValueError, match="tensors and plain types only"):
+            checkpoints.load(tmp_path / name)
+    assert not trap.exists()
+
+
+def test_broken_missing_and_foreign_files_are_told_apart(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(FileNotFoundError, match="found no file"):
+        checkpoints.load(path)
+    checkpoints.save(path, {"a": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="cut short"):
+        checkpoints.load(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="expected a dictionary, got list"):
+        checkpoints.load(path)
+    path.write_bytes(b"")
+    with pytest.raises(ValueError):
+        checkpoints.load(path)
+
+
+def test_an_error_while_saving_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, {"step": 1})
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        checkpoints.save(path, {"step": lambda: 2})
+    assert checkpoints.load(path) == {"step": 1}
+
+
+def test_newest_falls_back_and_says_so(tmp_path, capsys):
+    with pytest.raises(FileNotFoundError, match="nothing to resume.*without --resume"):
+        checkpoints.newest(tmp_path)
+    last = tmp_path / "last.pt"
+    for step in (1, 2):
+        checkpoints.save(last, {"step": step}, keep_previous=True)
+    assert checkpoints.newest(tmp_path) == last and checkpoints.load(last)["step"] == 2
+    last.write_bytes(b"not whole")
+    found = checkpoints.newest(tmp_path)
+    assert found.name == "last.pt.prev" and checkpoints.load(found)["step"] == 1
+    assert "last.pt.prev, for" in capsys.readouterr().out
+
+
+def test_a_config_of_another_version_is_refused_by_field():
+    with pytest.raises(ValueError, match="wings.*dino.Config"):
+        checkpoints.make_config(importlib.import_module("dino"), {"wings": 2})
+
+
+SAVER = """
+import sys, torch
+sys.path.insert(0, sys.argv[1])
+import checkpoints
+step = 0
+while True:
+    step += 1
+    checkpoints.save(sys.argv[2], {"step": step, "weights": torch.full((300_000,), float(step))}, keep_previous=True)
+    print(step, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kills", (3, pytest.param(200, marks=pytest.mark.slow)))
+def test_kill_during_save(tmp_path, kills):
+    """A process that only saves, killed at random moments: what it reported as saved, or newer, loads whole."""
+    rng = random.Random(0)
+    for attempt in range(kills):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        process = subprocess.Popen([sys.executable, "-c", SAVER, str(ROOT), str(folder / "last.pt")], stdout=subprocess.PIPE,
+                                   text=True)
+        reported = int(process.stdout.readline())
+        time.sleep(rng.uniform(0, 0.05))
+        process.send_signal(signal.SIGKILL)
+        reported = int(([str(reported)] + process.stdout.read().split())[-1])
+        process.wait()
+        state = checkpoints.load(checkpoints.newest(folder))
+        assert state["step"] >= reported - 1 and (state["weights"] == state["step"]).all()
