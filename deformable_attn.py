@@ -20,6 +20,7 @@ B images, S = sum of H_l W_l tokens, Nq queries, C channels, M heads, D = C / M,
 import ctypes
 import functools
 import hashlib
+import itertools
 import math
 import os
 import platform
@@ -192,7 +193,7 @@ class Problem(ctypes.Structure):
                     "cells", "corner_weights", "rows", "first")]
                 + [(name, ctypes.c_int64) for name in ("B", "S", "Nq")]
                 + [(name, ctypes.c_int) for name in ("M", "D", "L", "K", "reference_size", "threads")]
-                + [("H", ctypes.c_int * MAX_LEVELS), ("W", ctypes.c_int * MAX_LEVELS)])
+                + [(name, ctypes.c_int * MAX_LEVELS) for name in ("H", "W", "start")])
 
 
 class BuildError(RuntimeError):
@@ -212,7 +213,8 @@ class Kernels:
         problem = Problem(value=value.data_ptr(), points=points.data_ptr(), B=B, S=S, Nq=Nq, M=M, D=D, L=L, K=K,
                           reference_size=0 if reference is None else reference.shape[-1], threads=torch.get_num_threads(),
                           **{key: tensor.data_ptr() for key, tensor in tensors.items() if tensor is not None})
-        problem.H[:L], problem.W[:L] = shapes[::2], shapes[1::2]
+        sizes = [H * W for H, W in zip(shapes[::2], shapes[1::2])]
+        problem.H[:L], problem.W[:L], problem.start[1:L] = shapes[::2], shapes[1::2], list(itertools.accumulate(sizes[:-1]))
         self.launch(getattr(self.library, f"{name}_{DTYPES[value.dtype]}"), problem, value.device)
 
     def launch(self, function, problem, device):

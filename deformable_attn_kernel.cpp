@@ -26,7 +26,7 @@ struct Problem {                                             // the same struct 
   void *cells, *corner_weights;                              // these four: only in the .cu file
   const void *rows, *first;
   int64_t B, S, Nq;
-  int M, D, L, K, reference_size, threads, H[32], W[32];
+  int M, D, L, K, reference_size, threads, H[32], W[32], start[32];        // start: a level's first token
 };
 
 template <typename T> struct Looks {                         // the L K looks of one row (b, q, m)
@@ -36,8 +36,7 @@ template <typename T> struct Looks {                         // the L K looks of
   Looks(const Problem& p) : LK(p.L * p.K) {
     for (auto* column : {&H, &W, &start, &row[0], &row[1], &row[2], &row[3]}) column->resize(LK);
     for (auto* column : {&area[0], &area[1], &area[2], &area[3], &fx, &fy, &A, &cx, &cy, &sx, &sy}) column->resize(LK);
-    for (int l = 0, i = 0, first = 0; l < p.L; first += p.H[l] * p.W[l], l++)
-      for (int k = 0; k < p.K; k++, i++) H[i] = p.H[l], W[i] = p.W[l], start[i] = first, sx[i] = p.W[l], sy[i] = p.H[l];
+    for (int i = 0, l = 0; i < LK; l = ++i / p.K) start[i] = p.start[l], H[i] = p.H[l], W[i] = p.W[l], sx[i] = W[i], sy[i] = H[i];
   }
 };
 

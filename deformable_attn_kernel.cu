@@ -36,7 +36,7 @@ struct Problem {                                             // the same struct 
   void *cells, *corner_weights;                              // deterministic backward: each look's cell (null: atomics) and
   const void *rows, *first;                                  // weights; sorted by cell, its row and where each cell begins
   int64_t B, S, Nq;
-  int M, D, L, K, reference_size, threads, H[32], W[32];
+  int M, D, L, K, reference_size, threads, H[32], W[32], start[32];        // start: a level's first token
 };
 
 // ---- Helpers --------------------------------------------------------------------------------------------------------
@@ -46,7 +46,9 @@ template <> struct Sum<double> { using type = double; };
 
 template <typename T> constexpr int V = 16 / sizeof(T);                    // channels of one 16-byte load
 template <typename T> constexpr int G = sizeof(T) == 2 ? 4 : 8;            // lanes of a group: G V = 32 channels a step (double: 16)
-constexpr int THREADS = 256, TILE_WIDTH = 8, ALL_LANES = 0xffffffff;
+template <typename T, bool VECTOR> constexpr int UNIT = VECTOR ? V<T> : 1; // channels by which places in a map are counted, so that
+constexpr int THREADS = 256, TILE_WIDTH = 8;                               // 32 bits suffice for a map of 64 GB
+constexpr unsigned ALL_LANES = 0xffffffff;
 
 __device__ __forceinline__ double up(double x) { return x; }
 __device__ __forceinline__ float up(float x) { return x; }
@@ -57,29 +59,26 @@ __device__ __forceinline__ void put(float& to, float x) { to = x; }
 __device__ __forceinline__ void put(__half& to, float x) { to = __float2half_rn(x); }
 __device__ __forceinline__ void put(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
-// N channels from `from`, of which `left` exist; the rest read as zero. VECTOR: D is a multiple of V, so all exist or none.
+// The address `place` units on: a 32-bit multiplication and a 64-bit addition in one instruction.
+template <int UNIT, typename T> __device__ __forceinline__ T* advance(T* base, unsigned place) {
+  return reinterpret_cast<T(*)[UNIT]>(base)[place];
+}
+
+// N channels from `from`. VECTOR: D is a multiple of V and all N exist. Otherwise `left` of them do, the rest read as zero.
 template <int N, bool VECTOR, typename T, typename C> __device__ __forceinline__ void load(const T* from, int left, C (&to)[N]) {
-  if constexpr (VECTOR && N * sizeof(T) == 16) {
-    uint4 raw = left > 0 ? __ldg(reinterpret_cast<const uint4*>(from)) : uint4{0, 0, 0, 0};
-#pragma unroll
-    for (int i = 0; i < N; i++) to[i] = up(reinterpret_cast<const T*>(&raw)[i]);
-  } else if constexpr (VECTOR && N * sizeof(T) == 8) {
-    uint2 raw = left > 0 ? __ldg(reinterpret_cast<const uint2*>(from)) : uint2{0, 0};
+  constexpr int BYTES = N * sizeof(T);
+  if constexpr (VECTOR && (BYTES == 16 || BYTES == 8)) {
+    using Raw = typename std::conditional<BYTES == 16, uint4, uint2>::type;
+    const Raw raw = __ldg(reinterpret_cast<const Raw*>(from));
 #pragma unroll
     for (int i = 0; i < N; i++) to[i] = up(reinterpret_cast<const T*>(&raw)[i]);
   } else {
 #pragma unroll
-    for (int i = 0; i < N; i++) to[i] = i < left ? up(from[i]) : 0;
+    for (int i = 0; i < N; i++) to[i] = i < left ? up(from[i]) : C(0);
   }
 }
 
-// The channels of one token; `row_bytes` from one token to the next. 32 x 32 -> 64 bits is a single instruction.
-template <typename T> __device__ __forceinline__ T* at(T* base, int token, int row_bytes) {
-  using Byte = typename std::conditional<std::is_const<T>::value, const char, char>::type;
-  return reinterpret_cast<T*>(reinterpret_cast<Byte*>(base) + int64_t(token) * row_bytes);
-}
-
-// Adds N sums to memory: on Hopper and later one 16-byte instruction, which the memory executes as one access.
+// Adds N sums to memory: on Hopper and later in one 16-byte instruction, which the memory executes as one access.
 template <int N, bool VECTOR, typename C> __device__ __forceinline__ void add(C* to, int left, const C (&x)[N]) {
 #if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ >= 12
   if constexpr (VECTOR && sizeof(C) == 4) {
@@ -105,14 +104,14 @@ template <int LANES> __device__ __forceinline__ Row find_row(const Problem& p, i
   bool valid = q < p.Nq;
   if (p.Nq == p.S) {                                         // queries are tokens: 2-D tiles, level by level
     const int height = groups / TILE_WIDTH;
-    int l = 0, columns = (p.W[0] + TILE_WIDTH - 1) / TILE_WIDTH, rows = (p.H[0] + height - 1) / height, start = 0;
+    int l = 0, columns = (p.W[0] + TILE_WIDTH - 1) / TILE_WIDTH, rows = (p.H[0] + height - 1) / height;
     while (tile >= columns * rows) {
-      tile -= columns * rows, start += p.H[l] * p.W[l], l++;
+      tile -= columns * rows, l++;
       columns = (p.W[l] + TILE_WIDTH - 1) / TILE_WIDTH, rows = (p.H[l] + height - 1) / height;
     }
     const int y = tile / columns * height + group / TILE_WIDTH, x = tile % columns * TILE_WIDTH + group % TILE_WIDTH;
     valid = y < p.H[l] && x < p.W[l];
-    q = start + y * p.W[l] + x;
+    q = p.start[l] + y * p.W[l] + x;
   }
   Row row{bm / p.M, valid ? q : 0, bm % p.M, valid, 0};
   row.index = (row.b * p.Nq + row.q) * p.M + row.m;
@@ -121,7 +120,7 @@ template <int LANES> __device__ __forceinline__ Row find_row(const Problem& p, i
 
 template <typename C> struct alignas(16) Four { C at[4]; };  // one number per corner: top left, top right, bottom left, bottom right
 template <typename C> struct Look {
-  Four<int> token;                                           // clamped into the map
+  Four<unsigned> place;                                      // where the corner's values begin, in units; clamped into the map
   Four<C> area;                                              // bilinear weight, 0 where the corner lies outside
   C A, fx, fy, sx, sy;                                       // pixel = center + scale * point - 1/2
   int H, W, x0, y0;
@@ -143,7 +142,7 @@ template <typename T, typename C = typename Sum<T>::type> __device__ __forceinli
   return {top, sum_over_group(sum, G<T>)};
 }
 
-template <typename T, typename C> __device__ __forceinline__ Look<C> prepare(const Problem& p, const Row& row, Softmax<C> soft, int i) {
+template <typename T, bool VECTOR, typename C> __device__ __forceinline__ Look<C> prepare(const Problem& p, const Row& row, Softmax<C> soft, int i) {
   Look<C> look;
   const int64_t n = row.index * p.L * p.K + i;
   const int R = p.reference_size, l = p.K == 4 ? i >> 2 : i / p.K, H = p.H[l], W = p.W[l];
@@ -166,14 +165,13 @@ template <typename T, typename C> __device__ __forceinline__ Look<C> prepare(con
   look.seen = x > -1 && y > -1 && x < W && y < H;
   if (!look.seen) x = y = 0;
   const int x0 = static_cast<int>(floor(x)), y0 = static_cast<int>(floor(y)), x1 = x0 + 1, y1 = y0 + 1;
-  int start = 0;
-  for (int k = 0; k < l; k++) start += p.H[k] * p.W[k];
   look.H = H, look.W = W, look.x0 = x0, look.y0 = y0, look.fx = x - x0, look.fy = y - y0;
   const C left = look.seen && x0 >= 0 ? 1 - look.fx : 0, right = look.seen && x1 < W ? look.fx : 0;
   const C above = y0 >= 0 ? 1 - look.fy : 0, below = y1 < H ? look.fy : 0;
   look.area = {above * left, above * right, below * left, below * right};
-  const int xl = max(x0, 0), xr = min(x1, W - 1), ya = start + max(y0, 0) * W, yb = start + min(y1, H - 1) * W;
-  look.token = {ya + xl, ya + xr, yb + xl, yb + xr};
+  const unsigned stride = p.M * p.D / UNIT<T, VECTOR>, from_left = max(x0, 0) * stride, from_right = min(x1, W - 1) * stride;
+  const unsigned from_above = (p.start[l] + max(y0, 0) * W) * stride, from_below = (p.start[l] + min(y1, H - 1) * W) * stride;
+  look.place = {from_above + from_left, from_above + from_right, from_below + from_left, from_below + from_right};
   return look;
 }
 
@@ -191,32 +189,31 @@ __device__ __forceinline__ int first_cell(const Problem& p, int64_t b, int m, in
 
 template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 4) forward(const __grid_constant__ Problem p, int tiles) {
   using C = typename Sum<T>::type;
-  __shared__ Four<int> tokens[THREADS];
+  __shared__ Four<unsigned> places[THREADS];
   __shared__ Four<C> weights[THREADS];
   const int lane = threadIdx.x % G<T>, group = threadIdx.x - lane, LK = p.L * p.K;
-  const int row_bytes = p.M * p.D * sizeof(T);
   const Row row = find_row<G<T>>(p, tiles);
   const T* value = static_cast<const T*>(p.value) + (row.b * p.S * p.M + row.m) * p.D;
   Softmax<C> soft{};
   if (p.reference_size) soft = softmax<T>(p, row, lane);
   for (int step = 0; step < p.D; step += G<T> * V<T>) {
-    const int d = step + lane * V<T>;
+    const int d = step + lane * V<T>, read = VECTOR ? min(d, p.D - V<T>) : d;      // lanes beyond D read something, write nothing
     C sum[V<T>] = {};
     for (int first = 0; first < LK; first += G<T>) {
-      const Look<C> look = prepare<T>(p, row, soft, min(first + lane, LK - 1));
+      const Look<C> look = prepare<T, VECTOR>(p, row, soft, min(first + lane, LK - 1));
       const C A = first + lane < LK ? look.A : 0;            // a last round of fewer than G looks repeats one with weight 0
       __syncwarp();                                          // the previous round has been read
-      tokens[threadIdx.x] = look.token;
+      places[threadIdx.x] = look.place;
       weights[threadIdx.x] = {A * look.area.at[0], A * look.area.at[1], A * look.area.at[2], A * look.area.at[3]};
       __syncwarp();
 #pragma unroll
       for (int j = 0; j < G<T>; j++) {
-        const Four<int> token = tokens[group + j];
+        const Four<unsigned> place = places[group + j];
         const Four<C> weight = weights[group + j];
 #pragma unroll
         for (int c = 0; c < 4; c++) {
           C v[V<T>];
-          load<V<T>, VECTOR>(at(value + d, token.at[c], row_bytes), p.D - d, v);
+          load<V<T>, VECTOR>(advance<UNIT<T, VECTOR>>(value + read, place.at[c]), p.D - d, v);
 #pragma unroll
           for (int e = 0; e < V<T>; e++) sum[e] += weight.at[c] * v[e];
         }
@@ -257,10 +254,9 @@ template <int HALF, int N, typename C> __device__ __forceinline__ void reduce_sc
 template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 2) backward(const __grid_constant__ Problem p, int tiles) {
   using C = typename Sum<T>::type;
   constexpr int N = 16 / sizeof(C);                          // channels of one 16-byte addition
-  __shared__ Four<int> tokens[THREADS];
+  __shared__ Four<unsigned> places[THREADS];
   __shared__ Four<C> weights[THREADS];
   const int lane = threadIdx.x % G<T>, group = threadIdx.x - lane, LK = p.L * p.K, R = p.reference_size;
-  const int row_bytes = p.M * p.D * sizeof(T), grad_row_bytes = p.M * p.D * sizeof(C);
   const Row row = find_row<G<T>>(p, tiles);
   const int64_t image_and_head = (row.b * p.S * p.M + row.m) * p.D;
   const T *value = static_cast<const T*>(p.value) + image_and_head, *grad_output = static_cast<const T*>(p.grad_output) + row.index * p.D;
@@ -274,32 +270,34 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 2)
   }
   for (int first = 0; first < LK; first += G<T>) {
     const int i = min(first + lane, LK - 1);
-    const Look<C> look = prepare<T>(p, row, soft, i);
+    const Look<C> look = prepare<T, VECTOR>(p, row, soft, i);
     const bool mine = row.valid && first + lane < LK;
     const C A = mine && look.seen ? look.A : 0;
     const Four<C> weight = {A * look.area.at[0], A * look.area.at[1], A * look.area.at[2], A * look.area.at[3]};
     __syncwarp();
-    tokens[threadIdx.x] = look.token;
+    places[threadIdx.x] = look.place;
     weights[threadIdx.x] = weight;
     __syncwarp();
     C dot[G<T>][4] = {};
     for (int step = 0; step < p.D; step += G<T> * V<T>) {
-      const int d = step + lane * V<T>;
+      const int d = step + lane * V<T>, read = VECTOR ? min(d, p.D - V<T>) : d;
       C g[V<T>], share[V<T> / N][N];                         // grad_output: the channels this lane reads, and those it adds to:
-      load<V<T>, VECTOR>(grad_output + d, p.D - d, g);       // a group's additions lie side by side, N channels a lane
+      load<V<T>, VECTOR>(grad_output + read, p.D - d, g);    // a group's additions lie side by side, N channels a lane
+#pragma unroll
+      for (int e = 0; e < V<T>; e++) g[e] = d < p.D ? g[e] : C(0);
 #pragma unroll
       for (int n = 0; n < V<T> / N; n++) {
         const int e = step + (n * G<T> + lane) * N;
-        load<N, VECTOR>(grad_output + e, p.D - e, share[n]);
+        load<N, VECTOR>(grad_output + (VECTOR ? min(e, p.D - N) : e), p.D - e, share[n]);
       }
 #pragma unroll
       for (int j = 0; j < G<T>; j++) {
-        const Four<int> token = tokens[group + j];
+        const Four<unsigned> place = places[group + j];
         const Four<C> weight = weights[group + j];
 #pragma unroll
         for (int c = 0; c < 4; c++) {
           C v[V<T>];
-          load<V<T>, VECTOR>(at(value + d, token.at[c], row_bytes), p.D - d, v);
+          load<V<T>, VECTOR>(advance<UNIT<T, VECTOR>>(value + read, place.at[c]), p.D - d, v);
 #pragma unroll
           for (int e = 0; e < V<T>; e++) dot[j][c] += g[e] * v[e];
           if (p.cells || weight.at[c] == 0) continue;
@@ -309,7 +307,7 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 2)
             C x[N];
 #pragma unroll
             for (int k = 0; k < N; k++) x[k] = weight.at[c] * share[n][k];
-            add<N, VECTOR>(at(grad_value + e, token.at[c], grad_row_bytes), p.D - e, x);
+            add<N, VECTOR>(advance<UNIT<T, VECTOR>>(grad_value + e, place.at[c]), p.D - e, x);
           }
         }
       }
