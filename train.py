@@ -39,6 +39,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -123,10 +124,10 @@ def train(run: Run, cfg) -> dict:
     average = Average(model, cfg.ema)
     optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     base_lrs = [group["lr"] for group in optimizer.param_groups]
-    net = parallel(model, device) if world > 1 else model
+    net = DistributedDataParallel(model, [device.index] if run.device == "cuda" else None) if world > 1 else model
     now = restore(saved, model, average, optimizer, rank) if saved else Progress()
     if rank == 0:
-        write_config(out, run, cfg)
+        (out / "config.json").write_text(json.dumps({"run": vars(run), "config": vars(cfg)}, indent=1) + "\n")
         print(report(run, cfg, plan, device, train_set, val_set, model, notes, now))
     log, record = Log(out, now, rank == 0), {}
 
@@ -140,8 +141,10 @@ def train(run: Run, cfg) -> dict:
             model.train()
             clock = time.perf_counter()
             for batches in epoch_batches(train_set, plan, run, epoch, now.batch):
-                set_lr(optimizer, base_lrs, lr_factor(cfg, now.step, plan.steps))
-                log.add(step(net, model, criterion, optimizer, average, batches, cfg.clip, run.amp, now.step, world))
+                factor = lr_factor(cfg, now.step, plan.steps)
+                for group, lr in zip(optimizer.param_groups, base_lrs):
+                    group["lr"] = lr * factor
+                log.waiting.append(step(net, model, criterion, optimizer, average, batches, cfg.clip, run.amp, now.step, world))
                 now.step, now.batch = now.step + 1, now.batch + 1
                 now.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
@@ -166,9 +169,9 @@ def train(run: Run, cfg) -> dict:
                     if rank == 0:
                         visualize.curves(out)
                         visualize.predictions(average.model, paper.detect, val_set, cfg, device, out / "predictions.png")
-                stopping = enough(run, record)
             now.epoch, now.batch = epoch + 1, 0
-            if stopping:
+            if run.overfit and record.get("AP", 0.0) >= OVERFIT_AP:
+                tqdm.write(f"--overfit {run.overfit}: AP {record['AP']:.3f}, data and installation can learn")
                 break
     return record
 
@@ -244,11 +247,6 @@ def lr_factor(cfg, step: int, steps: int) -> float:
     if cfg.schedule == "flat":
         return rise
     raise ValueError(f"expected --schedule step, cosine or flat, got {cfg.schedule!r}")
-
-
-def set_lr(optimizer, base_lrs: list[float], factor: float) -> None:
-    for group, lr in zip(optimizer.param_groups, base_lrs):
-        group["lr"] = lr * factor
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -335,14 +333,6 @@ def assignments(model, criterion, dataset, device, **common) -> Tensor:
     return torch.stack(rows)
 
 
-def enough(run: Run, record: dict) -> bool:
-    """Whether --overfit has shown what it is for."""
-    shown = bool(run.overfit and record.get("AP", 0.0) >= OVERFIT_AP)
-    if shown:
-        tqdm.write(f"--overfit {run.overfit}: AP {record['AP']:.3f}, data and installation can learn")
-    return shown
-
-
 # ---------------------------------------------------------------------------------------------- what is kept
 
 def whole_state(run, cfg, dataset, model, average, optimizer, now: Progress, rngs: list) -> dict:
@@ -373,7 +363,8 @@ def start_weights(run: Run, cfg, model, class_names: list[str]) -> list[str]:
     if run.resume:
         return [f"resumed from {run.resume}"]
     if not run.init:
-        return [load_backbone_weights(model.backbone, cfg.backbone, cfg.backbone_weights)]
+        backbone = next(module for name, module in model.named_modules() if name.split(".")[-1] == "backbone")
+        return [load_backbone_weights(backbone, cfg.backbone, cfg.backbone_weights)]
     state = checkpoints.load(run.init)
     if "model_name" not in state:
         state = checkpoints.released(state, run.init)
@@ -399,11 +390,6 @@ def run_folder(run: Run, cfg, rank: int) -> tuple[Path, dict | None]:
     return out, None
 
 
-def write_config(out: Path, run: Run, cfg) -> None:
-    text = json.dumps({"run": dataclasses.asdict(run), "config": dataclasses.asdict(cfg)}, indent=1)
-    (out / "config.json").write_text(text + "\n")
-
-
 class Log:
     """log.jsonl: a line of mean losses every LOG_EVERY steps and a line of scores at every evaluation. A resumed run
     drops the lines that it is about to write again."""
@@ -419,9 +405,6 @@ class Log:
         if self.active:
             with open(self.path.with_name(name), "a") as file:
                 file.write(json.dumps(record) + "\n")
-
-    def add(self, result: tuple) -> None:
-        self.waiting.append(result)
 
     def flush(self, now: Progress, optimizer, bar, world: int) -> None:
         """Reads what the device has computed since the last call, reports bad steps, writes the mean of good ones."""
@@ -481,11 +464,6 @@ def set_up(run: Run) -> tuple[Run, torch.device, int, int]:
 def cores() -> int:
     """CPU cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def parallel(model, device: torch.device):
-    ids = [device.index] if device.type == "cuda" else None
-    return torch.nn.parallel.DistributedDataParallel(model, device_ids=ids)
 
 
 def gather(value, world: int) -> list:
@@ -657,6 +635,7 @@ def parse(argv: list[str]) -> tuple[Run, object]:
     paper = load_paper(base.model if peek.resume else peek.model)
     small = getattr(paper, "SMALL", {})
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
+                                     usage="python train.py --model NAME [--flag value ...]",
                                      epilog="defaults in brackets; in parentheses those of --preset small")
     add_flags(parser, Run, {})
     add_flags(parser, paper.Config, small)
@@ -685,7 +664,10 @@ def parse(argv: list[str]) -> tuple[Run, object]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    run, cfg = parse(sys.argv[1:] if argv is None else argv)
+    try:
+        run, cfg = parse(sys.argv[1:] if argv is None else argv)
+    except (ValueError, FileNotFoundError) as error:   # a model, a checkpoint or a setting that is not there
+        sys.exit(f"train.py: error: {error}")
     if run.check_data:
         sys.exit(1 if data.check(run.check_data) else 0)
     try:
