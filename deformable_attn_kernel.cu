@@ -78,17 +78,36 @@ template <int N, bool VECTOR, typename T, typename C> __device__ __forceinline__
   }
 }
 
-// Adds N sums to memory: on Hopper and later in one 16-byte instruction, which the memory executes as one access.
-template <int N, bool VECTOR, typename C> __device__ __forceinline__ void add(C* to, int left, const C (&x)[N]) {
-#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ >= 12
-  if constexpr (VECTOR && sizeof(C) == 4) {
-    if (left > 0) asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-    return;
-  }
-#endif
+template <int N, bool VECTOR, typename T, typename C> __device__ __forceinline__ void store(T* to, int left, const C (&from)[N]) {
+  if constexpr (VECTOR && N * sizeof(T) == 16) {
+    uint4 raw;
 #pragma unroll
-  for (int i = 0; i < N; i++)
-    if (i < left) atomicAdd(to + i, x[i]);
+    for (int i = 0; i < N; i++) put(reinterpret_cast<T*>(&raw)[i], from[i]);
+    if (left > 0) *reinterpret_cast<uint4*>(to) = raw;
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (i < left) put(to[i], from[i]);
+  }
+}
+
+// On Hopper and later four additions are one instruction, which the memory executes as one access.
+__device__ __forceinline__ void add4(float* to, const float (&x)[4]) {
+#if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ >= 12
+  asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
+#else
+  for (int i = 0; i < 4; i++) atomicAdd(to + i, x[i]);
+#endif
+}
+
+template <int N, bool VECTOR, typename C> __device__ __forceinline__ void add(C* to, int left, const C (&x)[N]) {
+  if constexpr (VECTOR && N == 4) {
+    if (left > 0) add4(to, x);
+  } else {
+#pragma unroll
+    for (int i = 0; i < N; i++)
+      if (i < left) atomicAdd(to + i, x[i]);
+  }
 }
 
 template <typename C> __device__ __forceinline__ C sum_over_group(C x, int lanes) {
@@ -219,10 +238,7 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 4)
         }
       }
     }
-    T* output = static_cast<T*>(p.output) + row.index * p.D + d;
-#pragma unroll
-    for (int e = 0; e < V<T>; e++)
-      if (row.valid && d + e < p.D) put(output[e], sum[e]);
+    if (row.valid) store<V<T>, VECTOR>(static_cast<T*>(p.output) + row.index * p.D + d, p.D - d, sum);
   }
 }
 
@@ -363,9 +379,7 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS) su
         for (int e = 0; e < V<T>; e++) sum[e] += weight * g[e];
       }
     }
-#pragma unroll
-    for (int e = 0; e < V<T>; e++)
-      if (d + e < p.D) static_cast<C*>(p.grad_value)[n * p.D + d + e] = sum[e];
+    store<V<T>, false>(static_cast<C*>(p.grad_value) + n * p.D + d, p.D - d, sum);
   }
 }
 
