@@ -6,13 +6,13 @@ beside the queries, near ones to be recovered and slightly farther ones to be re
 encoder's best boxes place the queries but their content stays learned (mixed query selection). A layer's box is also
 trained through the next layer's (look forward twice). 49.0 AP in 12 epochs.
 
-    paper                                             here
-    section 3.3 contrastive denoising                 denoising_queries, noised_boxes, Criterion.denoising
-    section 3.3 dynamic groups (Appendix D.1)         denoising_groups
-    section 3.4 mixed query selection                 DINO.propose
-    section 3.5 look forward twice                    DINO.decode
-    section 3.2 queries are boxes (DAB-DETR, Eq. 1-2) DINO.query_position
-    section 4.2, D.3 recipe and sizes                 Config
+    paper                                                here
+    section 3.3 contrastive denoising                    denoising_queries, noised_boxes, Criterion.denoising
+    section 3.3, D.1 dynamic groups                      denoising_groups
+    section 3.4 mixed query selection                    DINO.propose
+    section 3.5 look forward twice                       DINO.decode
+    section 3.2 queries are boxes (DAB-DETR, Eq. 1-2)    DINO.query_position
+    section 4, D.3 recipe and sizes                      Config
 
     symbol       here
     b_i          reference of layer i, detached                 reference
