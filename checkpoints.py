@@ -235,6 +235,41 @@ def to_authors(state: dict, family: str) -> dict:
     return authors
 
 
+TRANSFORMERS = (   # pattern: replacement, applied in this order to the names that `transformers` uses, old and new
+    (r"^model\.", ""), (r"^backbone\.(conv_encoder\.)?model\.", "backbone."),
+    (r"embedder\.embedder\.convolution", "conv1"), (r"embedder\.embedder\.normalization", "bn1"),
+    (r"encoder\.stages\.(\d)\.layers\.", lambda m: f"layer{int(m[1]) + 1}."),
+    (r"shortcut\.convolution", "downsample.0"), (r"shortcut\.normalization", "downsample.1"),
+    (r"layer\.(\d)\.convolution", lambda m: f"conv{int(m[1]) + 1}"),
+    (r"layer\.(\d)\.normalization", lambda m: f"bn{int(m[1]) + 1}"),
+    (r"^(encoder|decoder)\.layers\.", r"\1."),
+    (r"^(encoder\.\d+)\.self_attn_layer_norm", r"\1.norm1"), (r"^(encoder\.\d+)\.final_layer_norm", r"\1.norm2"),
+    (r"^(decoder\.\d+)\.self_attn_layer_norm", r"\1.norm2"), (r"encoder_attn_layer_norm", "norm1"),
+    (r"^(decoder\.\d+)\.final_layer_norm", r"\1.norm3"), (r"encoder_attn", "cross_attn"),
+    (r"(mlp\.)?fc([12])\.", r"linear\2."), (r"self_attn\.o_proj", "self_attn.out_proj"),
+    (r"^query_position_embeddings", "query_embed"),
+)
+
+
+def from_transformers(state: dict) -> dict:
+    """Names of `transformers`' DeformableDetrForObjectDetection -> ours; query, key and value projections, which it keeps
+    apart, become one matrix. ValueError when the heads it saves twice differ."""
+    ours = {}
+    for key, value in state.items():
+        for pattern, replacement in TRANSFORMERS:
+            key = re.sub(pattern, replacement, key)
+        head = re.match(r"decoder\.((class_embed|bbox_embed)\..*)", key)
+        key = head[1] if head else key
+        if key in ours:
+            check_equal(key, value, key, ours)
+        ours[key] = value
+    for i in sorted({int(m[1]) for m in (re.match(r"decoder\.(\d+)\.self_attn\.q_proj", key) for key in ours) if m}):
+        for kind in ("weight", "bias"):
+            parts = [ours.pop(f"decoder.{i}.self_attn.{name}_proj.{kind}") for name in "qkv"]
+            ours[f"decoder.{i}.self_attn.in_proj_{kind}"] = torch.cat(parts)
+    return ours
+
+
 def released(state: dict, path: str | Path = "") -> dict:
     """A released file (its `model` entry, or a bare state dict) as a checkpoint of ours with 91 COCO columns."""
     weights = state.get("model", state)

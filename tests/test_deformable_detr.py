@@ -288,3 +288,31 @@ def test_a_copy_of_the_file_is_a_model(tmp_path):
     """`cp deformable_detr.py mine.py` gives a paper file of one's own."""
     assert all(hasattr(sys.modules["deformable_detr"], name) for name in ("Config", "build", "detect", "param_groups"))
     assert copy.deepcopy(Config()) == Config()
+
+
+@pytest.mark.parametrize("variant", ["plain", "refine", "two_stage"])
+def test_the_same_weights_give_the_same_boxes_in_transformers(variant):
+    """An independent implementation: random weights, two images of different size in one batch."""
+    peer = pytest.importorskip("transformers")
+    stages = peer.ResNetConfig(embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3],
+                               out_features=["stage2", "stage3", "stage4"])
+    options = {k: v for k, v in ALL[variant].items()}
+    torch.manual_seed(0)
+    theirs = peer.DeformableDetrForObjectDetection(peer.DeformableDetrConfig(
+        use_timm_backbone=False, backbone_config=stages, num_queries=20, two_stage_num_proposals=20, d_model=64,
+        encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
+        decoder_ffn_dim=96, num_labels=7, disable_custom_kernels=True, **options)).eval()
+    generator = torch.Generator().manual_seed(1)
+    for name, p in theirs.named_parameters():
+        if "backbone" not in name:
+            p.data += 0.05 * torch.randn(p.shape, generator=generator)
+    for name, b in theirs.named_buffers():
+        if "running" in name:
+            b.data.uniform_(0.5, 1.5, generator=generator)
+    ours, _ = build(Config(dim=64, num_heads=4, encoder_layers=2, decoder_layers=2, ffn_dim=96, num_queries=20, **options), 7)
+    ours.load_state_dict(checkpoints.from_transformers(theirs.state_dict()))
+    images, padding, _ = batch((96, 128), (64, 88), objects=())
+    with torch.no_grad():
+        expected, got = theirs(pixel_values=images, pixel_mask=(~padding).long()), ours.eval()(images, padding)
+    assert torch.allclose(got["pred_logits"], expected.logits, atol=1e-5)
+    assert torch.allclose(got["pred_boxes"], expected.pred_boxes, atol=1e-5)
