@@ -161,14 +161,14 @@ def test_padding_an_image_further_hardly_moves_its_boxes():
     for head in (*model.bbox_embed, *model.class_embed):   # initially zero: give them something to say
         for p in head.parameters():
             p.data += 0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(2))
-    images, padding, _ = batch((96, 128), objects=(0,))
-    wider = torch.zeros(1, 3, 128, 192)
-    wider[..., :96, :128] = images
-    mask = torch.ones(1, 128, 192, dtype=torch.bool)
-    mask[:, :96, :128] = False
+    images, padding, _ = batch((256, 320), objects=(0,))
+    wider = torch.zeros(1, 3, 288, 352)
+    wider[..., :256, :320] = images
+    mask = torch.ones(1, 288, 352, dtype=torch.bool)
+    mask[:, :256, :320] = False
     alone, padded = model(images, padding), model(wider, mask)
     assert (alone["pred_boxes"] - padded["pred_boxes"]).abs().max() < 1e-2
-    best, still = (detect(out, torch.tensor([[96, 128]]), 1)[0] for out in (alone, padded))
+    best, still = (detect(out, torch.tensor([[256, 320]]), 1)[0] for out in (alone, padded))
     assert best["labels"] == still["labels"] and best["query"] == still["query"]
 
 
