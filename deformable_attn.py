@@ -25,8 +25,10 @@ import math
 import os
 import platform
 import re
+import shutil
 import subprocess
 import tempfile
+import time
 import warnings
 from pathlib import Path
 
@@ -432,3 +434,52 @@ def _gradients(ctx, grad_output):
 
 
 torch.library.register_autograd("nanodetr::ms_deform_attn", _gradients, setup_context=_save_for_backward, lib=_operators)
+
+
+# ---- The doctor: python deformable_attn.py -------------------------------------------------------------------------
+
+def doctor():
+    """Prints what was found and built, the error of every implementation against the float64 definition, and times."""
+    devices = ["cpu"] + (["cuda"] if torch.cuda.is_available() else [])
+    print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CUDA {torch.version.cuda}")
+    for name in (os.environ.get("CXX", "c++"), "nvcc", "ninja"):
+        print(f"{name:6} {shutil.which(name) or 'not found'}")
+    for device in devices:
+        start = time.perf_counter()
+        kernels = _kernels(device, torch.cuda.current_device() if device == "cuda" else None)
+        done = f"none: {kernels}" if isinstance(kernels, BuildError) else kernels.library._name
+        print(f"{device} kernels, {time.perf_counter() - start:.1f} s: {done}")
+    print("\nlargest error / largest value against the float64 definition (output; gradients of value, offsets, logits)")
+    print("milliseconds, forward and forward + backward: 8 images of 128 x 128 pixels, 336 queries, 4 heads of 32 channels")
+    shapes, generator = [(16, 16), (8, 8), (4, 4)], torch.Generator().manual_seed(0)
+    normal = lambda *shape: torch.randn(shape, generator=generator)
+    inputs = normal(8, 336, 4, 32), normal(8, 336, 4, 3, 4, 2) * 2, normal(8, 336, 4, 3, 4)
+    reference = torch.rand(8, 336, 3, 2, generator=generator)
+
+    def passes(device, dtype, impl, rounded_to=None):
+        value, offsets, logits = (t.to(rounded_to or dtype).to(device, dtype).requires_grad_() for t in inputs)
+        output = ms_deform_attn_fused(value, shapes, offsets, logits, reference.to(device, _coordinate_dtype(value)), impl)
+        yield output
+        yield from torch.autograd.grad(output.sum(), (value, offsets, logits))
+
+    def milliseconds(count, *case):
+        def once():
+            start = time.perf_counter()
+            list(itertools.islice(passes(*case), count))
+            if case[0] == "cuda":
+                torch.cuda.synchronize()
+            return 1e3 * (time.perf_counter() - start)
+        return sorted(once() for _ in range(7))[3]
+
+    for device, dtype, impl in itertools.product(devices, (torch.float32, torch.bfloat16), ("torch", "kernel")):
+        if impl == "kernel" and not _kernel_works(device, torch.cuda.current_device() if device == "cuda" else None, False):
+            continue
+        exact = passes("cpu", torch.float64, "torch", rounded_to=dtype)
+        results = [tensor.detach().cpu().double() for tensor in passes(device, dtype, impl)]
+        errors = " ".join(f"{(r - e).abs().max() / e.abs().max():.0e}" for r, e in zip(results, exact))
+        print(f"{device:5}{DTYPES[dtype]:9} {impl:7} {errors}   "
+              f"{milliseconds(1, device, dtype, impl):6.2f} {milliseconds(4, device, dtype, impl):6.2f}")
+
+
+if __name__ == "__main__":
+    doctor()

@@ -31,12 +31,15 @@ struct Problem {                                             // the same struct 
 
 template <typename T> struct Looks {                         // the L K looks of one row (b, q, m)
   int LK;
-  std::vector<int> H, W, start, row[4];                      // corners: top left, top right, bottom left, bottom right;
+  std::vector<int> l, H, W, start, row[4];                     // corners: top left, top right, bottom left, bottom right;
   std::vector<T> area[4], fx, fy, A, cx, cy, sx, sy;         // row: their token, -1 outside. pixel = c + s * point - 1/2
   Looks(const Problem& p) : LK(p.L * p.K) {
-    for (auto* column : {&H, &W, &start, &row[0], &row[1], &row[2], &row[3]}) column->resize(LK);
+    for (auto* column : {&l, &H, &W, &start, &row[0], &row[1], &row[2], &row[3]}) column->resize(LK);
     for (auto* column : {&area[0], &area[1], &area[2], &area[3], &fx, &fy, &A, &cx, &cy, &sx, &sy}) column->resize(LK);
-    for (int i = 0, l = 0; i < LK; l = ++i / p.K) start[i] = p.start[l], H[i] = p.H[l], W[i] = p.W[l], sx[i] = W[i], sy[i] = H[i];
+    for (int i = 0; i < LK; i++) {
+      l[i] = i / p.K, H[i] = p.H[l[i]], W[i] = p.W[l[i]], start[i] = p.start[l[i]];
+      sx[i] = p.reference_size ? 1 : W[i], sy[i] = p.reference_size ? 1 : H[i];
+    }
   }
 };
 
@@ -44,14 +47,17 @@ template <typename T> void prepare(const Problem& p, int64_t bq, int64_t m, Look
   const int LK = s.LK, R = p.reference_size;
   const T *point = (const T*)p.points + 2 * (bq * p.M + m) * LK, *weight = (const T*)p.weights + (bq * p.M + m) * LK;
   const T *reference = (const T*)p.reference + bq * p.L * R, top = *std::max_element(weight, weight + LK);
-  T sum = 0;
+  if (R) {                                                   // fused: softmax, and `sampling_locations` of the Python file
+    T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int i = 0; i < LK; i++) sum += s.A[i] = R ? std::exp(weight[i] - top) : weight[i];
-  for (int i = 0; i < LK && R; i++) {                        // fused: softmax, and `sampling_locations` of the Python file
-    const T* r = reference + i / p.K * R;
-    s.A[i] /= sum;
-    s.cx[i] = r[0] * s.W[i], s.sx[i] = R == 2 ? 1 : r[2] * s.W[i] / (2 * p.K);
-    s.cy[i] = r[1] * s.H[i], s.sy[i] = R == 2 ? 1 : r[3] * s.H[i] / (2 * p.K);
+    for (int i = 0; i < LK; i++) sum += s.A[i] = std::exp(weight[i] - top);
+    for (int i = 0; i < LK; i++) {
+      const T* r = reference + s.l[i] * R;
+      s.A[i] /= sum, s.cx[i] = r[0] * s.W[i], s.cy[i] = r[1] * s.H[i];
+      if (R == 4) s.sx[i] = r[2] * s.W[i] / (2 * p.K), s.sy[i] = r[3] * s.H[i] / (2 * p.K);
+    }
+  } else {
+    std::copy(weight, weight + LK, s.A.begin());
   }
 #pragma omp simd simdlen(8)
   for (int i = 0; i < LK; i++) {
