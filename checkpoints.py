@@ -152,11 +152,13 @@ FAMILIES = {
     "deformable_detr_two_stage": Family("deformable_detr", {"with_box_refine": True, "two_stage": True}, False,
                                         ("bbox_embed", "class_embed")),
     "dino": Family("dino", {}, True, ("bbox_embed", "class_embed")),   # 4-scale and 5-scale
+    "h_detr": Family("h_detr", {}, False, ("bbox_embed", "class_embed")),
 }
 RENAMED = {"backbone.0.body.": "backbone.", "transformer.encoder.layers.": "encoder.",   # prefix: theirs -> ours
            "transformer.decoder.layers.": "decoder.", "transformer.decoder.norm.": "decoder_norm.",
            "transformer.decoder.ref_point_head.": "ref_point_head.", "transformer.": ""}
 SAME = ("input_proj.", "class_embed.", "bbox_embed.", "query_embed.", "label_enc.")   # prefixes that both use
+ONE_TO_MANY = 1500   # H-DETR's table of queries holds both groups; every released one has this many one-to-many rows
 PROFILER = ("total_params", "total_ops")   # counters that a profiler left in some released files
 
 
@@ -176,7 +178,7 @@ def recognise(state: dict) -> tuple[str, dict]:
     if "label_enc.weight" in state:
         family = "dino"
     elif "transformer.enc_output.weight" in state:
-        family = "deformable_detr_two_stage"
+        family = "h_detr" if "query_embed.weight" in state else "deformable_detr_two_stage"
     else:
         refine = "transformer.decoder.bbox_embed.0.layers.0.weight" in state
         family = "deformable_detr_refine" if refine else "deformable_detr"
@@ -190,6 +192,9 @@ def recognise(state: dict) -> tuple[str, dict]:
     for key in ("query_embed.weight", "transformer.tgt_embed.weight"):
         if key in shape:
             found["num_queries"] = shape[key][0]
+    if family == "h_detr":
+        found["num_queries_one2many"] = ONE_TO_MANY if found["num_queries"] > ONE_TO_MANY else 0
+        found["num_queries"] -= found["num_queries_one2many"]
     return family, found
 
 

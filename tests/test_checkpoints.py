@@ -22,6 +22,7 @@ LISTS = {   # key list -> family, Config overrides that names and shapes show
     "deformable_detr_r50_single_scale": ("deformable_detr", dict(num_feature_levels=1, num_queries=300)),
     "deformable_detr_r50_refine": ("deformable_detr_refine", dict(with_box_refine=True)),
     "deformable_detr_r50_refine_two_stage": ("deformable_detr_two_stage", dict(with_box_refine=True, two_stage=True)),
+    "h_deformable_detr_r50": ("h_detr", dict(num_queries=300, num_queries_one2many=1500, ffn_dim=2048)),
     "dino_r50_4scale": ("dino", dict(num_feature_levels=4, num_queries=900, ffn_dim=2048)),
     "dino_r50_5scale": ("dino", dict(num_feature_levels=5)),
 }
