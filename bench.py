@@ -1,0 +1,315 @@
+"""Every speed and memory figure of this repository.   python bench.py kernel | step   (--help lists the flags)
+
+Each command prints a table and writes it, with date, device, versions and its own command line, to runs/bench/NAME.md.
+A figure is the median of repeated runs. Implementations take turns within one process, so that their ratio survives a
+busy machine better than the milliseconds do.
+"""
+import argparse
+import dataclasses
+import datetime
+import functools
+import importlib
+import platform
+import shlex
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+import deformable_attn
+from deformable_attn import ms_deform_attn, ms_deform_attn_fused, sampling_locations
+
+L2_BYTES = 100 << 20    # rotate over inputs of at least this size together, so that none is still in the cache (H100: 50 MB)
+
+
+# ---- Timing ---------------------------------------------------------------------------------------------------------
+
+def milliseconds(functions, device, repeats):
+    """Median time of one call, over a list of calls that do the same on different inputs -> (ms, how it was measured).
+
+    On a GPU one CUDA graph holds all the calls: no launch gaps, no Python. A function that cannot be captured (it asks the
+    device for a value, say) is timed by events around plain calls instead, which includes its launches."""
+    if device == "cpu":
+        return statistics.median(1e3 * clock(f) for _ in range(repeats) for f in functions), "clock"
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for f in functions:
+            f()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(graph):
+            for f in functions:
+                f()
+        once, how = graph.replay, "graph"
+    except RuntimeError:
+        torch.cuda.synchronize()
+        once, how = (lambda: [f() for f in functions]), "events"
+    times = []
+    for _ in range(repeats + 3):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        once()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) / len(functions))
+    return statistics.median(times[3:]), how
+
+
+def clock(function):
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def device_name(device):
+    if device == "cuda":
+        return torch.cuda.get_device_name()
+    info = Path("/proc/cpuinfo")
+    names = [line.split(":")[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")] if info.exists() else []
+    return f"{(names or [platform.processor()])[0]}, {torch.get_num_threads()} threads"
+
+
+def report(name, args, columns, rows, notes=()):
+    """Prints a table as it goes to the README and keeps it in runs/bench/."""
+    head = (f"{datetime.date.today()}, {device_name(args.device)}, torch {torch.__version__}, CUDA {torch.version.cuda}; "
+            f"`python {shlex.join(sys.argv)}`")
+    lines = [head, "", "| " + " | ".join(columns) + " |", "|" + "---|" * len(columns)]
+    lines += ["| " + " | ".join(str(cell) for cell in row) + " |" for row in rows] + ["", *notes]
+    text = "\n".join(lines)
+    path = Path("runs/bench") / f"{name}_{args.device}.md"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text + "\n")
+    print(f"{text}\nsaved to {path}")
+
+
+# ---- The operator ---------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Case:
+    """One problem of the kernel table. queries None: the tokens are the queries, as in an encoder."""
+    name: str
+    batch: int
+    shapes: list
+    queries: int | None = None
+    heads: int = 8
+    channels: int = 32
+    points: int = 4
+
+
+def levels(height, width, strides=(8, 16, 32, 64)):
+    return [(-(-height // s), -(-width // s)) for s in strides]
+
+
+FOUR, FIVE = levels(800, 1333), levels(800, 1333, (4, 8, 16, 32, 64))
+SMALL = dict(shapes=[(16, 16), (8, 8), (4, 4)], heads=4)
+CASES = {
+    "cuda": [*(Case("4-scale encoder, 800x1333", batch, FOUR) for batch in (1, 2, 4)),
+             *(Case("decoder, 800x1333", 2, FOUR, queries) for queries in (300, 900, 1100)),
+             Case("5-scale encoder, 800x1333", 1, FIVE), Case("4-scale encoder, 512x512", 8, levels(512, 512))],
+    "cpu": [Case("small encoder, 128x128", 8, **SMALL), Case("small decoder, 128x128", 8, queries=140, **SMALL),
+            Case("decoder, 800x1333", 1, FOUR, 900), Case("4-scale encoder, 800x1333", 1, FOUR)],
+}
+
+
+def make_inputs(case, device, dtype, uniform, seed):
+    """value, offsets, logits, reference. Offsets are a few pixels (standard deviation 2) around a grid of tokens or, in a
+    decoder, around random centres; `uniform` spreads every look over the whole map."""
+    generator = torch.Generator(device).manual_seed(seed)
+    normal, uniformly = (functools.partial(f, generator=generator, device=device) for f in (torch.randn, torch.rand))
+    B, M, D, L, K = case.batch, case.heads, case.channels, len(case.shapes), case.points
+    S = sum(H * W for H, W in case.shapes)
+    Nq = case.queries or S
+    if case.queries:
+        centers = uniformly(B, Nq, 2)
+    else:
+        grids = [torch.meshgrid((torch.arange(H) + 0.5) / H, (torch.arange(W) + 0.5) / W, indexing="ij") for H, W in case.shapes]
+        centers = torch.cat([torch.stack([x, y], -1).flatten(0, 1) for y, x in grids]).expand(B, -1, -1).to(device)    # (B, S, 2)
+    if uniform:
+        size = torch.tensor([(W, H) for H, W in case.shapes], device=device).view(L, 1, 2)
+        offsets = (uniformly(B, Nq, M, L, K, 2) - centers[:, :, None, None, None]) * size
+    else:
+        offsets = normal(B, Nq, M, L, K, 2) * 2
+    value, logits = normal(B, S, M, D), normal(B, Nq, M, L, K)
+    reference = centers[:, :, None].expand(-1, -1, L, -1).contiguous()                                          # (B, Nq, L, 2)
+    return [tensor.to(dtype).requires_grad_() for tensor in (value, offsets, logits)] + [reference]
+
+
+def eager(operator, value, shapes, offsets, logits, reference):
+    """From offsets and logits as everybody else does it: softmax and locations as PyTorch calls, then the operator."""
+    weights = logits.flatten(-2).softmax(-1, dtype=torch.float32).view_as(logits)
+    return operator(value, shapes, sampling_locations(reference, offsets.float(), shapes), weights)
+
+
+def implementations(peers):
+    """name -> function of (value, shapes, offsets, logits, reference). "operator" rows get locations and weights made before
+    the clock starts; "layer" rows start from offsets and logits."""
+    table = {
+        "operator, PyTorch": functools.partial(ms_deform_attn, impl="torch"),
+        "operator, ours": functools.partial(ms_deform_attn, impl="kernel"),
+        "layer, PyTorch": functools.partial(eager, functools.partial(ms_deform_attn, impl="torch")),
+        "layer, ours, not fused": functools.partial(eager, functools.partial(ms_deform_attn, impl="kernel")),
+        "layer, ours, fused": functools.partial(ms_deform_attn_fused, impl="kernel"),
+    }
+    for peer in peers:
+        module, _, function = peer.partition(":")
+        function = getattr(importlib.import_module(module), function)
+        table |= {f"operator, {peer}": function, f"layer, {peer}": functools.partial(eager, function)}
+    return table
+
+
+def calls(name, function, case, sets, backward):
+    """One function without arguments per set of inputs."""
+    def make(value, offsets, logits, reference):
+        if name.startswith("operator"):
+            with torch.no_grad():
+                points = sampling_locations(reference, offsets.float(), case.shapes)
+                weights = logits.float().flatten(-2).softmax(-1).view_as(logits)
+            inputs = [value, points.requires_grad_(), weights.requires_grad_()]
+            forward = lambda: function(value, case.shapes, points, weights)
+        else:
+            inputs = [value, offsets, logits]
+            forward = lambda: function(value, case.shapes, offsets, logits, reference)
+        if not backward:
+            return torch.no_grad()(forward)
+        ones = torch.ones(value.shape[0], offsets.shape[1], value.shape[2] * value.shape[3], device=value.device, dtype=value.dtype)
+        return lambda: torch.autograd.grad(forward(), inputs, ones)
+
+    return [make(*inputs) for inputs in sets]
+
+
+def floors(case, inputs):
+    """What no implementation can go below -> bytes through HBM of the forward pass and of both, fused form; bytes gathered
+    from L1; additions of 16 bytes in the backward pass. Every tensor crosses once; corners outside the map are not read."""
+    value, offsets, logits, reference = inputs
+    once = lambda *tensors: sum(t.numel() * t.element_size() for t in tensors)
+    output = offsets.shape[0] * offsets.shape[1] * case.heads * case.channels * value.element_size()
+    forward = once(value, offsets, logits, reference) + output
+    corners = 0
+    with torch.no_grad():
+        locations = sampling_locations(reference, offsets.float(), case.shapes)
+        for l, (H, W) in enumerate(case.shapes):
+            x, y = ((locations[:, :, :, l, :, i] * n - 0.5).floor() for i, n in ((0, W), (1, H)))      # (B, Nq, M, K)
+            columns, rows = (((at >= 0) & (at < n)).int() + ((at + 1 >= 0) & (at + 1 < n)) for at, n in ((x, W), (y, H)))
+            corners += (columns * rows).sum().item()
+    both = 2 * forward + once(value, offsets, logits)    # the backward pass reads all of it again and writes three gradients
+    return forward, both, corners * case.channels * value.element_size(), corners * case.channels // 4
+
+
+def copy_bandwidth():
+    """Bytes per second that a plain copy moves through device memory, read and write counted."""
+    source = torch.empty(1 << 28, device="cuda")
+    target = torch.empty_like(source)
+    ms, _ = milliseconds([lambda: target.copy_(source)], "cuda", 20)
+    return 2 * source.numel() * 4 / (ms * 1e-3)
+
+
+def kernel(args):
+    """The table of the operator: our kernels beside the definition and beside peers."""
+    dtypes = [torch.float32, torch.bfloat16, torch.float16] if args.device == "cuda" else [torch.float32, torch.bfloat16]
+    rows, notes, table = [], [], implementations(args.peer)
+    bandwidth = copy_bandwidth() if args.device == "cuda" else None
+    for case in CASES[args.device]:
+        if args.case not in case.name:
+            continue
+        for dtype in dtypes:
+            for uniform in (False, True):
+                first = make_inputs(case, args.device, dtype, uniform, 0)
+                size = sum(t.numel() * t.element_size() for t in first)
+                copies = max(2, -(-L2_BYTES // size)) if args.device == "cuda" else 2
+                sets = [first] + [make_inputs(case, args.device, dtype, uniform, seed) for seed in range(1, copies)]
+                title = f"{case.name}, batch {case.batch}, {case.queries or 'all'} queries", str(dtype)[6:], "uniform" if uniform else "near"
+                for name, function in table.items():
+                    cells, how = [], "clock"
+                    for backward in (False, True):
+                        try:
+                            ms, how = milliseconds(calls(name, function, case, sets, backward), args.device, args.repeats)
+                            cells.append(f"{ms:.3f}")
+                        except (RuntimeError, TypeError) as error:      # a peer without this type, shape or device
+                            cells.append(f"failed: {str(error).splitlines()[0][:60]}")
+                    rows.append([*title, name, *cells, how])
+                    print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+                if args.device == "cuda":
+                    rows += cuda_only(case, sets, title, args.repeats, bandwidth)
+    if bandwidth:
+        notes.append(f"Floor: bytes through device memory, fused form, at the {bandwidth / 1e12:.2f} TB/s that a copy reaches here.")
+    columns = ["case", "values", "looks", "implementation", "forward ms", "forward + backward ms", "timed by"]
+    report("kernel", args, columns, rows, notes)
+
+
+def cuda_only(case, sets, title, repeats, bandwidth):
+    """The price of a deterministic backward, and the computed floors."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        functions = calls("layer", functools.partial(ms_deform_attn_fused, impl="kernel"), case, sets, True)
+        ms, how = milliseconds(functions, "cuda", repeats)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    forward, both, gathered, additions = floors(case, sets[0])
+    properties = torch.cuda.get_device_properties(0)
+    clock_rate = getattr(properties, "clock_rate", 0) * 1e3                                # Hz, where this version says it
+    l1 = f"; L1 {1e3 * gathered / (properties.multi_processor_count * 128 * clock_rate):.3f}" if clock_rate else ""
+    return [[*title, "layer, ours, fused, deterministic", "", f"{ms:.3f}", how],
+            [*title, f"floor: HBM{l1}", f"{1e3 * forward / bandwidth:.3f}", f"{1e3 * both / bandwidth:.3f}",
+             f"{gathered / 1e6:.0f} MB gathered, {additions / 1e6:.1f} M 16-byte additions"]]
+
+
+# ---- The training step ----------------------------------------------------------------------------------------------
+
+def step(args):
+    """One training step (forward, losses, backward, optimiser, average) of the small preset, with our kernels and without."""
+    import data
+    import train
+    rows = []
+    for name in args.models:
+        paper = importlib.import_module(name)
+        cfg = dataclasses.replace(paper.Config(), **paper.SMALL)
+        dataset, _ = data.build_datasets(None, cfg, 0)
+        model, criterion = paper.build(cfg, len(dataset.class_names))
+        model.to(args.device).train()
+        optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=1e-4, fused=True)
+        average = train.Average(model, cfg.ema)
+        batches = [data.collate([dataset[i] for i in range(k * cfg.batch_size, (k + 1) * cfg.batch_size)]) for k in range(3)]
+        for amp in (False, True):
+            times = {"torch": [], "kernel": []}
+            for k in range(args.repeats + 2):
+                for impl in times:
+                    deformable_attn.ms_deform_attn_fused = functools.partial(ms_deform_attn_fused, impl=impl)
+                    run = lambda: train.step(model, model, criterion, optimizer, average, [batches[k % 3]], cfg.clip, amp, k, 1)[2].item()
+                    times[impl].append(1e3 * clock(run))
+            slow, fast = (statistics.median(times[impl][2:]) for impl in ("torch", "kernel"))
+            rows.append([name, "bfloat16" if amp else "float32", f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}"])
+    deformable_attn.ms_deform_attn_fused = ms_deform_attn_fused
+    report("step", args, ["model (small preset)", "autocast", "PyTorch ms", "kernels ms", "ratio"], rows)
+
+
+# ---- Command line ---------------------------------------------------------------------------------------------------
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    def command(function, **flags):
+        sub = commands.add_parser(function.__name__, help=function.__doc__, allow_abbrev=False)
+        sub.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cuda", "cpu"))
+        sub.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads (%(default)s)")
+        sub.set_defaults(run=function)
+        return sub
+
+    sub = command(kernel)
+    sub.add_argument("--peer", action="append", default=[], metavar="MODULE:FUNCTION",
+                     help="time another function of ms_deform_attn's signature as well (repeatable; it lies on PYTHONPATH)")
+    sub.add_argument("--case", default="", help="only cases whose name contains this")
+    sub.add_argument("--repeats", type=int, default=15)
+    sub = command(step)
+    sub.add_argument("--models", nargs="+", default=["deformable_detr", "dino"])
+    sub.add_argument("--repeats", type=int, default=9)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    args.run(args)
+
+
+if __name__ == "__main__":
+    main()
