@@ -100,7 +100,7 @@ class Config:
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
 SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
              decoder_layers=3, ffn_dim=384, num_queries=40, dn_number=50, top_k=100, loss_class=2.0, lr=6e-4,
-             lr_backbone=6e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=10, schedule="cosine", warmup=0.04,
+             lr_backbone=6e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=12, schedule="cosine", warmup=0.04,
              ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128)
 VARIANTS = {
     "5scale": dict(num_feature_levels=5),
