@@ -131,7 +131,7 @@ def ms_deform_attn_torch(value, shapes, locations, weights):
 
     A NaN location makes the output of its own query and head NaN and reaches nothing else."""
     B, S, M, D = value.shape
-    dtype = torch.promote_types(value.dtype, locations.dtype)
+    dtype = torch.promote_types(_coordinate_dtype(value), locations.dtype)
     nan = locations.isnan().any(-1)                                                 # (B, Nq, M, L, K)
     weights = weights.to(dtype).masked_fill(nan, math.nan)
     # A location reaches at most half a pixel beyond the map, so [-1, 2] keeps every point that sees anything.
@@ -142,8 +142,8 @@ def ms_deform_attn_torch(value, shapes, locations, weights):
         points = grid[:, :, :, l].transpose(1, 2).flatten(0, 1)                     # (B M, Nq, K, 2)
         looks = F.grid_sample(level, points, mode="bilinear", padding_mode="zeros", align_corners=False)
         looks = looks.view(B, M, D, *points.shape[1:3])                             # (B, M, D, Nq, K)
-        output = output + torch.einsum("bmdqk,bqmk->bqmd", looks, weights[:, :, :, l])
-    return output.flatten(2).to(value.dtype)                                        # (B, Nq, M D)
+        output = output + (looks * weights[:, :, None, :, l].transpose(1, 3)).sum(-1)           # (B, M, D, Nq)
+    return output.flatten(1, 2).transpose(1, 2).to(value.dtype)                     # (B, Nq, M D)
 
 
 def _coordinate_dtype(tensor):
@@ -169,6 +169,7 @@ def _check(value, shapes, points, weights, reference=None):
     expect(weights.shape == points.shape[:-1], f"weights {tuple(points.shape[:-1])}", tuple(weights.shape))
     expect(len(shapes) <= MAX_LEVELS and all(H > 0 and W > 0 for H, W in shapes), f"1 to {MAX_LEVELS} non-empty levels", shapes)
     expect(S == sum(H * W for H, W in shapes), f"S = the sum of H W over {list(shapes)}", f"S = {S}")
+    expect(S * M * D < 2**32, "fewer than 2^32 values an image", S * M * D)
     expect(value.dtype in DTYPES, f"value in {', '.join(DTYPES.values())}", value.dtype)
     tensors = [points, weights]
     if reference is not None:
