@@ -248,8 +248,7 @@ def sine_positions(padding: Tensor, dim: int, temperature: float = 10000.0, shif
 
     Rows and columns are counted over the cells that are not padding and divided by their number; `shift` 0.5 counts
     from the middle of a cell (Deformable DETR), 0 from its far side (DETR, DINO)."""
-    valid = (~padding).float()
-    y, x = valid.cumsum(1), valid.cumsum(2)                                        # (B, H, W)
+    y, x = ((~padding).cumsum(axis).float() for axis in (1, 2))                    # (B, H, W); sums of integers: one order
     y = (y - shift) / (y[:, -1:] + 1e-6)
     x = (x - shift) / (x[:, :, -1:] + 1e-6)
     return torch.cat([sine_embedding(v, dim // 2, temperature) for v in (y, x)], -1).flatten(1, 2)   # (B, H W, dim)
