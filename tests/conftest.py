@@ -1,13 +1,17 @@
 """Fixtures. Recorded inputs and outputs of the authors' code live outside this repository, in a folder `shared` beside
 the checkout or wherever NANODETR_SHARED points; tests that need them skip by name when it is absent, and fail instead
-when NANODETR_STRICT is set."""
+when NANODETR_STRICT is set. A test that is not slow and takes longer than HANGS seconds ends the run, with a trace."""
+import faulthandler
 import os
 import sys
 from pathlib import Path
 
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # read when torch is imported: waiting threads must not spin on a busy machine
+
 import numpy as np
 import pytest
 
+HANGS = 300
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
@@ -18,6 +22,15 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: a long check, run with --slow")
+    config.stderr = os.dup(2)   # not captured yet
+
+
+@pytest.fixture(autouse=True)
+def never_hang(request):
+    if "slow" not in request.keywords:
+        faulthandler.dump_traceback_later(HANGS, exit=True, file=request.config.stderr)
+    yield
+    faulthandler.cancel_dump_traceback_later()
 
 
 def pytest_collection_modifyitems(config, items):
