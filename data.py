@@ -62,12 +62,6 @@ MIN_VISIBLE = 0.6                                      # share of every object t
 MAX_OUTSIDE = 0.15                                     # share of an object's side that may lie outside the image
 
 
-@functools.cache
-def say_once(text):
-    """Print one line on standard error, the first time only."""
-    print(text, file=sys.stderr)
-
-
 def stream(purpose, *key):
     """The random generator of one purpose and key; the purpose keeps e.g. scene 3 and sample 3 from sharing their numbers."""
     return np.random.default_rng((1 + ("scene", "order", "sample").index(purpose), *key))
@@ -764,28 +758,12 @@ def build_datasets(data, cfg, seed, load_masks=False, overfit=0, num_train=NUM_T
     return train, val
 
 
-def batches(dataset, batch_size, seed=0, epoch=0, shuffle=False, workers=0, rank=0, world=1, start=0):
-    """-> DataLoader of one epoch of this rank: (images, padding, targets), see collate.
-
-    batch_size: images of this rank in a batch. shuffle (training): an order from (seed, epoch) alone, the last incomplete
-    batch left out, the same number of batches on every rank, never zero. Otherwise (evaluation): every image once over all
-    ranks. start: batches to skip, unread. Touches no global random state.
-    """
-    dataset.set_epoch(epoch)
+def batches(dataset, indices, workers=0, pin_memory=False):
+    """-> DataLoader: (images, padding, targets), see collate, for each list of places in the data set. Touches no global
+    random state. The order of an epoch is train.py's, stream("order", seed, epoch)."""
     if workers:
         dataset.prepare()
-    if shuffle:
-        order = stream("order", seed, epoch).permutation(len(dataset))
-        if len(order) < batch_size * world:
-            smaller = max(1, len(order) // world)
-            say_once(f"{dataset.name}: {len(order)} training images: batch {smaller * world} instead of {batch_size * world}")
-            order, batch_size = np.resize(order, max(len(order), world)), smaller
-        steps = len(order) // (batch_size * world)
-        plan = order[:steps * batch_size * world].reshape(steps, world, batch_size)[:, rank].tolist()
-    else:
-        mine = list(range(rank, len(dataset), world))
-        plan = [mine[k:k + batch_size] for k in range(0, len(mine), batch_size)]
-    return DataLoader(dataset, batch_sampler=plan[start:], collate_fn=collate, num_workers=workers,
+    return DataLoader(dataset, batch_sampler=indices, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
                       generator=torch.Generator())                         # the global one belongs to the model
 
 

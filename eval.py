@@ -30,7 +30,6 @@ import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
-from torch.utils.data import DataLoader, Subset
 
 import checkpoints
 import data
@@ -73,7 +72,7 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, am
 
 def predict(model, dataset, indices, device, batch_size=1, amp=False, workers=0):
     """Yields (outputs, targets) for batches of the images at `indices`, in evaluation mode and without gradients."""
-    loader = DataLoader(Subset(dataset, indices), batch_size, collate_fn=data.collate, num_workers=workers)
+    loader = data.batches(dataset, [list(indices[k:k + batch_size]) for k in range(0, len(indices), batch_size)], workers)
     device, training, done = torch.device(device), model.training, 0
     model.eval()
     try:
@@ -348,7 +347,7 @@ def validation_set(folder, cfg, meta):
     if not folder and not run:
         raise ValueError("expected --data DIR: released weights do not say which data they belong to")
     if not folder and run["overfit"]:
-        return data.build_datasets(run["data"] or None, cfg, run["seed"], overfit=run["overfit"])[1]
+        return data.build_datasets(run["data"] or None, cfg, run["seed"], overfit=run["overfit"], num_train=run["num_train"])[1]
     folder, transform = folder or run["data"], data.eval_transform(cfg)
     if folder:
         return data.CocoFolder(folder, "val", transform)

@@ -10,15 +10,16 @@ Every field of `Run` below and of the paper file's `Config` is a flag. A paper f
 `Config` and `build`. The run folder receives config.json, log.jsonl (every loss), curves.png, predictions.png, last.pt
 and best.pt.
 
-What a run promises: the same seed gives the same bytes on a CPU, resumed anywhere or not; a step whose loss or gradient
-is not finite changes nothing and is reported; SIGTERM and SIGINT save first; checkpoints are whole or absent.
+What a run promises: the same seed gives the same bytes, on a CPU and with --deterministic on a GPU, resumed anywhere or
+not; a step whose loss or gradient is not finite changes nothing and is reported; SIGTERM and SIGINT save first; checkpoints
+are whole or absent; memory that runs out ends in the flag to try next.
 """
 import argparse
-import ast
 import contextlib
 import copy
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import json
@@ -29,6 +30,7 @@ import re
 import signal
 import sys
 import time
+import traceback
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -40,7 +42,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader
+from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 import checkpoints
@@ -50,12 +52,14 @@ from backbones import load_backbone_weights
 from data import NUM_TRAIN, NUM_VAL
 from deformable_attn import BuildError, ms_deform_attn
 from eval import COLUMNS as AP_COLUMNS
-from eval import evaluate, predict
+from eval import Flags, evaluate, predict
 
 LOG_EVERY = 10          # steps between lines of log.jsonl, and between waits for the device
 BAD_LIMIT = 3           # steps in a row without a finite loss before the run stops
 MATCHED_IMAGES = 200    # validation images whose matching is followed from evaluation to evaluation
-MAY_CHANGE = {"model", "out", "resume", "device", "workers", "threads", "eval_every", "save_every"}   # by --resume
+MAY_CHANGE = {"model", "out", "resume", "device", "workers", "threads", "eval_every", "save_every",   # by --resume
+              "accum", "amp", "recompute", "compile", "deterministic"}
+PARTS = r"(^|\.)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+\.)?blocks\.\d+))$"   # of --recompute, --compile
 OVERFIT_STEPS, OVERFIT_EPOCHS, OVERFIT_AP = 100, 30, 0.95   # of --overfit: steps an epoch, epochs, AP that ends it
 
 
@@ -77,6 +81,9 @@ class Run:
     num_val: int = NUM_VAL           # and to evaluate on
     seed: int = 0
     accum: int = 1                   # micro-batches per optimiser step
+    recompute: bool = False          # forget the activations of layers and blocks, compute them again: less memory, more time
+    compile: bool = False            # torch.compile layers and blocks
+    deterministic: bool = False      # the same bytes on a GPU too; slower
     workers: int = -1                # processes that read images; -1: chosen from the cores
     threads: int = 0                 # of PyTorch on the CPU; 0: OMP_NUM_THREADS, or one per core, at most 8
     eval_every: int = 1              # epochs
@@ -115,7 +122,7 @@ def train(run: Run, cfg) -> dict:
     run, device, rank, world = set_up(run)
     paper = load_paper(run.model)
     out, saved = run_folder(run, cfg, rank)
-    cfg, train_set, val_set = load_data(run, cfg)
+    cfg, train_set, val_set = load_data(run, cfg, rank)
     plan = make_plan(run, cfg, len(train_set), rank, world)
     model, criterion = paper.build(cfg, len(train_set.class_names))
     notes = start_weights(run, cfg, model, train_set.class_names)
@@ -123,13 +130,14 @@ def train(run: Run, cfg) -> dict:
     torch.manual_seed(run.seed + rank)
     average = Average(model, cfg.ema)
     optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    base_lrs = [group["lr"] for group in optimizer.param_groups]
+    base_lrs = [group["lr"] * plan.total / cfg.batch_size for group in optimizer.param_groups]   # a small set: a small batch
+    prepare_parts(model, run)
     net = DistributedDataParallel(model, [device.index] if run.device == "cuda" else None) if world > 1 else model
-    now = restore(saved, model, average, optimizer, rank) if saved else Progress()
+    now = restore(saved, model, average, optimizer, plan) if saved else Progress()
     if rank == 0:
         (out / "config.json").write_text(json.dumps({"run": vars(run), "config": vars(cfg)}, indent=1) + "\n")
         print(report(run, cfg, plan, device, train_set, val_set, model, notes, now))
-    log, record = Log(out, now, rank == 0), {}
+    log, record = Log(out, now, plan, cfg, run), {}
 
     def save(name: str = "last.pt") -> None:
         state = whole_state(run, cfg, train_set, model, average, optimizer, now, gather(checkpoints.random_state(), world))
@@ -151,7 +159,7 @@ def train(run: Run, cfg) -> dict:
                 bar.update(plan.total)
                 saving = now.step % run.save_every == 0
                 if now.step % LOG_EVERY == 0 or now.batch == plan.steps or saving or (stop.number and world == 1):
-                    log.flush(now, optimizer, bar, world)
+                    log.flush(now, optimizer, bar, model, train_set)
                     stopping = max(gather(stop.number, world))   # every rank stops at the same step
                     if saving or stopping:
                         save()
@@ -179,20 +187,19 @@ def train(run: Run, cfg) -> dict:
 def step(net, model, criterion, optimizer, average, batches: list, clip: float, amp: bool, number: int, world: int):
     """One optimiser step on this rank's micro-batches; the host does not wait for its result.
 
-    -> image ids, {loss name: tensor}, gradient norm, whether all of it is finite (tensors). When it is not, parameters,
-    optimiser, moving average and batch statistics stay what they were. Losses are divided by the number of objects in
-    all micro-batches of all ranks, over ranks: gradients, averaged over ranks, are then those of one large batch."""
+    -> places in the data set of each micro-batch's images, {loss name: tensor}, gradient norm, whether all of it is finite
+    (tensors). When it is not, parameters, optimiser, moving average and batch statistics stay what they were. Losses are
+    divided by the number of objects in all micro-batches of all ranks, over ranks: gradients, averaged over ranks, are
+    then those of one large batch."""
     num_boxes = sum(gather(sum(len(t["labels"]) for _, _, targets in batches for t in targets), world)) / world
     device = next(model.parameters()).device
-    statistics = [b for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
+    statistics = batch_statistics(model)
     before = [b.clone() for b in statistics]
     optimizer.zero_grad(set_to_none=True)
     losses = {}
     for i, (images, padding, targets) in enumerate(batches):
-        targets = [{key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value
-                    for key, value in t.items()} for t in targets]
-        alone = net.no_sync() if world > 1 and i + 1 < len(batches) else contextlib.nullcontext()
-        with alone:
+        targets = to_device(targets, device)
+        with net.no_sync() if world > 1 and i + 1 < len(batches) else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 outputs = net(images.to(device, non_blocking=True), padding.to(device, non_blocking=True), targets)
             priced = criterion(outputs, targets, max(num_boxes, 1.0 / world))
@@ -209,7 +216,44 @@ def step(net, model, criterion, optimizer, average, batches: list, clip: float, 
     for live, old in zip(statistics, before):
         live.copy_(torch.where(finite, live, old))
     average.update(finite, number)
-    return [int(t["image_id"]) for _, _, targets in batches for t in targets], losses, norm, finite
+    return [[t["index"] for t in targets] for _, _, targets in batches], losses, norm, finite
+
+
+def to_device(targets: list[dict], device) -> list[dict]:
+    return [{key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in t.items()}
+            for t in targets]
+
+
+def batch_statistics(model) -> list[Tensor]:
+    """Buffers that a forward pass in training mode changes."""
+    return [b for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
+
+
+@contextlib.contextmanager
+def statistics_kept(model):
+    """Batch statistics come out as they went in. `.data`: a pending backward pass that has saved them notices no change."""
+    before = [(b, b.clone()) for b in batch_statistics(model)]
+    try:
+        yield
+    finally:
+        for live, old in before:
+            live.data.copy_(old)
+
+
+def prepare_parts(model, run: Run) -> None:
+    """--compile and --recompute, on encoder layers, decoder layers and backbone blocks. A part that cannot be compiled as a
+    whole is an error. Recomputing keeps a part's inputs only, and repeats it in the backward pass with the random numbers
+    it had; batch statistics count once."""
+    parts = [module for name, module in model.named_modules() if re.search(PARTS, name)]
+    if (run.compile or run.recompute) and not parts:
+        raise ValueError(f"expected modules named encoder.0, decoder.0 or backbone.layer1.0 for --compile and --recompute, "
+                         f"got none in {run.model}: leave the flags out")
+    for part in parts:
+        if run.compile:
+            part.forward = torch.compile(part.forward, fullgraph=True)
+        if run.recompute:
+            part.forward = functools.partial(checkpoint, part.forward, use_reentrant=False, context_fn=lambda part=part:
+                                             (contextlib.nullcontext(), statistics_kept(part)))
 
 
 class Average:
@@ -251,14 +295,15 @@ def lr_factor(cfg, step: int, steps: int) -> float:
 
 # ---------------------------------------------------------------------------------------------- data
 
-def load_data(run: Run, cfg):
+def load_data(run: Run, cfg, rank: int):
     """-> cfg, training set, validation set. With --overfit both are the same few images and nothing is random."""
     if run.overfit:
         cfg = dataclasses.replace(cfg, dropout=0.0, schedule="flat")
     train_set, val_set = data.build_datasets(run.data or None, cfg, run.seed, overfit=run.overfit,
                                              num_train=run.num_train, num_val=run.num_val)
-    data.quick_check(train_set)   # refuses a training set without one object
-    data.quick_check(val_set, training=False)
+    if rank == 0:
+        data.quick_check(train_set)   # refuses a training set without one object
+        data.quick_check(val_set, training=False)
     return cfg, train_set, val_set
 
 
@@ -282,15 +327,11 @@ def epoch_batches(dataset, plan: Plan, run: Run, epoch: int, start: int):
 
     The order depends on (seed, epoch) alone and a sample on (seed, epoch, index) alone, so neither workers, ranks nor a
     restart change what is trained on. The images that do not fill a last batch wait for another epoch."""
-    order = np.random.default_rng((run.seed, epoch))
+    order = data.stream("order", run.seed, epoch)
     order = np.concatenate([order.permutation(len(dataset)) for _ in range(plan.repeats)])
     micro = order[:plan.steps * plan.total].reshape(-1, plan.micro)[start * run.accum * plan.world:][plan.rank::plan.world]
     dataset.set_epoch(epoch)
-    if run.workers:
-        dataset.prepare()   # once, for all workers
-    loader = iter(DataLoader(dataset, batch_sampler=micro.tolist(), collate_fn=data.collate, num_workers=run.workers,
-                             generator=torch.Generator(),   # the default one belongs to the model
-                             pin_memory=run.device == "cuda"))
+    loader = iter(data.batches(dataset, micro.tolist(), run.workers, run.device == "cuda"))
     for _ in range(start, plan.steps):
         yield [next(loader) for _ in range(run.accum)]
 
@@ -325,7 +366,7 @@ def assignments(model, criterion, dataset, device, **common) -> Tensor:
     evaluations."""
     rows = []
     for outputs, targets in predict(model, dataset, range(min(len(dataset), MATCHED_IMAGES)), device, **common):
-        targets = [{key: t[key].to(device) for key in ("labels", "boxes")} for t in targets]
+        targets = to_device(targets, device)
         for query, index in criterion.match(outputs, targets):
             row = torch.full((outputs["pred_logits"].shape[1],), -1, dtype=torch.int16)
             row[query] = index.to(torch.int16)
@@ -348,14 +389,19 @@ def whole_state(run, cfg, dataset, model, average, optimizer, now: Progress, rng
     return state
 
 
-def restore(state: dict, model, average: Average, optimizer, rank: int) -> Progress:
-    """Puts a saved run back, random states last."""
+def restore(state: dict, model, average: Average, optimizer, plan: Plan) -> Progress:
+    """Puts a saved run back, random states last. A rank that the saved run did not have keeps the states of its seed."""
+    now = Progress(**state["progress"])
+    if now.step != now.epoch * plan.steps + now.batch:
+        raise ValueError(f"expected epochs of {(now.step - now.batch) // max(1, now.epoch)} steps as in the saved run, got "
+                         f"{plan.steps}: train on the same images with a batch that accum x processes divides")
     model.load_state_dict(state["model"])
     if average.decay:
         average.model.load_state_dict(state["ema"])
     optimizer.load_state_dict(state["optimizer"])
-    checkpoints.set_random_state(state["rng"][rank])
-    return Progress(**state["progress"])
+    if plan.rank < len(state["rng"]):
+        checkpoints.set_random_state(state["rng"][plan.rank])
+    return now
 
 
 def start_weights(run: Run, cfg, model, class_names: list[str]) -> list[str]:
@@ -384,57 +430,100 @@ def run_folder(run: Run, cfg, rank: int) -> tuple[Path, dict | None]:
         if state["config"] != dataclasses.asdict(cfg):
             raise ValueError(f"expected the config of {run.resume}, got another one: start a new run with --out")
         return out, state
-    if rank == 0 and out.exists() and any((out / name).exists() for name in ("config.json", "log.jsonl", "last.pt")):
+    if rank == 0 and any((out / name).exists() for name in ("last.pt", "last.pt.prev", "best.pt")):
         raise ValueError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     return out, None
 
 
 class Log:
-    """log.jsonl: a line of mean losses every LOG_EVERY steps and a line of scores at every evaluation. A resumed run
-    drops the lines that it is about to write again."""
+    """log.jsonl: a line of mean losses every LOG_EVERY steps and a line of scores at every evaluation; nan_report.jsonl: a
+    line for every skipped step. A resumed run drops the lines that it is about to write again."""
 
-    def __init__(self, out: Path, now: Progress, active: bool):
-        self.path, self.active, self.waiting, self.seconds = out / "log.jsonl", active, [], now.seconds
-        if active and self.path.exists():
-            lines = [line for line in self.path.read_text().splitlines(True) if line.endswith("\n")]
-            lines = [line for line in lines if json.loads(line)["step"] + (json.loads(line)["kind"] == "eval") <= now.step]
-            self.path.write_text("".join(lines))
+    def __init__(self, out: Path, now: Progress, plan: Plan, cfg, run: Run):
+        self.out, self.plan, self.epochs, self.run, self.waiting, self.seconds = out, plan, cfg.epochs, run, [], now.seconds
+        self.told = False   # what an epoch costs
+        for path in (out / "log.jsonl", out / "nan_report.jsonl"):
+            if plan.rank == 0 and path.exists():
+                whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
+                kept = [line for line, record in zip(whole, map(json.loads, whole))
+                        if record["step"] + (record.get("kind") == "eval") <= now.step]
+                path.with_suffix(".tmp").write_text("".join(kept))
+                os.replace(path.with_suffix(".tmp"), path)
 
     def write(self, record: dict, name: str = "log.jsonl") -> None:
-        if self.active:
-            with open(self.path.with_name(name), "a") as file:
+        if self.plan.rank == 0:
+            with open(self.out / name, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
-    def flush(self, now: Progress, optimizer, bar, world: int) -> None:
+    def flush(self, now: Progress, optimizer, bar, model, dataset) -> None:
         """Reads what the device has computed since the last call, reports bad steps, writes the mean of good ones."""
         names = sorted({name for _, losses, _, _ in self.waiting for name in losses})
         zero = self.waiting[0][2].new_zeros(()).float()
         table = torch.stack([torch.stack([losses.get(name, zero).float() for name in names] + [norm.float(), finite.float()])
                              for _, losses, norm, finite in self.waiting]).cpu()             # (steps, names + 2)
         good = table[table[:, -1] > 0]
-        for number, (ids, row) in enumerate(zip((ids for ids, *_ in self.waiting), table), now.step - len(table) + 1):
-            now.bad = 0 if row[-1] else now.bad + 1
-            if not now.bad:
-                continue
-            culprits = [name for name, value in zip(names, row) if not math.isfinite(value)] or ["gradient"]
-            self.write({"step": number, "images": ids, "losses": culprits, "in_a_row": now.bad}, "nan_report.jsonl")
-            text = f"step {number}: {', '.join(culprits)} not finite on images {ids}. The step was skipped, nothing changed"
-            tqdm.write(text)
-            if now.bad >= BAD_LIMIT:
-                raise FloatingPointError(f"{now.bad} steps in a row; {text}. Look at these images, lower --lr, or try "
-                                         "--amp false")
-        images = sum(len(ids) for ids, *_ in self.waiting) * world
+        for number, (indices, row) in enumerate(zip((i for i, *_ in self.waiting), table), now.step - len(table) + 1):
+            now.bad = 0 if row[-1] else now.bad + 1   # on every rank alike
+            if now.bad:
+                self.bad_step(number, indices, [n for n, x in zip(names, row) if not x.isfinite()], now.bad, model, dataset)
+        speed = len(self.waiting) * self.plan.total / max(now.seconds - self.seconds, 1e-9)
         self.waiting = []
         if len(good):
             *means, norm, _ = good.mean(0).tolist()
             loss = sum(means)
-            speed = images / max(now.seconds - self.seconds, 1e-9)
             self.write({"kind": "step", "step": now.step, "epoch": now.epoch, "train_seconds": round(now.seconds, 3),
                         "lr": max(group["lr"] for group in optimizer.param_groups), "images_per_second": round(speed, 2),
                         "loss": loss, "grad_norm": norm, "losses": dict(zip(names, means))})
             bar.set_postfix_str(f"epoch {now.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
-        self.seconds = now.seconds
+        if not self.told and self.plan.rank == 0:
+            minutes = self.plan.steps * self.plan.total / speed / 60
+            memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if self.run.device == "cuda" else ""
+            tqdm.write(f"speed     {speed:.1f} images/s: {minutes:.1f} min an epoch, {minutes * self.epochs / 60:.1f} h in all, "
+                       f"evaluations not counted{memory}")
+        self.told, self.seconds = True, now.seconds
+
+    def bad_step(self, number: int, indices: list, losses: list[str], in_a_row: int, model, dataset) -> None:
+        """Reports a skipped step with images, losses and first bad module of the ranks where something was wrong; all are
+        named when only the gradient was. FloatingPointError when it is the BAD_LIMIT-th in a row."""
+        mine = {"images": [int(dataset.image_ids[i]) for micro in indices for i in micro], "losses": losses,
+                "module": first_bad_module(model, dataset, indices, self.run.amp)}
+        ranks = gather(mine, self.plan.world)
+        ranks = [rank for rank in ranks if rank["losses"] or rank["module"]] or ranks
+        record = {"kind": "bad", "step": number, "images": [i for rank in ranks for i in rank["images"]],
+                  "losses": sorted({name for rank in ranks for name in rank["losses"]}) or ["gradient"],
+                  "module": next((rank["module"] for rank in ranks if rank["module"]), ""), "in_a_row": in_a_row}
+        self.write(record, "nan_report.jsonl")
+        where = f"first in {record['module']}" if record["module"] else "every module's output is finite when run again"
+        text = (f"step {number}: {', '.join(record['losses'])} not finite on images {record['images']} ({where}). "
+                "The step was skipped, nothing changed")
+        if self.plan.rank == 0:
+            tqdm.write(text)
+        if in_a_row >= BAD_LIMIT:
+            raise FloatingPointError(f"{in_a_row} steps in a row; {text}. Look at these images, lower --lr, or try --amp false")
+
+
+@torch.no_grad()
+def first_bad_module(model, dataset, indices: list[list[int]], amp: bool) -> str:
+    """Makes these micro-batches again (a sample depends on seed, epoch and index only), runs them forward in training mode
+    and uncompiled -> the name of the first module whose output is not finite, "" when there is none. Statistics and random
+    states stay what they were; weights are those of now, not more than LOG_EVERY steps after the bad one."""
+    device, bad, handles = next(model.parameters()).device, [], []
+    for name, module in model.named_modules():
+        def look(module, inputs, output, name=name):
+            if not bad and torch.is_tensor(output) and not output.isfinite().all():
+                bad.append(name)
+        handles.append(module.register_forward_hook(look))
+    try:
+        with statistics_kept(model), torch.random.fork_rng([device] if device.type == "cuda" else []), \
+                torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+            for micro in indices:
+                images, padding, targets = data.collate([dataset[i] for i in micro])
+                model(images.to(device), padding.to(device), to_device(targets, device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bad[0] if bad else ""
 
 
 # ---------------------------------------------------------------------------------------------- the machine
@@ -447,9 +536,11 @@ def set_up(run: Run) -> tuple[Run, torch.device, int, int]:
     if name == "cuda":
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
-        dist.init_process_group("nccl" if name == "cuda" else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")   # counts travel from host to host
     threads = run.threads or int(os.environ.get("OMP_NUM_THREADS", 0)) or max(1, min(8, cores() // world))
     torch.set_num_threads(threads)
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # what cuBLAS needs to be deterministic
+    torch.use_deterministic_algorithms(run.deterministic)
     amp = run.amp
     if amp is None:
         amp = torch.cuda.is_bf16_supported() if name == "cuda" else torch.cpu._is_avx512_bf16_supported()
@@ -531,18 +622,20 @@ def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: 
     busy = f" (busy: load {load:.1f}; --threads 1 may be faster)" if run.threads > 1 and load > cores() / 2 else ""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {run.threads} threads{busy}"
     batch = f"batch {plan.total}" + (f" = {plan.micro} x {run.accum} x {plan.world}" if plan.micro < plan.total else "")
-    default = type(cfg)()
-    hint = (f" (published: lr {default.lr:g} for batch {default.batch_size})"
-            if cfg.batch_size != default.batch_size and cfg.lr == default.lr else "")
+    made_for = recipe(load_paper(run.model), run)
+    hint = "" if plan.total == made_for["batch_size"] else (
+        f" (the recipe: {made_for['lr']:g} for batch {made_for['batch_size']}; lr follows the batch unless --lr is given)")
+    options = "".join(f"; {name}" for name in ("recompute", "compile", "deterministic") if getattr(run, name))
     lines = [f"config    {json.dumps(dataclasses.asdict(cfg))}",
              f"device    {where}; {'bfloat16 autocast' if run.amp else 'float32'}; "
-             f"deformable attention: {attention(device)}",
+             f"deformable attention: {attention(device)}{options}",
              f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to evaluate on; "
              f"{run.workers} workers",
              f"objects   {sum(c for c, _ in counts)} in {len(counts)} classes: {classes}",
              f"model     {run.model} {run.variant}: {trainable / 1e6:.2f} M parameters to train of "
              f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-             f"training  {batch}, lr {cfg.lr:g}{hint}, {cfg.epochs} epochs of {plan.steps} steps, seed {run.seed}",
+             f"training  {batch}, lr {cfg.lr * plan.total / cfg.batch_size:g}{hint}, {cfg.epochs} epochs of {plan.steps} steps, "
+             f"seed {run.seed}",
              *(f"weights   {note}" for note in notes),
              f"folder    {run.out}"]
     if now.step:
@@ -553,14 +646,9 @@ def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: 
 # ---------------------------------------------------------------------------------------------- the command line
 
 def paper_files() -> list[str]:
-    """Names of the files beside this one that define or import both `Config` and `build`."""
-    names = []
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        body = ast.parse(path.read_text()).body
-        defined = {node.name for node in body if isinstance(node, (ast.ClassDef, ast.FunctionDef))}
-        if {"Config", "build"} <= defined:
-            names.append(path.stem)
-    return names
+    """Names of the files beside this one that define both `Config` and `build`."""
+    sources = {path.stem: path.read_text() for path in sorted(Path(__file__).parent.glob("*.py"))}
+    return [name for name, text in sources.items() if "\nclass Config" in text and "\ndef build(" in text]
 
 
 def load_paper(name: str):
@@ -609,7 +697,6 @@ def add_flags(parser, cls, small: dict) -> None:
 
 def read_flags(parser, argv: list[str], strict: bool = True) -> dict:
     """The flags given; hyphens and underscores are the same, unknown flags are refused with the nearest known one."""
-    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag.group()[2:].replace("-", "_"), text) for text in argv]
     given, unknown = parser.parse_known_args(argv)
     if unknown and strict:
         known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
@@ -618,10 +705,17 @@ def read_flags(parser, argv: list[str], strict: bool = True) -> dict:
     return vars(given)
 
 
+def recipe(paper, run: Run) -> dict:
+    """The paper file's values for this preset and variant, before flags."""
+    return {**dataclasses.asdict(paper.Config()), **(getattr(paper, "SMALL", {}) if run.preset == "small" else {}),
+            **getattr(paper, "VARIANTS", {}).get(run.variant, {})}
+
+
 def parse(argv: list[str]) -> tuple[Run, object]:
     """Command line -> Run and Config: the file's defaults, then its SMALL with preset small, then the variant, then
-    flags. A resumed run takes everything from its checkpoint and refuses flags that contradict it."""
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    flags; learning rates follow --batch_size in proportion unless --lr is given. A resumed run takes everything from its
+    checkpoint and refuses flags that contradict it."""
+    first = Flags(add_help=False)
     add_flags(first, Run, {})
     peek = Run(**read_flags(first, argv, strict=False))
     base, values = Run(), {}
@@ -634,9 +728,8 @@ def parse(argv: list[str]) -> tuple[Run, object]:
         values = state["config"]
     paper = load_paper(base.model if peek.resume else peek.model)
     small = getattr(paper, "SMALL", {})
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False,
-                                     usage="python train.py --model NAME [--flag value ...]",
-                                     epilog="defaults in brackets; in parentheses those of --preset small")
+    parser = Flags(description=__doc__.split("\n")[0], usage="python train.py --model NAME [--flag value ...]",
+                   epilog="defaults in brackets; in parentheses those of --preset small")
     add_flags(parser, Run, {})
     add_flags(parser, paper.Config, small)
     given = read_flags(parser, argv)
@@ -652,29 +745,47 @@ def parse(argv: list[str]) -> tuple[Run, object]:
         kept = {name: value for name, value in run_given.items() if name in MAY_CHANGE - {"resume", "out"}}
         return dataclasses.replace(base, **kept), checkpoints.make_config(paper, values)
     run = Run(**run_given)
-    preset = run.preset or ("paper" if run.data else "small")
+    run.preset = run.preset or ("paper" if run.data else "small")
     variants = getattr(paper, "VARIANTS", {})
-    if preset not in ("paper", "small") or run.variant not in ("", *variants):
-        parser.error(f"expected --preset paper or small, got {preset!r}; and --variant one of "
+    if run.preset not in ("paper", "small") or run.variant not in ("", *variants):
+        parser.error(f"expected --preset paper or small, got {run.preset!r}; and --variant one of "
                      f"{', '.join(variants) or 'none'}, got {run.variant!r}")
-    if run.overfit and "epochs" not in cfg_given:
-        cfg_given["epochs"] = OVERFIT_EPOCHS
-    values = {**(small if preset == "small" else {}), **variants.get(run.variant, {}), **cfg_given}
-    return dataclasses.replace(run, preset=preset), checkpoints.make_config(paper, values)
+    values = recipe(paper, run)
+    if "batch_size" in cfg_given and "lr" not in cfg_given:
+        share = cfg_given["batch_size"] / values["batch_size"]
+        values |= {name: x * share for name, x in values.items() if name.startswith("lr") and isinstance(x, float)}
+    if run.overfit:
+        values["epochs"] = OVERFIT_EPOCHS
+    return run, checkpoints.make_config(paper, {**values, **cfg_given})
+
+
+def out_of_memory(error, run: Run, cfg) -> str:
+    """What is lost (nothing that was saved) and what to try next: first what leaves every result as it is."""
+    last = Path(run.out or f"runs/{run.model}") / "last.pt"
+    flag = f"--accum {2 * run.accum}"
+    if not run.recompute:
+        flag = "--recompute"
+    elif run.amp is False and torch.cuda.is_available():
+        flag = "--amp true"
+    elif cfg.batch_size % (2 * run.accum * int(os.environ.get("WORLD_SIZE", 1))):
+        return f"out of memory ({error}). Try smaller images in a new run: --max_size {cfg.max_size // 2} --init {last} --out DIR"
+    went = f"{last} is whole: add --resume to go on from there" if last.exists() else "nothing was saved yet"
+    return f"out of memory ({error}). Try {flag}; {went}"
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
         run, cfg = parse(sys.argv[1:] if argv is None else argv)
-    except (ValueError, FileNotFoundError) as error:   # a model, a checkpoint or a setting that is not there
-        sys.exit(f"train.py: error: {error}")
-    if run.check_data:
-        sys.exit(1 if data.check(run.check_data) else 0)
-    try:
+        if run.check_data:
+            sys.exit(1 if data.check(run.check_data) else 0)
         train(run, cfg)
-    except torch.OutOfMemoryError as error:
-        raise torch.OutOfMemoryError(f"{error}\nThe device is full: try --accum {2 * run.accum} (same result, half the "
-                                     "memory), --amp true, or smaller --train_sizes and --max_size") from error
+    except (ValueError, RuntimeError, FileNotFoundError, FloatingPointError) as error:
+        if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+            sys.exit(f"train.py: error: {out_of_memory(error, run, cfg)}")
+        raised = traceback.extract_tb(error.__traceback__)[-1]   # what this project raises is meant to be read without a trace
+        if Path(raised.filename).parent != Path(__file__).parent or not raised.line.startswith("raise"):
+            raise
+        sys.exit(f"train.py: error: {error}")
 
 
 if __name__ == "__main__":

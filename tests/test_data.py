@@ -295,34 +295,6 @@ def epoch_of(loader):
     return [[target["index"] for target in targets] for _, _, targets in loader]
 
 
-def test_the_order_depends_on_seed_and_epoch_alone_and_drops_the_incomplete_batch():
-    orders = {(seed, epoch): epoch_of(data.batches(Numbers(22), 4, seed, epoch, shuffle=True)) for seed in (0, 1) for epoch in (0, 1)}
-    assert len({str(order) for order in orders.values()}) == 4
-    for order in orders.values():
-        assert [len(batch) for batch in order] == [4] * 5 and len(set(sum(order, []))) == 20
-    assert orders[0, 1] == epoch_of(data.batches(Numbers(22), 4, 0, 1, shuffle=True, workers=2))
-    assert orders[0, 1][3:] == epoch_of(data.batches(Numbers(22), 4, 0, 1, shuffle=True, start=3))
-    assert epoch_of(data.batches(Numbers(22), 4, 0, 1, shuffle=True, start=5)) == []
-
-
-def test_ranks_share_an_epoch_without_overlap():
-    whole = epoch_of(data.batches(Numbers(22), 6, 0, 3, shuffle=True))
-    parts = [epoch_of(data.batches(Numbers(22), 3, 0, 3, shuffle=True, rank=rank, world=2)) for rank in range(2)]
-    assert [a + b for a, b in zip(*parts)] == whole
-    for world in (1, 2, 3, 5):
-        seen = sum((sum(epoch_of(data.batches(Numbers(22), 4, rank=rank, world=world)), []) for rank in range(world)), [])
-        assert sorted(seen) == list(range(22))
-
-
-@pytest.mark.parametrize("count, batch_size, world", [(1, 8, 1), (3, 8, 1), (7, 8, 2), (1, 4, 2), (8, 8, 1)])
-def test_a_training_set_smaller_than_the_batch_gets_a_smaller_batch(count, batch_size, world, capsys):
-    data.say_once.cache_clear()
-    epochs = [[epoch_of(data.batches(Numbers(count), batch_size, 0, e, shuffle=True, rank=r, world=world)) for r in range(world)]
-              for e in range(2)]
-    assert all(len(order) == 1 and len(order[0]) == min(batch_size, max(1, count // world)) for ranks in epochs for order in ranks)
-    assert capsys.readouterr().err.count("instead") == (count < batch_size * world)
-
-
 def test_samples_do_not_depend_on_the_number_of_workers_and_global_randomness_is_left_alone():
     scenes = data.Shapes("train", 16)
     scenes.transform = data.train_transform(SMALL, seed=2)
@@ -331,7 +303,9 @@ def test_samples_do_not_depend_on_the_number_of_workers_and_global_randomness_is
     epochs = []
     for workers in (0, 1, 2):
         for epoch in (1, 2):                                               # the workers of the second epoch know that it is the second
-            epochs.append([(images, targets) for images, _, targets in data.batches(scenes, 4, 0, epoch, True, workers)])
+            scenes.set_epoch(epoch)
+            loader = data.batches(scenes, [[3, 9, 1, 15], [0, 2, 4, 6], [5, 7]], workers)
+            epochs.append([(images, targets) for images, _, targets in loader])
     assert torch.equal(before, torch.get_rng_state())
     for k in (2, 4):
         for epoch in (0, 1):
@@ -360,7 +334,7 @@ def test_worker_memory_stays_flat_over_epochs(tmp_path):
 
     if not os.path.exists("/proc/self/smaps_rollup"):
         pytest.skip("no /proc here to read a process's memory from")
-    memory = sum(epoch_of(data.batches(Private(60), 1, workers=1)), [])
+    memory = sum(epoch_of(data.batches(Private(60), [[k] for k in range(60)], workers=1)), [])
     assert memory[-1] - memory[10] < 2000, memory
 
 
@@ -497,7 +471,8 @@ def test_truncated_jpeg(tmp_path, capfd):
     train, val = data.CocoFolder(root, "train"), data.CocoFolder(root, "val")
     for workers in (0, 2):
         for epoch in range(2):
-            assert sorted(sum(epoch_of(data.batches(train, 2, 0, epoch, shuffle=True, workers=workers)), [])) == [0, 1, 3, 3, 4, 5]
+            train.set_epoch(epoch)
+            assert epoch_of(data.batches(train, [[5, 2], [0, 1], [4, 3]], workers)) == [[5, 3], [0, 1], [4, 3]]
     warnings = capfd.readouterr().err.splitlines()
     assert len(warnings) == 1 and "2.jpg" in warnings[0] and "truncated" in warnings[0] and train.bad.sum() == 1
     image, target = val[2]                                                 # evaluation: the image stays itself, its object counts as missed
@@ -512,7 +487,7 @@ def test_bad_images_in_workers_stop_the_run_too(tmp_path):
     for k in (1, 3):
         truncate(root / "train2017" / f"{k}.jpg")
     with pytest.raises(RuntimeError, match="unreadable"):
-        epoch_of(data.batches(data.CocoFolder(root), 1, workers=1))
+        epoch_of(data.batches(data.CocoFolder(root), [[k] for k in range(6)], workers=1))
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "webp", "tiff"])

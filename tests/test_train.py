@@ -1,9 +1,14 @@
 """What a training run promises, on models of a few thousand parameters and images of 64 px."""
 import dataclasses
+import functools
 import importlib
 import json
+import multiprocessing
 import os
+import random
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -15,6 +20,8 @@ import torch
 from PIL import Image
 
 import checkpoints
+import data
+import eval as evaluation
 import train
 
 ROOT = Path(train.__file__).parent
@@ -70,6 +77,31 @@ def at_step(monkeypatch, number, action):
     monkeypatch.setattr(train, "lr_factor", wrapped)
 
 
+def forked(world, function, *args, timeout=60):
+    """Runs function(rank, *args) in `world` gloo processes -> their exit codes. Forked, as importing torch takes seconds;
+    killed when they take too long."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def begin(rank):
+        os.environ.update(RANK=str(rank), WORLD_SIZE=str(world), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1",
+                          MASTER_PORT=str(port))
+        function(rank, *args)
+    processes = [multiprocessing.get_context("fork").Process(target=begin, args=(rank,)) for rank in range(world)]
+    for process in processes:
+        process.start()
+    try:
+        for process, deadline in zip(processes, [time.time() + timeout] * world):
+            process.join(max(0.0, deadline - time.time()))
+        assert not any(process.is_alive() for process in processes), f"still running after {timeout} s"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
 def coco_folder(root, images=3, names=("cat", "dog"), ids=(7, 3), empty=False):
     """A COCO-layout folder of 64 px squares on grey, training and validation alike."""
     categories = [{"id": i, "name": n} for i, n in zip(ids, names)]
@@ -91,12 +123,22 @@ def coco_folder(root, images=3, names=("cat", "dog"), ids=(7, 3), empty=False):
 
 # ---- resuming
 
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    """Folder and last record of a run of two epochs with accumulation and moving average, made once per model."""
+    @functools.cache
+    def make(model):
+        folder = tmp_path_factory.mktemp(model)
+        return folder / "run", train.train(run(folder, model, accum=2), config(model))
+    return make
+
+
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("point", (1, 2, 4))
-def test_resume_exact(tmp_path, monkeypatch, model, point):
+def test_resume_exact(tmp_path, monkeypatch, uninterrupted, model, point):
     """Stopped by SIGTERM in the first epoch, at its end, or in the second, and resumed: the same bytes as uninterrupted."""
     cfg = config(model)
-    whole = train.train(run(tmp_path, model, "whole", accum=2), cfg)
+    whole_folder, whole = uninterrupted(model)
     with monkeypatch.context() as patch:
         at_step(patch, point, lambda: signal.raise_signal(signal.SIGTERM))
         with pytest.raises(SystemExit) as stopped:
@@ -107,12 +149,11 @@ def test_resume_exact(tmp_path, monkeypatch, model, point):
     torch.manual_seed(99)   # resuming must bring back the random states itself
     resumed = train.train(run(tmp_path, model, "cut", accum=2, resume=str(last)), cfg)
     for name in ("last.pt", "best.pt"):
-        same(checkpoints.load(tmp_path / "whole" / name), checkpoints.load(tmp_path / "cut" / name))
+        same(checkpoints.load(whole_folder / name), checkpoints.load(tmp_path / "cut" / name))
     assert whole["AP"] == resumed["AP"] and whole["instability"] == resumed["instability"]
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path, monkeypatch, model):
+def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path, monkeypatch, model="dino"):
     cfg = config(model)
     train.train(run(tmp_path, model, "whole"), cfg)
 
@@ -132,6 +173,47 @@ def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path, monkeypatch, 
     assert steps == sorted(set(steps)) and steps[-1] == 6, "a resumed run repeats no line of its log"
 
 
+KILLS = int(os.environ.get("NANODETR_KILLS", 200))   # of the slow test
+
+
+@pytest.mark.parametrize("kills", (4, pytest.param(KILLS, marks=pytest.mark.slow)))
+def test_killed_at_random_moments(tmp_path, kills, model="dino"):
+    """A process killed by SIGKILL again and again, while it starts, trains, saves or evaluates: every resume succeeds, and
+    the end has the bytes, and the log the lines, of a run left alone. About two seconds a kill."""
+    flags = [*FLAGS, "--model", model, "--accum=2", "--save_every=1"]
+    start, rng, out, done, torn, resumes = time.time(), random.Random(0), tmp_path / "run", 0, 0, 0
+    assert forked(1, lambda rank: train.main([*flags, "--out", str(tmp_path / "whole")])) == [0]
+    seconds = time.time() - start
+    lines = lambda folder: [(line["step"], line.get("loss"), line.get("AP")) for line in map(json.loads, open(folder / "log.jsonl"))]
+    while done < kills or out.exists():
+        resume = ["--resume"] if any((out / name).exists() for name in ("last.pt", "last.pt.prev")) else []
+        process = multiprocessing.get_context("fork").Process(target=train.main, args=([*flags, *resume, "--out", str(out)],))
+        process.start()
+        process.join(rng.uniform(0, seconds) if done < kills else 60)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            done, torn, resumes = done + 1, torn + (out / "last.pt.tmp").exists(), resumes + bool(resume)
+            continue
+        assert process.exitcode == 0
+        for name in ("last.pt", "best.pt"):
+            same(checkpoints.load(tmp_path / "whole" / name), checkpoints.load(out / name))
+        assert lines(out) == lines(tmp_path / "whole")
+        shutil.rmtree(out)
+    print(f"{done} kills, {resumes} of resumed runs, {torn} within a save")
+
+
+def test_a_folder_without_a_checkpoint_can_be_started_again(tmp_path, monkeypatch):
+    """A run that ended before its first save leaves nothing worth protecting."""
+    cfg = config("deformable_detr", epochs=1)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(run(tmp_path), cfg)
+    assert (tmp_path / "run" / "config.json").exists()
+    assert train.train(run(tmp_path), cfg)["step"] == 3
+
+
 def test_workers_change_nothing(tmp_path):
     cfg = config("dino", epochs=1)
     train.train(run(tmp_path, "dino", "alone"), cfg)
@@ -146,10 +228,13 @@ def test_sigterm(tmp_path):
                *FLAGS, "--epochs", "400", "--workers", "1"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 120
-    while not log.exists() and process.poll() is None and time.time() < deadline:
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    errors = process.communicate(timeout=60)[1]
+    try:
+        while not log.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        errors = process.communicate(timeout=60)[1]
+    finally:
+        process.kill()
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert checkpoints.load(tmp_path / "run" / "last.pt")["step"] > 0
 
@@ -194,44 +279,90 @@ def test_same_seed_bit_equal(tmp_path, model):
     assert not torch.equal(a["model"]["level_embed"], c["model"]["level_embed"])
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("model", MODELS)
+def test_same_seed_bit_equal_on_a_gpu(tmp_path, model):
+    for name in "ab":
+        train.train(run(tmp_path, model, name, device="cuda", amp=True, deterministic=True), config(model, epochs=1))
+    same(*(checkpoints.load(tmp_path / name / "last.pt")["model"] for name in "ab"))
+
+
+def test_deterministic_holds_for_its_run_only(tmp_path):
+    train.train(run(tmp_path, deterministic=True), config("deformable_detr", epochs=1))
+    assert torch.are_deterministic_algorithms_enabled()
+    train.set_up(run(tmp_path))
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
 # ---- bad steps
 
 def spoil(monkeypatch, numbers, seen):
-    """Fills the images of some steps with NaN and records the state before and after each step."""
-    original = train.step
+    """Fills some training images with NaN, and records the state before and after each step and what it returned."""
+    item, original = data.Shapes.__getitem__, train.step
 
-    def wrapped(net, model, criterion, optimizer, average, batches, clip, amp, number, world):
-        if number in numbers:
-            batches = [(images * float("nan"), *rest) for images, *rest in batches]
+    def read(dataset, index):
+        image, target = item(dataset, index)
+        return image * float("nan") if dataset.split == "train" and index in numbers else image, target
+
+    def wrapped(net, model, criterion, optimizer, average, *rest):
         before = snapshot(model, average, optimizer)
-        result = original(net, model, criterion, optimizer, average, batches, clip, amp, number, world)
-        seen.append((before, snapshot(model, average, optimizer), result[0]))
+        result = original(net, model, criterion, optimizer, average, *rest)
+        seen.append((before, snapshot(model, average, optimizer), result))
         return result
 
     def snapshot(model, average, optimizer):
         state = {"model": model.state_dict(), "ema": average.model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
         return torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
+    monkeypatch.setattr(data.Shapes, "__getitem__", read)
     monkeypatch.setattr(train, "step", wrapped)
 
 
 @pytest.mark.parametrize("model", MODELS)
 def test_nan_batch_changes_nothing(tmp_path, monkeypatch, capsys, model):
     """Parameters, batch statistics, moving average and optimiser are equal before and after; the report names the
-    images and the losses; the run goes on."""
+    images, the losses and where it began; the run goes on."""
     seen = []
-    spoil(monkeypatch, (2,), seen)
+    spoil(monkeypatch, (5,), seen)
     record = train.train(run(tmp_path, model), config(model, epochs=2))
-    same(seen[2][0], seen[2][1])
-    assert not torch.equal(seen[3][0]["model"]["level_embed"], seen[3][1]["model"]["level_embed"])
-    report, = map(json.loads, open(tmp_path / "run" / "nan_report.jsonl"))
-    assert report["step"] == 3 and report["images"] == seen[2][2] and "cls" in report["losses"]
-    assert np.isfinite(record["AP"]) and checkpoints.load(tmp_path / "run" / "last.pt")["progress"]["bad"] == 0
+    bad = [k for k, (*_, result) in enumerate(seen) if not result[3]]
+    assert len(bad) == 2 and bad[0] < 3 <= bad[1], "image 5 once an epoch"
+    for k, (before, after, _) in enumerate(seen):
+        if k in bad:
+            same(before, after)
+        else:
+            assert not torch.equal(before["model"]["level_embed"], after["model"]["level_embed"])
+    reports = [json.loads(line) for line in open(tmp_path / "run" / "nan_report.jsonl")]
+    assert [report["step"] for report in reports] == [k + 1 for k in bad]
+    for report in reports:
+        assert 5 in report["images"] and "cls" in report["losses"] and report["module"] == "backbone.conv1", report
+        assert report["in_a_row"] == 1, "a good step in between starts the count anew"
+    assert "first in backbone.conv1" in capsys.readouterr().out
+    assert np.isfinite(record["AP"])
 
 
 def test_three_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
-    spoil(monkeypatch, (1, 2, 3), [])
+    spoil(monkeypatch, range(12), [])
     with pytest.raises(FloatingPointError, match="3 steps in a row.*images"):
         train.train(run(tmp_path), config("deformable_detr"))
+
+
+@pytest.mark.parametrize("recompute", (False, True))
+def test_the_first_bad_module_is_found_without_a_trace(tmp_path, recompute):
+    cfg = config("dino")
+    scenes, _ = data.build_datasets(None, cfg, 0, num_train=4, num_val=1)
+    model, _ = importlib.import_module("dino").build(cfg, 8)
+    train.prepare_parts(model.train(), run(tmp_path, "dino", recompute=recompute))
+    state = {key: value.clone() for key, value in model.state_dict().items()}
+    torch.manual_seed(3)
+    for expected in ("", "decoder.1.linear1"):
+        if expected:
+            state["decoder.1.linear1.bias"][3] = float("inf")
+            model.load_state_dict(state)
+        random_state = torch.get_rng_state()
+        assert train.first_bad_module(model, scenes, [[0, 1], [2, 3]], False) == expected
+        assert torch.equal(torch.get_rng_state(), random_state)
+        same(model.state_dict(), state)
+    assert not any(module._forward_hooks for module in model.modules())
 
 
 # ---- the step
@@ -239,11 +370,10 @@ def test_three_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
 def test_accum_equivalence(tmp_path):
     """Gradients of two micro-batches with uneven numbers of objects equal those of one large batch (group norm and no
     denoising: nothing else in a model looks across images)."""
-    import data
     gradients = {}
     for accum in (1, 2, 4):
         torch.manual_seed(0)
-        cfg = config("dino", backbone="resnet18", backbone_norm="group", denoising="none", ema=0.0, dropout=0.0)
+        cfg = config("dino", backbone_norm="group", denoising="none", ema=0.0, dropout=0.0)
         paper = importlib.import_module("dino")
         scenes, _ = data.build_datasets(None, cfg, 0, num_train=4, num_val=1)
         model, criterion = paper.build(cfg, 8)
@@ -255,6 +385,56 @@ def test_accum_equivalence(tmp_path):
         gradients[accum] = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     for accum in (2, 4):
         torch.testing.assert_close(gradients[accum], gradients[1], rtol=2e-4, atol=2e-5 * gradients[1].abs().max().item())
+
+
+def step_of(model, cfg, world=1, places=(0, 1, 2, 3), settings=train.Run(), empty=False):
+    """One training step of a fresh model on these generated scenes -> gradients by name, batch statistics, bytes kept for
+    the backward pass."""
+    paper = importlib.import_module(model)
+    scenes, _ = data.build_datasets(None, cfg, 0, num_train=8, num_val=1)
+    torch.manual_seed(0)
+    net, criterion = paper.build(cfg, 8)
+    net.train()
+    optimizer = torch.optim.AdamW(paper.param_groups(net, cfg), fused=True)
+    train.prepare_parts(net, settings)
+    batch = data.collate([scenes[i] for i in places])
+    if empty:
+        batch = (*batch[:2], [{**t, "labels": t["labels"][:0], "boxes": t["boxes"][:0]} for t in batch[2]])
+    kept = []
+    wrapped = torch.nn.parallel.DistributedDataParallel(net) if world > 1 else net
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.nbytes) or x, lambda x: x):
+        *_, finite = train.step(wrapped, net, criterion, optimizer, train.Average(net, 0.0), [batch], 0.0, False, 0, world)
+    assert finite
+    gradients = {name: p.grad for name, p in net.named_parameters()}
+    assert all(g is not None for g in gradients.values()), [name for name, g in gradients.items() if g is None]
+    return gradients, {name: b.clone() for name, b in net.named_buffers()}, sum(kept)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_recompute_gives_the_same_bytes_for_less_memory(model):
+    """Gradients, with dropout, and batch statistics, which would else count every batch twice."""
+    cfg = config(model, dropout=0.3)
+    plain, statistics, much = step_of(model, cfg)
+    again, again_statistics, little = step_of(model, cfg, settings=train.Run(recompute=True))
+    same(plain, again)
+    same(statistics, again_statistics)
+    assert little < 0.6 * much, (little, much)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recompute", (False, True))
+def test_a_compiled_step_equals_an_eager_one(recompute, model="dino"):
+    """Encoder layers, decoder layers and backbone blocks, each compiled as a whole; a minute."""
+    cfg = config(model, dropout=0.0, backbone_norm="group")
+    eager, _, _ = step_of(model, cfg)
+    compiled, _, _ = step_of(model, cfg, settings=train.Run(compile=True, recompute=recompute))
+    for name, gradient in eager.items():
+        torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-4 * gradient.abs().max().item() + 1e-7, msg=name)
+
+
+def test_recompute_refuses_a_model_without_parts():
+    with pytest.raises(ValueError, match="got none in dino"):
+        train.prepare_parts(torch.nn.Linear(1, 1), train.Run(recompute=True))
 
 
 def test_average_follows_parameters_and_batch_statistics():
@@ -283,27 +463,51 @@ def test_schedules():
         at("linear", 0)
 
 
-def test_an_epoch_covers_every_image_once_over_ranks_and_whatever_the_start():
-    class Numbers(torch.utils.data.Dataset):
-        def __len__(self):
-            return 26
+class Numbers(data.DetectionData):
+    """Samples that hold nothing but their number."""
+    name = "numbers"
 
-        def __getitem__(self, index):
-            return torch.tensor([index]), {}
+    def __init__(self, count):
+        self.image_ids = np.arange(count)
 
-        def set_epoch(self, epoch):
-            pass
-    settings = train.Run(workers=0, accum=2)
-    plans = [train.make_plan(settings, config("dino", batch_size=8), 26, rank, 2) for rank in (0, 1)]
-    original, train.data.collate = train.data.collate, lambda samples: [int(i) for i, _ in samples]
-    try:
-        whole = [list(train.epoch_batches(Numbers(), plan, settings, 5, 0)) for plan in plans]
-        rest = [list(train.epoch_batches(Numbers(), plan, settings, 5, 1)) for plan in plans]
-    finally:
-        train.data.collate = original
-    numbers = [i for rank in whole for step in rank for micro in step for i in micro]
-    assert len(numbers) == len(set(numbers)) == 24 and rest == [rank[1:] for rank in whole]
-    assert all(len(step) == 2 and len(micro) == 2 for rank in whole for step in rank for micro in step)
+    def __getitem__(self, index):
+        return torch.zeros(3, 2, 2), {"index": index}
+
+
+def epoch_of(count, batch_size, seed=0, epoch=0, start=0, rank=0, world=1, workers=0, accum=1):
+    """-> places in the data set of every micro-batch of every step of one rank"""
+    settings = train.Run(workers=workers, accum=accum, seed=seed, device="cpu")
+    plan = train.make_plan(settings, config("dino", batch_size=batch_size), count, rank, world)
+    return [[[t["index"] for t in targets] for _, _, targets in step]
+            for step in train.epoch_batches(Numbers(count), plan, settings, epoch, start)]
+
+
+def test_the_order_depends_on_seed_and_epoch_alone():
+    orders = {(seed, epoch): epoch_of(22, 4, seed, epoch) for seed in (0, 1) for epoch in (0, 1)}
+    assert len({str(order) for order in orders.values()}) == 4
+    for order in orders.values():
+        assert [len(micro) for micro, in order] == [4] * 5 and len({i for micro, in order for i in micro}) == 20
+    assert orders[0, 1] == epoch_of(22, 4, 0, 1, workers=2)
+    assert orders[0, 1][3:] == epoch_of(22, 4, 0, 1, start=3) and epoch_of(22, 4, 0, 1, start=5) == []
+
+
+@pytest.mark.parametrize("world, accum", ((2, 1), (1, 2), (2, 2), (4, 1)))
+def test_ranks_and_micro_batches_share_a_step_without_overlap(world, accum):
+    whole = [step[0] for step in epoch_of(26, 8)]
+    ranks = [epoch_of(26, 8, rank=rank, world=world, accum=accum) for rank in range(world)]
+    for number, images in enumerate(whole):
+        micros = [micro for rank in ranks for micro in rank[number]]
+        assert sorted(i for micro in micros for i in micro) == sorted(images)
+        assert {len(micro) for micro in micros} == {8 // world // accum}
+    assert [rank[1:] for rank in ranks] == [epoch_of(26, 8, start=1, rank=r, world=world, accum=accum) for r in range(world)]
+
+
+@pytest.mark.parametrize("count, world, total", ((1, 1, 1), (3, 1, 3), (7, 2, 6), (9, 2, 8)))
+def test_a_training_set_smaller_than_the_batch_gets_a_smaller_batch(count, world, total, capsys):
+    assert train.make_plan(train.Run(), config("dino", batch_size=8), count, 0, world).total == total
+    assert capsys.readouterr().out.count("instead") == (total < 8)
+    with pytest.raises(ValueError, match="at least .* 2 training images, got 1"):
+        train.make_plan(train.Run(accum=2), config("dino", batch_size=8), 1, 0, 1)
 
 
 # ---- data and classes
@@ -366,6 +570,59 @@ def test_presets_and_variants():
     assert train.parse(["--data", "x", "--variant", "5scale"])[1].num_feature_levels == 5
 
 
+def test_learning_rates_follow_the_batch_unless_given(tmp_path, capsys):
+    small = importlib.import_module("deformable_detr").SMALL
+    rates = lambda *argv: [getattr(train.parse(["--model", "deformable_detr", *argv])[1], name) / small[name]
+                           for name in ("lr", "lr_backbone", "lr_offsets")]
+    assert rates() == [1, 1, 1] and rates("--batch_size", str(2 * small["batch_size"])) == [2, 2, 2]
+    assert rates("--batch_size", "4", "--lr", str(small["lr"])) == [1, 1, 1]
+    assert rates("--batch_size", str(small["batch_size"] // 2), "--lr_offsets", str(small["lr_offsets"])) == [0.5, 0.5, 1]
+    train.train(run(tmp_path), config("deformable_detr", epochs=1))
+    assert f"batch 4, lr 0.001 (the recipe: 0.0002 for batch 32; lr follows the batch" in capsys.readouterr().out
+
+
+def test_out_of_memory_names_the_next_flag_and_loses_nothing(tmp_path, monkeypatch):
+    """Each attempt proposes what the last one did not use; the saved steps are there, and the run goes on from them."""
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+    command, last = [*FLAGS, "--model", "deformable_detr", "--out", str(tmp_path / "run"), "--save_every=1"], tmp_path / "run" / "last.pt"
+    for at, flags, proposed in ((0, [], "Try --recompute; nothing was saved yet"),
+                                (2, ["--recompute"], "Try --accum 2; .*last.pt is whole: add --resume"),
+                                (4, ["--recompute", "--accum=4", "--resume"], "Try smaller images in a new run: --max_size 64 --init")):
+        with monkeypatch.context() as patch:
+            at_step(patch, at, full)
+            with pytest.raises(SystemExit, match=f"train.py: error: out of memory.*2.00 GiB.*{proposed}"):
+                train.main([*command, *flags])
+        assert last.exists() == bool(at) and (not at or checkpoints.load(last)["step"] == at)
+    train.main([*command, "--resume"])
+    assert checkpoints.load(last)["step"] == 6
+
+
+def test_errors_meant_for_the_user_are_one_line_and_others_keep_their_trace(tmp_path, monkeypatch):
+    command = [*FLAGS, "--model", "deformable_detr", "--epochs=1"]
+    train.main([*command, "--out", str(tmp_path / "run")])
+    for flags, words in ((["--out", str(tmp_path / "run")], "already holds a run"),
+                         (["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "a")], "expected a COCO json there"),
+                         (["--data", coco_folder(tmp_path / "data", empty=True), "--out", str(tmp_path / "b")], "usable box"),
+                         (["--backbone_weights", "missing.pt", "--out", str(tmp_path / "c")], "there is no file missing.pt"),
+                         (["--accum=3", "--out", str(tmp_path / "d")], "divisible by accum"),
+                         (["--schedule=linear", "--out", str(tmp_path / "e")], "expected --schedule")):
+        with pytest.raises(SystemExit, match=f"^train.py: error: .*{words}"):
+            train.main([*command, *flags])
+    for bug in (lambda: int("many"), lambda: torch.zeros(2).view(3)):
+        with monkeypatch.context() as patch:
+            at_step(patch, 1, bug)
+            with pytest.raises((ValueError, RuntimeError)):
+                train.main([*command, "--out", str(tmp_path / "f")])
+
+
+def test_threads_do_not_spin():
+    """Waiting OpenMP threads that spin stop each other where cores are fewer than threads; read once, by importing torch."""
+    source = (ROOT / "train.py").read_text()
+    assert 0 < source.index('os.environ.setdefault("GOMP_SPINCOUNT"') < source.index("import torch\n")
+    assert os.environ["GOMP_SPINCOUNT"]
+
+
 @pytest.mark.parametrize("argv, words", [
     (["--learning_rate", "1"], "unknown flag --learning_rate"),
     (["--epoch", "1"], "did you mean --epochs"),
@@ -413,17 +670,61 @@ def test_overfit_eight(tmp_path, model):
     assert train.train(settings, cfg)["AP"] > 0.9
 
 
+# ---- more than one process
+
+def rank_step(rank, model, folder, empty):
+    train.set_up(train.Run(**RUN))
+    cfg = config(model, backbone_norm="group", dropout=0.0, **({} if empty or model != "dino" else {"denoising": "none"}))
+    gradients, *_ = step_of(model, cfg, 2, places=(0, 1) if rank == 0 else (2, 3), empty=empty and rank == 1)
+    torch.save(gradients, folder / f"{rank}.pt")
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_two_ranks_compute_the_gradients_of_one(tmp_path, model):
+    """Half the images each, with different numbers of objects; denoising groups, which follow the micro-batch, are off."""
+    assert forked(2, rank_step, model, tmp_path, False) == [0, 0]
+    cfg = config(model, backbone_norm="group", dropout=0.0, **({} if model != "dino" else {"denoising": "none"}))
+    one, *_ = step_of(model, cfg)
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    same(*ranks)
+    for name, gradient in one.items():
+        torch.testing.assert_close(ranks[0][name], gradient, rtol=1e-3, atol=1e-5 * max(1, gradient.abs().max().item()), msg=name)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_one_rank_empty(tmp_path, model):
+    """No object on one rank: no hang, a finite loss, and the same gradient for every parameter on both."""
+    assert forked(2, rank_step, model, tmp_path, True) == [0, 0]
+    same(*(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+
+
+def test_sigterm_on_one_rank_stops_all_and_two_ranks_resume_exactly(tmp_path, monkeypatch, model="dino"):
+    """Rank 1 alone is told to stop: both exit with 143 after the same step. Resumed by two processes, the run ends as one
+    left alone, and its evaluation, gathered over ranks, equals that of one process."""
+    cfg = config(model)
+
+    def run_rank(rank, name, stop_at=None, **changes):
+        if rank == 1 and stop_at is not None:
+            at_step(monkeypatch, stop_at, lambda: signal.raise_signal(signal.SIGTERM))
+        train.train(run(tmp_path, model, name, **changes), cfg)
+    last = tmp_path / "cut" / "last.pt"
+    assert forked(2, run_rank, "whole") == [0, 0]
+    assert forked(2, run_rank, "cut", 1) == [143, 143]
+    assert checkpoints.load(last)["step"] == 3, "asked after the epoch or after LOG_EVERY steps"
+    assert forked(2, lambda rank: run_rank(rank, "cut", resume=str(last))) == [0, 0]
+    for name in ("last.pt", "best.pt"):
+        same(checkpoints.load(tmp_path / "whole" / name), checkpoints.load(tmp_path / "cut" / name))
+    loaded, cfg, meta = checkpoints.load_model(last)
+    alone = evaluation.evaluate(loaded, importlib.import_module(model).detect, evaluation.validation_set("", cfg, meta), cfg, "cpu", 2)
+    record = json.loads(open(tmp_path / "cut" / "log.jsonl").readlines()[-1])
+    assert alone["bbox"]["AP"] == pytest.approx(record["AP"], abs=1e-6) and alone["images"] == RUN["num_val"]
+
+
 @pytest.mark.slow
-def test_two_processes_equal_one(tmp_path):
-    """torchrun with two gloo processes: the same weights as one process up to rounding, and a run that resumes."""
-    flags = [*FLAGS, "--model", "deformable_detr", "--backbone=resnet18", "--backbone_norm=group", "--dropout", "0", "--epochs", "1", "--ema", "0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    for name, command in (("one", [sys.executable]), ("two", [sys.executable, "-m", "torch.distributed.run", "--standalone",
-                                                              "--nproc_per_node", "2"])):
-        done = subprocess.run([*command, str(ROOT / "train.py"), *flags, "--out", str(tmp_path / name)], cwd=tmp_path,
-                              env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (checkpoints.load(tmp_path / name / "last.pt") for name in ("one", "two"))
-    assert one["step"] == two["step"] == 3
-    for key, value in one["model"].items():
-        torch.testing.assert_close(value, two["model"][key], rtol=1e-2, atol=2e-3, msg=key)
+def test_torchrun_starts_two_processes(tmp_path):
+    """The README's command, two processes on one machine; half a minute."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(ROOT / "train.py")]
+    done = subprocess.run([*command, *FLAGS, "--model", "dino", "--epochs", "1", "--out", str(tmp_path / "run")], cwd=tmp_path,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 3 and done.stdout.count("config ") == 1
