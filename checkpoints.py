@@ -153,10 +153,48 @@ FAMILIES = {
                                         ("bbox_embed", "class_embed")),
     "dino": Family("dino", {}, True, ("bbox_embed", "class_embed")),   # 4-scale and 5-scale
     "h_detr": Family("h_detr", {}, False, ("bbox_embed", "class_embed")),
+    "co_dino": Family("co_detr", {}, False),
+    "co_deformable": Family("co_detr", {"detector": "h_detr", "quality_focal": False, "soft_nms": 0.0, "loss_class": 2.0,
+                                        "top_k": 100}, False),
 }
 RENAMED = {"backbone.0.body.": "backbone.", "transformer.encoder.layers.": "encoder.",   # prefix: theirs -> ours
            "transformer.decoder.layers.": "decoder.", "transformer.decoder.norm.": "decoder_norm.",
            "transformer.decoder.ref_point_head.": "ref_point_head.", "transformer.": ""}
+HEAD = "query_head.transformer."
+CO_DETR = {   # theirs -> ours; * is a number that stays, LAST the coarsest level, ENC the number of decoder layers
+    "backbone.": "detector.backbone.",
+    "neck.extra_convs.0.conv.": "detector.input_proj.LAST.0.", "neck.extra_convs.0.gn.": "detector.input_proj.LAST.1.",
+    "neck.convs.*.conv.": "detector.input_proj.*.0.", "neck.convs.*.gn.": "detector.input_proj.*.1.",
+    HEAD + "encoder.layers.*.attentions.0.": "detector.encoder.*.self_attn.",
+    HEAD + "decoder.layers.*.attentions.0.attn.": "detector.decoder.*.self_attn.",
+    HEAD + "decoder.layers.*.attentions.1.": "detector.decoder.*.cross_attn.",
+    **{HEAD + f"{part}coder.layers.*.ffns.0.layers.{theirs}.": f"detector.{part}coder.*.{ours}."
+       for part in ("en", "de") for theirs, ours in (("0.0", "linear1"), ("1", "linear2"))},
+    **{HEAD + f"{part}coder.layers.*.norms.{i}.": f"detector.{part}coder.*.norm{norm}."
+       for part, norms in (("en", (1, 2)), ("de", (2, 1, 3))) for i, norm in enumerate(norms)},
+    HEAD + "decoder.ref_point_head.0.": "detector.ref_point_head.layers.0.",
+    HEAD + "decoder.ref_point_head.2.": "detector.ref_point_head.layers.1.",
+    HEAD + "decoder.norm.": "detector.decoder_norm.",
+    HEAD + "level_embeds": "detector.level_embed",
+    HEAD + "enc_output": "detector.enc_output", HEAD + "pos_trans": "detector.pos_trans",
+    HEAD + "query_embed.": "detector.tgt_embed.", "query_head.query_embedding.": "detector.query_embed.",
+    "query_head.label_embedding.": "detector.label_enc.",
+    "query_head.cls_branches.ENC.": "detector.enc_out_class_embed.",   # of Co-DINO
+    **{f"query_head.reg_branches.ENC.{2 * i}.": f"detector.enc_out_bbox_embed.layers.{i}." for i in range(3)},
+    "query_head.cls_branches.*.": "detector.class_embed.*.",
+    **{f"query_head.reg_branches.*.{2 * i}.": f"detector.bbox_embed.*.layers.{i}." for i in range(3)},
+    **{HEAD + f"{theirs}.{i}.": f"aux_queries.{head}.{ours}." for i, head in enumerate(("rcnn", "atss")) for theirs, ours in
+       (("aux_pos_trans", "pos_trans"), ("aux_pos_trans_norm", "pos_norm"), ("pos_feats_trans", "feat_trans"),
+        ("pos_feats_norm", "feat_norm"))},
+    HEAD + "head_pos_embed.": "head_embed.", "query_head.downsample.": "downsample.",
+    **{f"rpn_head.rpn_{part}.": f"rpn.{part}." for part in ("conv", "cls", "reg")},
+    "roi_head.0.bbox_head.shared_fcs.0.": "roi.fc1.", "roi_head.0.bbox_head.shared_fcs.1.": "roi.fc2.",
+    "roi_head.0.bbox_head.fc_cls.": "roi.cls.", "roi_head.0.bbox_head.fc_reg.": "roi.reg.",
+    **{f"bbox_head.0.{part}_convs.0.{theirs}.": f"atss.{part}_tower.{i}." for part in ("cls", "reg")
+       for i, theirs in enumerate(("conv", "gn"))},
+    **{f"bbox_head.0.atss_{part}.": f"atss.{part}." for part in ("cls", "reg", "centerness")},
+    "bbox_head.0.scales.*.scale": "atss.scales.*",
+}
 SAME = ("input_proj.", "class_embed.", "bbox_embed.", "query_embed.", "label_enc.")   # prefixes that both use
 ONE_TO_MANY = 1500   # H-DETR's table of queries holds both groups; every released one has this many one-to-many rows
 PROFILER = ("total_params", "total_ops")   # counters that a profiler left in some released files
@@ -172,6 +210,8 @@ def recognise(state: dict) -> tuple[str, dict]:
     -> (key of FAMILIES, {"num_queries": 900, ...}). ValueError when it is none of them. Two-stage Deformable DETR does
     not show its number of queries, and no family shows dilation or the number of heads and points.
     """
+    if HEAD + "level_embeds" in state:
+        return recognise_co_detr(state)
     if "transformer.level_embed" not in state or "class_embed.0.weight" not in state:
         raise ValueError("expected weights of one of " + ", ".join(FAMILIES) + "; got names such as "
                          + ", ".join(list(state)[:3]) + ": give a checkpoint of these models")
@@ -198,10 +238,56 @@ def recognise(state: dict) -> tuple[str, dict]:
     return family, found
 
 
+def recognise_co_detr(state: dict) -> tuple[str, dict]:
+    """`recognise` for Co-DETR, which was written in another framework."""
+    shape = {key: tuple(value.shape) for key, value in state.items()}
+    family = "co_dino" if "query_head.label_embedding.weight" in state else "co_deformable"
+    found = dict(FAMILIES[family].overrides)
+    found["num_feature_levels"], found["dim"] = shape[HEAD + "level_embeds"]
+    found["ffn_dim"] = shape[HEAD + "encoder.layers.0.ffns.0.layers.0.0.weight"][0]
+    for part in ("encoder", "decoder"):
+        found[f"{part}_layers"] = count_layers(state, part)
+    found["num_queries"] = shape[HEAD + "query_embed.weight" if family == "co_dino" else "query_head.query_embedding.weight"][0]
+    found["roi_dim"] = shape["roi_head.0.bbox_head.shared_fcs.1.weight"][0]
+    return family, found
+
+
+def count_layers(state: dict, part: str) -> int:
+    """Layers of the `encoder` or `decoder`, in Co-DETR's or our names."""
+    return 1 + max(int(match.group(1)) for match in (re.search(rf"\b{part}\.(?:layers\.)?(\d+)\.", key) for key in state)
+                   if match)
+
+
+def translate(state: dict, back: bool = False) -> dict:
+    """Co-DETR's names -> ours, or back. Counters of batch normalisation and raw weights beside averaged ones (`ema_`) are
+    left out: nothing here reads them."""
+    levels = next(len(value) for key, value in state.items() if key.endswith(("level_embeds", "level_embed")))
+    numbers = {"LAST": str(levels - 1), "ENC": str(count_layers(state, "decoder"))}
+    table = []
+    for theirs, ours in CO_DETR.items():
+        if "ENC" in theirs and not any(key.endswith(("label_embedding.weight", "label_enc.weight")) for key in state):
+            continue   # Co-Deformable-DETR's last head has a number in both
+        for word, number in numbers.items():
+            theirs, ours = theirs.replace(word, number), ours.replace(word, number)
+        old, new = (ours, theirs) if back else (theirs, ours)
+        table.append((re.compile(re.escape(old).replace(r"\*", r"(\d+)")), new.replace("*", r"\1")))
+    result = {}
+    for key, value in state.items():
+        if key.endswith("num_batches_tracked") or key.startswith("ema_"):
+            continue
+        pattern, new = next((row for row in table if row[0].match(key)), (None, None))
+        if pattern is None:
+            raise ValueError(f"expected the names of Co-DETR, got {key}, which has no place in our model")
+        result[pattern.sub(new, key, count=1)] = value
+    return result
+
+
 def from_authors(state: dict, family: str) -> dict:
     """Authors' names -> ours; second copies of the heads are compared and dropped. ValueError when copies that must be
     equal are not, or tied heads differ."""
     state, kind = strip_profiler(state), FAMILIES[family]
+    if kind.model_name == "co_detr":
+        return translate(state)
     ours = {}
     for key, value in state.items():
         copy = re.fullmatch(r"transformer\.decoder\.((class_embed|bbox_embed)\..*)", key)
@@ -231,6 +317,8 @@ def rename(key: str, prefixes: dict) -> str:
 
 def to_authors(state: dict, family: str) -> dict:
     """Our names -> the authors', with every second copy they save: the inverse of `from_authors`."""
+    if FAMILIES[family].model_name == "co_detr":
+        return translate(state, back=True)
     theirs = {ours: old for old, ours in RENAMED.items()}
     authors = {}
     for key, value in state.items():
@@ -276,18 +364,19 @@ def from_transformers(state: dict) -> dict:
 
 
 def released(state: dict, path: str | Path = "") -> dict:
-    """A released file (its `model` entry, or a bare state dict) as a checkpoint of ours with 91 COCO columns."""
-    weights = state.get("model", state)
+    """A released file (its `model` or `state_dict` entry, or a bare state dict) as a checkpoint of ours, with the 91 COCO
+    columns of the DETR family or the 80 classes of Co-DETR."""
+    weights = state.get("model", state.get("state_dict", state))
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: expected weights under 'model', got {type(weights).__name__}")
     family, overrides = recognise(weights)
     weights = from_authors(weights, family)
-    columns = len(weights["class_embed.0.weight"])
-    names = coco_columns() if columns == 91 else [f"class {i}" for i in range(columns)]
+    columns = len(weights[wrapped(weights) + "class_embed.0.weight"])
+    names = {91: coco_columns(), 80: COCO_NAMES}.get(columns, [f"class {i}" for i in range(columns)])
     paper = FAMILIES[family].model_name
     print(f"{path}: recognised as released {family}, {len(weights)} tensors, {columns} class columns")
     return {"format": FORMAT, "model_name": paper, "variant": "", "config": {**overrides, "backbone_weights": "imagenet"},
-            "class_names": names, "category_ids": list(range(columns)), "model": weights, "epoch": 0, "step": 0}
+            "class_names": names, "category_ids": COCO_IDS if columns == 80 else list(range(columns)), "model": weights, "epoch": 0, "step": 0}
 
 
 # ---------------------------------------------------------------------------------------------- class rows
@@ -300,15 +389,22 @@ def coco_columns() -> list[str]:
 
 def class_rows(key: str) -> bool:
     """Whether the first dimension of this tensor counts classes."""
-    return "class_embed" in key or key.startswith("label_enc.")
+    return "class_embed" in key or key.startswith(("label_enc.", "detector.label_enc."))
+
+
+def wrapped(state: dict) -> str:
+    """What stands before the names of a detector inside another model: nothing, or "detector."."""
+    return "detector." if "detector.level_embed" in state else ""
 
 
 def objectness_head(state: dict) -> str:
     """Prefix of the one class head that is no classifier: the encoder's in two-stage Deformable DETR, where column 0
     says "object" whatever the classes are (the last of its heads). "-" when there is none."""
-    if "pos_trans.weight" not in state:
+    prefix = wrapped(state)
+    if prefix + "pos_trans.weight" not in state:
         return "-"
-    return f"class_embed.{max(int(key.split('.')[1]) for key in state if key.startswith('class_embed.'))}."
+    heads = [key.removeprefix(prefix) for key in state if key.startswith(prefix + "class_embed.")]
+    return f"{prefix}class_embed.{max(int(head.split('.')[1]) for head in heads)}."
 
 
 def select_classes(state: dict, rows: list[int]) -> dict:
@@ -319,7 +415,7 @@ def select_classes(state: dict, rows: list[int]) -> dict:
     for key, value in state.items():
         if class_rows(key):
             chosen = [0] + rows[1:] if key.startswith(objectness_head(state)) else rows
-            if key.startswith("label_enc.") and len(value) > len(state["class_embed.0.weight"]):
+            if "label_enc." in key and len(value) > len(state[wrapped(state) + "class_embed.0.weight"]):
                 chosen = chosen + [len(value) - 1]
             value = value[chosen]
         result[key] = value
