@@ -83,7 +83,7 @@ template <typename T, int WIDTH> void forward(const Problem& p) {      // WIDTH:
   {
     Looks<T> s(p);
     const std::vector<T> zero(D);
-#pragma omp for
+#pragma omp for schedule(dynamic, 16)
     for (int64_t bq = 0; bq < p.B * p.Nq; bq++)
       for (int64_t m = 0; m < p.M; m++) {
         const T *value = (const T*)p.value + (bq / p.Nq * p.S * p.M + m) * D, *v[4];
@@ -111,7 +111,7 @@ template <typename T, int WIDTH> void backward(const Problem& p) {
     Looks<T> s(p);
     const std::vector<T> zero(D);
     std::vector<T> sink(D);
-#pragma omp for
+#pragma omp for schedule(dynamic)
     for (int64_t bm = 0; bm < p.B * p.M; bm++)
       for (int64_t q = 0; q < p.Nq; q++) {
         const int64_t b = bm / p.M, m = bm % p.M, bq = b * p.Nq + q, first = (bq * p.M + m) * s.LK;
@@ -144,7 +144,8 @@ template <typename T, int WIDTH> void backward(const Problem& p) {
   }
 }
 
-#define ENTRY(name, pass, T) extern "C" int name(const Problem* p, void*) { p->D == 32 ? pass<T, 32>(*p) : pass<T, 0>(*p); return 0; }
+#define ENTRY(name, pass, T) \
+  extern "C" int name(const Problem* p, void*) { p->D == 32 ? pass<T, 32>(*p) : pass<T, 0>(*p); return 0; }
 ENTRY(forward_float32, forward, float)
 ENTRY(forward_float64, forward, double)
 ENTRY(backward_float32, backward, float)

@@ -39,33 +39,35 @@ struct Problem {                                             // the same struct 
   int M, D, L, K, reference_size, threads, H[32], W[32], start[32];        // start: a level's first token
 };
 
+#define DEVICE __device__ __forceinline__
+
 // ---- Helpers --------------------------------------------------------------------------------------------------------
 
 template <typename T> struct Sum { using type = float; };
 template <> struct Sum<double> { using type = double; };
 
-template <typename T> constexpr int V = 16 / sizeof(T);                    // channels of one 16-byte load
-template <typename T> constexpr int G = sizeof(T) == 2 ? 4 : 8;            // lanes of a group: G V = 32 channels a step (double: 16)
-template <typename T, bool VECTOR> constexpr int UNIT = VECTOR ? V<T> : 1; // channels by which places in a map are counted, so that
-constexpr int THREADS = 256, TILE_WIDTH = 8;                               // 32 bits suffice for a map of 64 GB
+template <typename T> constexpr int V = 16 / sizeof(T);                     // channels of one 16-byte load
+template <typename T> constexpr int G = sizeof(T) == 2 ? 4 : 8;             // lanes of a group: 32 channels a step (double: 16)
+template <typename T, bool VECTOR> constexpr int UNIT = VECTOR ? V<T> : 1;  // places in a map are counted in units of so many
+constexpr int THREADS = 256, TILE_WIDTH = 8;                                // channels: 32 bits then suffice for 64 GB
 constexpr unsigned ALL_LANES = 0xffffffff;
 
-__device__ __forceinline__ double up(double x) { return x; }
-__device__ __forceinline__ float up(float x) { return x; }
-__device__ __forceinline__ float up(__half x) { return __half2float(x); }
-__device__ __forceinline__ float up(__nv_bfloat16 x) { return __bfloat162float(x); }
-__device__ __forceinline__ void put(double& to, double x) { to = x; }
-__device__ __forceinline__ void put(float& to, float x) { to = x; }
-__device__ __forceinline__ void put(__half& to, float x) { to = __float2half_rn(x); }
-__device__ __forceinline__ void put(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
+DEVICE double up(double x) { return x; }
+DEVICE float up(float x) { return x; }
+DEVICE float up(__half x) { return __half2float(x); }
+DEVICE float up(__nv_bfloat16 x) { return __bfloat162float(x); }
+DEVICE void put(double& to, double x) { to = x; }
+DEVICE void put(float& to, float x) { to = x; }
+DEVICE void put(__half& to, float x) { to = __float2half_rn(x); }
+DEVICE void put(__nv_bfloat16& to, float x) { to = __float2bfloat16_rn(x); }
 
 // The address `place` units on: a 32-bit multiplication and a 64-bit addition in one instruction.
-template <int UNIT, typename T> __device__ __forceinline__ T* advance(T* base, unsigned place) {
+template <int UNIT, typename T> DEVICE T* advance(T* base, unsigned place) {
   return reinterpret_cast<T(*)[UNIT]>(base)[place];
 }
 
 // N channels from `from`. VECTOR: D is a multiple of V and all N exist. Otherwise `left` of them do, the rest read as zero.
-template <int N, bool VECTOR, typename T, typename C> __device__ __forceinline__ void load(const T* from, int left, C (&to)[N]) {
+template <int N, bool VECTOR, typename T, typename C> DEVICE void load(const T* from, int left, C (&to)[N]) {
   constexpr int BYTES = N * sizeof(T);
   if constexpr (VECTOR && (BYTES == 16 || BYTES == 8)) {
     using Raw = typename std::conditional<BYTES == 16, uint4, uint2>::type;
@@ -78,7 +80,7 @@ template <int N, bool VECTOR, typename T, typename C> __device__ __forceinline__
   }
 }
 
-template <int N, bool VECTOR, typename T, typename C> __device__ __forceinline__ void store(T* to, int left, const C (&from)[N]) {
+template <int N, bool VECTOR, typename T, typename C> DEVICE void store(T* to, int left, const C (&from)[N]) {
   if constexpr (VECTOR && N * sizeof(T) == 16) {
     uint4 raw;
 #pragma unroll
@@ -92,7 +94,7 @@ template <int N, bool VECTOR, typename T, typename C> __device__ __forceinline__
 }
 
 // On Hopper and later four additions are one instruction, which the memory executes as one access.
-__device__ __forceinline__ void add4(float* to, const float (&x)[4]) {
+DEVICE void add4(float* to, const float (&x)[4]) {
 #if __CUDA_ARCH__ >= 900 && __CUDACC_VER_MAJOR__ >= 12
   asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
 #else
@@ -100,7 +102,7 @@ __device__ __forceinline__ void add4(float* to, const float (&x)[4]) {
 #endif
 }
 
-template <int N, bool VECTOR, typename C> __device__ __forceinline__ void add(C* to, int left, const C (&x)[N]) {
+template <int N, bool VECTOR, typename C> DEVICE void add(C* to, int left, const C (&x)[N]) {
   if constexpr (VECTOR && N == 4) {
     if (left > 0) add4(to, x);
   } else {
@@ -110,14 +112,14 @@ template <int N, bool VECTOR, typename C> __device__ __forceinline__ void add(C*
   }
 }
 
-template <typename C> __device__ __forceinline__ C sum_over_group(C x, int lanes) {
+template <typename C> DEVICE C sum_over_group(C x, int lanes) {
   for (int step = lanes / 2; step; step /= 2) x += __shfl_xor_sync(ALL_LANES, x, step);
   return x;
 }
 
 // Which row this group works on. Blocks run over tiles of queries, then heads, then images.
-struct Row { int b, q, m; bool valid; int64_t index; };      // valid: false in the ragged edge of a tile; such a group reads row 0
-template <int LANES> __device__ __forceinline__ Row find_row(const Problem& p, int tiles) {
+struct Row { int b, q, m; bool valid; int64_t index; };      // not valid: beyond the edge of a map; such a group reads query 0
+template <int LANES> DEVICE Row find_row(const Problem& p, int tiles) {
   const int groups = blockDim.x / LANES, group = threadIdx.x / LANES, bm = blockIdx.x / tiles;
   int tile = blockIdx.x % tiles, q = tile * groups + group;
   bool valid = q < p.Nq;
@@ -137,7 +139,7 @@ template <int LANES> __device__ __forceinline__ Row find_row(const Problem& p, i
   return row;
 }
 
-template <typename C> struct alignas(16) Four { C at[4]; };  // one number per corner: top left, top right, bottom left, bottom right
+template <typename C> struct alignas(16) Four { C at[4]; };  // corners: top left, top right, bottom left, bottom right
 template <typename C> struct Look {
   Four<unsigned> place;                                      // where the corner's values begin, in units; clamped into the map
   Four<C> area;                                              // bilinear weight, 0 where the corner lies outside
@@ -148,7 +150,8 @@ template <typename C> struct Look {
 
 // The softmax over a row's logits is exp(logit - top) / sum.
 template <typename C> struct Softmax { C top, sum; };
-template <typename T, typename C = typename Sum<T>::type> __device__ __forceinline__ Softmax<C> softmax(const Problem& p, const Row& row, int lane) {
+template <typename T, typename C = typename Sum<T>::type>
+DEVICE Softmax<C> softmax(const Problem& p, const Row& row, int lane) {
   const int LK = p.L * p.K;
   const T* logit = static_cast<const T*>(p.weights) + row.index * LK;
   C top = up(logit[0]), sum = 0;
@@ -161,7 +164,8 @@ template <typename T, typename C = typename Sum<T>::type> __device__ __forceinli
   return {top, sum_over_group(sum, G<T>)};
 }
 
-template <typename T, bool VECTOR, typename C> __device__ __forceinline__ Look<C> prepare(const Problem& p, const Row& row, Softmax<C> soft, int i) {
+template <typename T, bool VECTOR, typename C>
+DEVICE Look<C> prepare(const Problem& p, const Row& row, Softmax<C> soft, int i) {
   Look<C> look;
   const int64_t n = row.index * p.L * p.K + i;
   const int R = p.reference_size, l = p.K == 4 ? i >> 2 : i / p.K, H = p.H[l], W = p.W[l];
@@ -188,14 +192,15 @@ template <typename T, bool VECTOR, typename C> __device__ __forceinline__ Look<C
   const C left = look.seen && x0 >= 0 ? 1 - look.fx : 0, right = look.seen && x1 < W ? look.fx : 0;
   const C above = y0 >= 0 ? 1 - look.fy : 0, below = y1 < H ? look.fy : 0;
   look.area = {above * left, above * right, below * left, below * right};
-  const unsigned stride = p.M * p.D / UNIT<T, VECTOR>, from_left = max(x0, 0) * stride, from_right = min(x1, W - 1) * stride;
-  const unsigned from_above = (p.start[l] + max(y0, 0) * W) * stride, from_below = (p.start[l] + min(y1, H - 1) * W) * stride;
+  const unsigned stride = p.M * p.D / UNIT<T, VECTOR>;
+  const unsigned from_left = max(x0, 0) * stride, from_above = (p.start[l] + max(y0, 0) * W) * stride;
+  const unsigned from_right = min(x1, W - 1) * stride, from_below = (p.start[l] + min(y1, H - 1) * W) * stride;
   look.place = {from_above + from_left, from_above + from_right, from_below + from_left, from_below + from_right};
   return look;
 }
 
 // Every level has (H + 1) (W + 1) cells: the squares between pixel centres, and half of one around the map.
-__device__ __forceinline__ int first_cell(const Problem& p, int64_t b, int m, int level) {
+DEVICE int first_cell(const Problem& p, int64_t b, int m, int level) {
   int before = 0, cells = 0;
   for (int l = 0; l < p.L; l++) {
     if (l == level) before = cells;
@@ -206,7 +211,8 @@ __device__ __forceinline__ int first_cell(const Problem& p, int64_t b, int m, in
 
 // ---- Forward --------------------------------------------------------------------------------------------------------
 
-template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 4) forward(const __grid_constant__ Problem p, int tiles) {
+template <typename T, bool VECTOR>
+__global__ void __launch_bounds__(THREADS, 4) forward(const __grid_constant__ Problem p, int tiles) {
   using C = typename Sum<T>::type;
   __shared__ Four<unsigned> places[THREADS];
   __shared__ Four<C> weights[THREADS];
@@ -216,7 +222,7 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 4)
   Softmax<C> soft{};
   if (p.reference_size) soft = softmax<T>(p, row, lane);
   for (int step = 0; step < p.D; step += G<T> * V<T>) {
-    const int d = step + lane * V<T>, read = VECTOR ? min(d, p.D - V<T>) : d;      // lanes beyond D read something, write nothing
+    const int d = step + lane * V<T>, read = VECTOR ? min(d, p.D - V<T>) : d;       // beyond D: read something, write nothing
     C sum[V<T>] = {};
     for (int first = 0; first < LK; first += G<T>) {
       const Look<C> look = prepare<T, VECTOR>(p, row, soft, min(first + lane, LK - 1));
@@ -256,7 +262,7 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 4)
 
 // Adds dot[j] up over the lanes of a group and leaves the total of look j in dot[0] of lane j, who prepared look j. Each
 // step sends away the half of the looks that belongs to the other half of the lanes: G - 1 exchanges instead of G log2 G.
-template <int HALF, int N, typename C> __device__ __forceinline__ void reduce_scatter(C (&dot)[N][4], int lane) {
+template <int HALF, int N, typename C> DEVICE void reduce_scatter(C (&dot)[N][4], int lane) {
 #pragma unroll
   for (int j = 0; j < HALF; j++)
 #pragma unroll
@@ -267,7 +273,8 @@ template <int HALF, int N, typename C> __device__ __forceinline__ void reduce_sc
   if constexpr (HALF > 1) reduce_scatter<HALF / 2>(dot, lane);
 }
 
-template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 2) backward(const __grid_constant__ Problem p, int tiles) {
+template <typename T, bool VECTOR>
+__global__ void __launch_bounds__(THREADS, 2) backward(const __grid_constant__ Problem p, int tiles) {
   using C = typename Sum<T>::type;
   constexpr int N = 16 / sizeof(C);                          // channels of one 16-byte addition
   __shared__ Four<unsigned> places[THREADS];
@@ -275,13 +282,15 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 2)
   const int lane = threadIdx.x % G<T>, group = threadIdx.x - lane, LK = p.L * p.K, R = p.reference_size;
   const Row row = find_row<G<T>>(p, tiles);
   const int64_t image_and_head = (row.b * p.S * p.M + row.m) * p.D;
-  const T *value = static_cast<const T*>(p.value) + image_and_head, *grad_output = static_cast<const T*>(p.grad_output) + row.index * p.D;
+  const T* value = static_cast<const T*>(p.value) + image_and_head;
+  const T* grad_output = static_cast<const T*>(p.grad_output) + row.index * p.D;
   C* grad_value = static_cast<C*>(p.grad_value) + image_and_head;
   Softmax<C> soft{};
   C mean = 0;
   if (R) {
     soft = softmax<T>(p, row, lane);
-    for (int d = lane; d < p.D; d += G<T>) mean += up(grad_output[d]) * up(static_cast<const T*>(p.output)[row.index * p.D + d]);
+    const T* output = static_cast<const T*>(p.output) + row.index * p.D;
+    for (int d = lane; d < p.D; d += G<T>) mean += up(grad_output[d]) * up(output[d]);
     mean = sum_over_group(mean, G<T>);
   }
   for (int first = 0; first < LK; first += G<T>) {
@@ -339,7 +348,8 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 2)
     const C grad_x = look.A * ((1 - look.fy) * (v1 - v0) + look.fy * (v3 - v2));
     const C grad_y = look.A * ((1 - look.fx) * (v2 - v0) + look.fx * (v3 - v1));
     if (R) {
-      put(static_cast<T*>(p.grad_points)[2 * n], look.sx * grad_x), put(static_cast<T*>(p.grad_points)[2 * n + 1], look.sy * grad_y);
+      T* grad_offset = static_cast<T*>(p.grad_points) + 2 * n;
+      put(grad_offset[0], look.sx * grad_x), put(grad_offset[1], look.sy * grad_y);
       put(static_cast<T*>(p.grad_weights)[n], look.A * (grad_A - mean));
     } else {
       static_cast<C*>(p.grad_points)[2 * n] = look.sx * grad_x, static_cast<C*>(p.grad_points)[2 * n + 1] = look.sy * grad_y;
@@ -348,8 +358,8 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 2)
     if (C* grad_location = static_cast<C*>(p.grad_locations))
       grad_location[2 * n] = look.W * grad_x, grad_location[2 * n + 1] = look.H * grad_y;
     if (p.cells) {
-      static_cast<int*>(p.cells)[n] = look.seen ? first_cell(p, row.b, row.m, i / p.K) + (look.y0 + 1) * (look.W + 1) + look.x0 + 1
-                                                : first_cell(p, p.B, 0, 0);
+      const int in_map = (look.y0 + 1) * (look.W + 1) + look.x0 + 1, nowhere = first_cell(p, p.B, 0, 0);
+      static_cast<int*>(p.cells)[n] = look.seen ? first_cell(p, row.b, row.m, i / p.K) + in_map : nowhere;
       static_cast<Four<C>*>(p.corner_weights)[n] = weight;
     }
   }
@@ -357,7 +367,8 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS, 2)
 
 // The deterministic value gradient: a group owns one token and head, and adds up the looks of the four cells around it in
 // the order in which they were sorted. The token is the bottom right corner of the first cell, the top left of the last.
-template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS) sum_by_cell(const __grid_constant__ Problem p) {
+template <typename T, bool VECTOR>
+__global__ void __launch_bounds__(THREADS) sum_by_cell(const __grid_constant__ Problem p) {
   using C = typename Sum<T>::type;
   const int lane = threadIdx.x % G<T>;
   const int64_t n = int64_t(blockIdx.x) * (THREADS / G<T>) + threadIdx.x / G<T>;
@@ -383,13 +394,14 @@ template <typename T, bool VECTOR> __global__ void __launch_bounds__(THREADS) su
   }
 }
 
-// ---- Host: plain C functions. Each returns the launch's error code, 0 for success; deformable_attn.py raises on others. ----
+// ---- Host: plain C functions that return the launch's error code, on which deformable_attn.py raises ----------------
 
 template <typename T> static int64_t count_tiles(const Problem& p, int threads) {
   const int groups = threads / G<T>, height = groups / TILE_WIDTH;
   if (p.Nq != p.S) return (p.Nq + groups - 1) / groups;
   int64_t tiles = 0;
-  for (int l = 0; l < p.L; l++) tiles += int64_t((p.W[l] + TILE_WIDTH - 1) / TILE_WIDTH) * ((p.H[l] + height - 1) / height);
+  for (int l = 0; l < p.L; l++)
+    tiles += int64_t((p.W[l] + TILE_WIDTH - 1) / TILE_WIDTH) * ((p.H[l] + height - 1) / height);
   return tiles;
 }
 
