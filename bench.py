@@ -1,4 +1,4 @@
-"""Every speed and memory figure of this repository.   python bench.py kernel | step   (--help lists the flags)
+"""Every speed and memory figure of this repository.   python bench.py kernel | step | published | ladder   (--help lists the flags)
 
 Each command prints a table and writes it, with date, device, versions and its own command line, to runs/bench/NAME.md.
 A figure is the median of repeated runs. Implementations take turns within one process, so that their ratio survives a
@@ -9,11 +9,15 @@ import dataclasses
 import datetime
 import functools
 import importlib
+import json
 import platform
+import re
 import shlex
 import statistics
+import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -285,6 +289,79 @@ def step(args):
     report("step", args, ["model (small preset)", "autocast", "PyTorch ms", "kernels ms", "ratio"], rows)
 
 
+# ---- The published training step ------------------------------------------------------------------------------------
+
+def published(args):
+    """One training step (forward, losses, backward, optimiser) of the published models on random images: time and peak
+    memory, in float32 and bfloat16."""
+    import train
+    rows = []
+    for name in args.models:
+        paper = importlib.import_module(name)
+        cfg = paper.Config()
+        model, criterion = paper.build(cfg, 80)
+        model.to(args.device).train()
+        optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=1e-5, fused=True)
+        average = train.Average(model, cfg.ema)
+        height, width = args.size
+        targets = [{"labels": torch.arange(8), "boxes": torch.rand(8, 4) * 0.3 + 0.3, "index": i} for i in range(args.batch)]
+        batch = (torch.randn(args.batch, 3, height, width), torch.zeros(args.batch, height, width, dtype=torch.bool), targets)
+        for amp in (False, True):
+            if args.device == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            run = lambda: train.step(model, model, criterion, optimizer, average, [batch], cfg.clip, amp, 0, 1)[2].item()
+            times = [1e3 * clock(run) for _ in range(args.repeats + 2)][2:]
+            memory = f"{torch.cuda.max_memory_allocated() / 2 ** 30:.2f}" if args.device == "cuda" else "-"
+            rows.append([name, "bfloat16" if amp else "float32", f"{statistics.median(times):.0f}", memory])
+    report("published", args, [f"batch {args.batch}, {height}x{width}", "autocast", "ms", "GiB"], rows)
+
+
+# ---- What each part brings ------------------------------------------------------------------------------------------
+
+LADDER = {   # row: paper file and what it changes in that file's small preset
+    "Deformable DETR": ("deformable_detr", {}),
+    "+ iterative refinement": ("deformable_detr", {"with_box_refine": True}),
+    "+ two-stage": ("deformable_detr", {"with_box_refine": True, "two_stage": True}),
+    "DINO without denoising": ("dino", {"denoising": "none"}),
+    "DINO with static queries": ("dino", {"query_selection": "static"}),
+    "DINO looking forward once": ("dino", {"look_forward_twice": False}),
+    "DINO": ("dino", {}),
+}
+
+
+def ladder(args):
+    """Trains every row of LADDER on the generated scenes, same number of steps, several seeds: AP, mean and spread (largest
+    minus smallest). Finished runs in --out are not repeated, broken off ones go on."""
+    jobs = [(name, seed) for seed in range(args.seeds) for name in LADDER]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        records = dict(zip(jobs, pool.map(lambda job: ladder_run(*job, args), jobs)))
+    rows = []
+    for name in LADDER:
+        boxes = [records[name, seed]["bbox"] for seed in range(args.seeds)]
+        ap = [box["AP"] for box in boxes]
+        rows.append([name, f"{statistics.mean(ap):.3f}", f"{max(ap) - min(ap):.3f}",
+                     *(f"{statistics.mean(box[key] for box in boxes):.3f}" for key in ("AP50", "APs", "APl"))])
+    report("ladder", args, [f"{args.epochs} epochs, {args.seeds} seeds", "AP", "spread", "AP50", "AP small", "AP large"], rows)
+
+
+def ladder_run(name: str, seed: int, args) -> dict:
+    """One training run in a process of its own -> the record of its last evaluation."""
+    model, changes = LADDER[name]
+    out = Path(args.out) / f"{re.sub(r'[^a-z]+', '_', name.lower()).strip('_')}_{seed}"
+    log = out / "log.jsonl"
+    lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+    if not lines or lines[-1]["kind"] != "eval" or lines[-1]["epoch"] < args.epochs:
+        flags = {"model": model, "out": out, "seed": seed, "epochs": args.epochs, "threads": 1,
+                 "eval_every": args.epochs, **changes}
+        words = ["--resume", "--out", str(out)] if (out / "last.pt").exists() else [
+            word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
+        subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words], check=True,
+                       stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+    print(f"{name}, seed {seed}: AP {lines[-1]['bbox']['AP']:.3f}", file=sys.stderr)
+    return lines[-1]
+
+
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
 def main():
@@ -306,6 +383,16 @@ def main():
     sub = command(step)
     sub.add_argument("--models", nargs="+", default=["deformable_detr", "dino"])
     sub.add_argument("--repeats", type=int, default=9)
+    sub = command(published)
+    sub.add_argument("--models", nargs="+", default=["deformable_detr", "dino"])
+    sub.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
+    sub.add_argument("--batch", type=int, default=2)
+    sub.add_argument("--repeats", type=int, default=9)
+    sub = command(ladder)
+    sub.add_argument("--seeds", type=int, default=3)
+    sub.add_argument("--epochs", type=int, default=2)
+    sub.add_argument("--jobs", type=int, default=1, help="training runs at a time, one thread each")
+    sub.add_argument("--out", default="runs/ladder")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

@@ -1,5 +1,7 @@
 """bench.py: the figures computed by hand, and a table from end to end."""
 import argparse
+import dataclasses
+import json
 import sys
 import types
 
@@ -7,6 +9,7 @@ import pytest
 import torch
 
 import bench
+import deformable_detr
 from deformable_attn import ms_deform_attn_torch
 
 
@@ -42,3 +45,23 @@ def test_kernel_table_with_a_peer(tmp_path, monkeypatch, capsys):
     table = (tmp_path / "runs" / "bench" / "kernel_cpu.md").read_text()
     assert table in capsys.readouterr().out
     assert table.count("| tiny") == 2 * 2 * 9 and table.count("failed: shape") == 2 * 2 * 2 * 2
+
+
+def test_the_ladder_reads_finished_runs_and_means_over_seeds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "LADDER", {"DINO": ("dino", {}), "+ two-stage": ("deformable_detr", {"two_stage": True})})
+    for folder, ap in (("dino_0", 0.5), ("dino_1", 0.7), ("two_stage_0", 0.2), ("two_stage_1", 0.2)):
+        (tmp_path / folder).mkdir()
+        record = {"kind": "eval", "epoch": 2, "bbox": {"AP": ap, "AP50": ap, "APs": ap, "APl": ap}}
+        (tmp_path / folder / "log.jsonl").write_text(json.dumps(record) + "\n")
+    bench.ladder(argparse.Namespace(seeds=2, jobs=2, epochs=2, out=str(tmp_path), device="cpu"))
+    printed = capsys.readouterr().out
+    assert "| DINO | 0.600 | 0.200 |" in printed and "| + two-stage | 0.200 | 0.000 |" in printed
+
+
+def test_the_published_step_of_a_model_is_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    small = dataclasses.replace(deformable_detr.Config(), **deformable_detr.SMALL)
+    monkeypatch.setattr(deformable_detr, "Config", lambda: small)
+    bench.published(argparse.Namespace(models=["deformable_detr"], size=(64, 96), batch=2, repeats=1, device="cpu"))
+    assert capsys.readouterr().out.count("| deformable_detr |") == 2
