@@ -3,7 +3,7 @@
     python eval.py --checkpoint runs/dino/best.pt                    AP on the data the checkpoint was trained on
     python eval.py --checkpoint FILE --data DIR                      AP on another COCO-layout folder, same classes
     python eval.py --checkpoint FILE --images a.jpg photos/ "*.png"  drawn pictures and a COCO-results json
-    python eval.py --checkpoint FILE --analyze                       ATD(k): DINO, section 3.3
+    python eval.py --checkpoint FILE --analyze                       ATD(k): DINO, section 3.3; IoF-IoB: Co-DETR, 3.4
 
 AP, AP50, AP75 and the size bands are pycocotools' figures, for boxes and, where detections carry masks, for masks. Two
 things pycocotools leaves to its caller: `summarize` knows no limit but 100 detections an image, so the table is read
@@ -27,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
@@ -220,12 +221,14 @@ def atd(distances, k=100):
 @torch.no_grad()
 def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, workers=0):
     """ATD(k) of a detector over `dataset`: for every object the distance to the initial anchor of the query whose
-    last-layer prediction is matched to it (DINO, section 3.3 and figure 4a, b).
+    last-layer prediction is matched to it (DINO, section 3.3 and figure 4a, b). And how well its encoder tells objects from
+    background (Co-DETR, section 3.4 and figure 3), where outputs hold `memory`.
 
-    -> {"ATD", "ATD_small", "k", "objects", "small_objects", "coordinates": "xywh" or "xy"}; small: a box of less than
-    32^2 px in the original image. ValueError for a model without `outputs["anchors"]`.
+    -> {"ATD", "ATD_small", "k", "objects", "small_objects", "coordinates": "xywh" or "xy", "IoF", "IoB": curves over the
+    thresholds 0, 0.01, ..., 1, "IoF-IoB": the area under them}; small: a box of less than 32^2 px in the original image.
+    ValueError for a model without `outputs["anchors"]`.
     """
-    distances, areas = [], []
+    distances, areas, counts = [], [], torch.zeros(2, 100)
     for outputs, targets in predict(model, dataset, range(len(dataset)), device, batch_size, amp, workers):
         if "anchors" not in outputs:
             raise ValueError("expected outputs['anchors'], where each query starts; this model gives none")
@@ -236,9 +239,47 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
             boxes = targets[b]["boxes"][matched.to(device)]                                      # (n, 4)
             distances.append(anchor_distances(anchors[b, query.to(device)], boxes).cpu())
             areas.append((boxes[:, 2:].prod(-1) * targets[b]["orig_size"].prod()).cpu())
+        if "memory" in outputs:
+            for scores, target, size in zip(discriminability(outputs["memory"]), targets, outputs["memory"].image_sizes):
+                counts += score_counts(scores, target["boxes"], size.tolist())
     distances, small = torch.cat(distances), torch.cat(areas) < SMALL_AREA
     return {"ATD": atd(distances, k), "ATD_small": atd(distances[small], k), "k": k, "objects": len(distances),
-            "small_objects": int(small.sum()), "coordinates": "xywh"[:anchors.shape[-1]]}
+            "small_objects": int(small.sum()), "coordinates": "xywh"[:anchors.shape[-1]],
+            **(iof_iob(counts) if counts.any() else {})}
+
+
+def discriminability(memory):
+    """How much of each pixel the encoder makes (Co-DETR, Eq. 7): the features' L2 norms, resized to the input and divided
+    by the map's largest, averaged over levels -> (B, H, W) in [0, 1]. OUR CHOICE: padding counts as 0."""
+    counts, maps = [H * W for H, W in memory.shapes], []
+    for x, padding, shape in zip(memory.tokens.split(counts, 1), memory.padding.split(counts, 1), memory.shapes):
+        norm = x.float().norm(dim=-1).masked_fill(padding, 0).unflatten(1, shape)[:, None]       # (B, 1, H_l, W_l)
+        norm = F.interpolate(norm, memory.padded_size, mode="bilinear")[:, 0]                    # (B, H, W)
+        maps.append(norm / norm.amax((1, 2), keepdim=True).clamp(min=1e-12))
+    return torch.stack(maps).mean(0)
+
+
+def score_counts(scores, boxes, size):
+    """Pixels of one image by score: scores (H, W) in [0, 1], boxes (n, 4) normalised cxcywh, size (h, w) without padding
+    -> (2, 100), background and foreground, in steps of 0.01. OUR CHOICE: foreground is the union of the boxes."""
+    h, w = size
+    foreground = torch.zeros(h, w, dtype=torch.bool, device=scores.device)
+    for cx, cy, bw, bh in boxes.tolist():
+        foreground[max(0, round((cy - bh / 2) * h)):round((cy + bh / 2) * h),
+                   max(0, round((cx - bw / 2) * w)):round((cx + bw / 2) * w)] = True
+    step = (scores[:h, :w] * 100).long().clamp(0, 99)
+    return torch.bincount((step + 100 * foreground).flatten(), minlength=200).view(2, 100).float().cpu()
+
+
+def iof_iob(counts):
+    """Co-DETR, Eq. 8, from pixel counts (2, 100) of a whole data set: above threshold S lies the share IoF(S) of the
+    foreground, below it the share IoB(S) of the background. A curve further up and right tells them apart better; the
+    area under it is the chance that a foreground pixel scores higher than a background pixel.
+    -> {"IoF": 101 numbers, "IoB": 101 numbers, "IoF-IoB": area}"""
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)                                     # (2, 100)
+    below = torch.cat((torch.zeros(2, 1), share.cumsum(1)), 1)                                   # (2, 101)
+    iob, iof = below[0], 1 - below[1]
+    return {"IoF": iof.tolist(), "IoB": iob.tolist(), "IoF-IoB": float(torch.trapezoid(iof, iob))}
 
 
 def analysis_text(analysis):
@@ -248,7 +289,9 @@ def analysis_text(analysis):
         "|x| + |y|: this detector's anchors are points, not comparable with anchors that are boxes"
     return (f"ATD({k})         {analysis['ATD']:.4f}   mean of the {min(k, n)} largest of {n} matched objects\n"
             f"ATD({k}) small   {analysis['ATD_small']:.4f}   mean of the {min(k, small)} largest of {small}\n"
-            f"distance: {unit}, normalised to the image")
+            f"distance: {unit}, normalised to the image"
+            + (f"\nIoF-IoB          {analysis['IoF-IoB']:.4f}   area under the curve in eval.json: the chance that the encoder's "
+               "features are longer in an object than outside" if "IoF-IoB" in analysis else ""))
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

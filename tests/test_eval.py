@@ -409,3 +409,26 @@ def test_hyphens_and_underscores_are_the_same_and_abbreviations_are_refused(caps
     with pytest.raises(SystemExit):
         read(["--checkpoint", "x", "--score", "0.5"])
     assert re.search("unrecognized.*--score", capsys.readouterr().err)
+
+
+# ---- Co-DETR, section 3.4 --------------------------------------------------------------------------------------------
+
+def test_discriminability_is_the_mean_of_normalised_norms():
+    from deformable_detr import Memory
+    fine = torch.tensor([[0.0, 3.0], [4.0, 1.0]]).flatten()[None, :, None] * torch.tensor([0.6, 0.8])   # norms 0 3 4 1
+    coarse = torch.tensor([[[3.0, 4.0]]])
+    memory = Memory(torch.cat((fine, coarse), 1), None, torch.tensor([[False] * 3 + [True, False]]), [(2, 2), (1, 1)], None,
+                    [], torch.tensor([[2, 2]]), (2, 2))
+    expected = (torch.tensor([[0.0, 0.75], [1.0, 0.0]]) + 1) / 2
+    assert torch.allclose(evaluation.discriminability(memory)[0], expected)
+
+
+def test_iof_iob_by_hand():
+    """A row of four pixels; the object covers the last two."""
+    scores = torch.tensor([[0.1, 0.6, 0.55, 0.9]])
+    counts = evaluation.score_counts(scores, torch.tensor([[0.75, 0.5, 0.5, 1.0]]), (1, 4))
+    curve = evaluation.iof_iob(counts)
+    assert (curve["IoF"][0], curve["IoB"][0], curve["IoF"][-1], curve["IoB"][-1]) == pytest.approx((1, 0, 0, 1), abs=1e-6)
+    assert (curve["IoF"][57], curve["IoB"][57]) == pytest.approx((0.5, 0.5))
+    assert curve["IoF-IoB"] == pytest.approx(3 / 4)   # of four pairs, one is the wrong way round
+    assert not evaluation.score_counts(scores, torch.zeros(0, 4), (1, 3))[1].any()
