@@ -95,16 +95,16 @@ def nms(boxes: Tensor, threshold: float, labels: Tensor | None = None, usable: T
     """
     n = boxes.shape[-2]
     usable = torch.ones(boxes.shape[:-1], dtype=torch.bool, device=boxes.device) if usable is None else usable
-    fells = (box_iou(boxes, boxes)[0] > threshold).triu(1)                         # (..., n, n): row would fell column
+    suppresses = (box_iou(boxes, boxes)[0] > threshold).triu(1)                         # (..., n, n): row beats column
     if labels is not None:
-        fells &= labels[..., :, None] == labels[..., None, :]
-    fells = fells.to(boxes.dtype)
+        suppresses &= labels[..., :, None] == labels[..., None, :]
+    suppresses = suppresses.to(boxes.dtype)
     keep = usable
     for _ in range(n):
-        felled = (keep[..., None, :].to(boxes.dtype) @ fells)[..., 0, :] > 0       # (..., n)
-        if torch.equal(keep, usable & ~felled):
+        suppressed = (keep[..., None, :].to(boxes.dtype) @ suppresses)[..., 0, :] > 0       # (..., n)
+        if torch.equal(keep, usable & ~suppressed):
             break
-        keep = usable & ~felled
+        keep = usable & ~suppressed
     return keep
 
 

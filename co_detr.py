@@ -34,7 +34,8 @@ Departs
  5. Anchors are centred on the corners of cells, without half a cell's shift (code). Queries of anchors keep their raw,
     unclipped coordinates; the customised regions include the ground truth itself (code).
  6. The heads' normalisers are counts of their own batch; over ranks and micro-batches they are weighed by its objects.
- 7. GIoU and IoU carry no epsilon; denoising below 50 pairs follows dino.py.
+ 7. GIoU and IoU carry no epsilon; denoising below 50 pairs follows dino.py. Coordinates are embedded after a clamp at
+    1e-5 in both forms, although Co-DINO's other inverse sigmoids have 1e-3 (code).
 """
 from copy import deepcopy
 from dataclasses import dataclass, fields
@@ -122,7 +123,7 @@ class Config:
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
 SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
              decoder_layers=3, ffn_dim=384, num_queries=40, dn_number=50, top_k=100, loss_class=2.0, aux_queries=40,
-             rpn_pre_nms=100, rpn_proposals=100, rpn_samples=64, roi_samples=64, roi_dim=256, lr=6e-4, lr_backbone=6e-4,
+             rpn_pre_nms=64, rpn_proposals=64, rpn_samples=64, roi_samples=32, roi_dim=128, lr=6e-4, lr_backbone=6e-4,
              lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=10, schedule="cosine", warmup=0.04,
              ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128)
 DEFORMABLE = dict(detector="h_detr", quality_focal=False, soft_nms=0.0, loss_class=2.0, top_k=100)

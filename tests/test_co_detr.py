@@ -21,7 +21,7 @@ from recordings import GivenMaps, batch, close, tensor
 
 @pytest.fixture
 def recorded(golden):
-    """`recorded("anchors")` opens one recording, integers as int64 and numbers as float32 tensors' arrays."""
+    """`recorded("anchors")` opens one recording of the Co-DETR code."""
     return lambda name: golden(f"co_detr/{name}")
 
 
