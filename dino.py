@@ -151,8 +151,8 @@ class DINO(nn.Module):
         queries, enc = self.propose(memory)
         denoising, attn_mask, P = None, None, 0
         if self.training and self.cfg.denoising != "none":
-            denoising = denoising_queries(targets, self.label_enc, self.cfg, queries.content.shape[1],
-                                          num_classes=self.class_embed[0].out_features)
+            denoising = denoising_queries(targets, self.label_enc, self.class_embed[0].out_features, self.cfg,
+                                          queries.content.shape[1])
             attn_mask, P = denoising.attn_mask, denoising.content.shape[1]
             queries = Queries(torch.cat((denoising.content, queries.content), 1), None,
                               torch.cat((denoising.reference, queries.reference), 1))
@@ -256,8 +256,8 @@ def denoising_groups(number: int, fullest: int, copies: int) -> int:
     return max(1, min(groups, MAX_SLOTS // (copies * fullest)))
 
 
-def denoising_queries(targets: list[dict], label_enc: nn.Embedding, cfg: Config, num_queries: int, draw=None,
-                      num_classes: int | None = None) -> Denoising:
+def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes: int, cfg: Config, num_queries: int,
+                      draw=None) -> Denoising:
     """Section 3.3: every object is copied into G groups, as a positive (noise below the scale) and, if contrastive, a
     negative (between one and two scales) query. Object j of an image in copy e has slot e N + j, so a group is
     [N positives | N negatives]; unused slots hold zeros and the box (0.5, 0.5, 0.5, 0.5)."""
@@ -268,7 +268,7 @@ def denoising_queries(targets: list[dict], label_enc: nn.Embedding, cfg: Config,
     N = max(len(c) for c in chosen)
     G = denoising_groups(cfg.dn_number, N, per_object)
     R, P, B, device = G * per_object, G * per_object * N, len(targets), boxes.device
-    noise = (draw or draw_noise)(R, len(labels), num_classes or label_enc.num_embeddings - 1, device)
+    noise = (draw or draw_noise)(R, len(labels), num_classes, device)
     negative = torch.arange(R, device=device) % per_object == 1                    # (R,)
     noised_labels = torch.where(noise.relabel < cfg.dn_label_noise / 2, noise.labels, labels)   # (R, T)
     reference = inverse_sigmoid(noised_boxes(boxes, noise, negative, cfg.dn_box_noise), EPS).sigmoid()   # (R, T, 4)

@@ -484,7 +484,7 @@ def checkpoint_noised_boxes(checkpoint, out="noised_boxes.jpg", folder=None, n=3
     indices = [index for index in range(len(dataset)) if len(dataset[index][1]["labels"]) > 1][:n]
     targets = [dataset[index][1] for index in indices]
     torch.manual_seed(0)
-    denoising = paper.denoising_queries(targets, model.label_enc, cfg, cfg.num_queries)
+    denoising = paper.denoising_queries(targets, model.label_enc, model.class_embed[0].out_features, cfg, cfg.num_queries)
     return noised_boxes([dataset.image(index) for index in indices], targets, denoising, out)
 
 

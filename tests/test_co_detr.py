@@ -306,7 +306,7 @@ def test_denoising_queries_equal_the_authors(recorded, ten_pairs, case):
                 "boxes": box_xyxy_to_cxcywh(t(rec[f"dn/{case}/gt{i}"])) / sizes[i]} for i in range(2)]
     table = torch.nn.Embedding.from_pretrained(t(rec["dn/label_embedding"]))
     draws = [t(rec[k]) for k in sorted(rec) if k.startswith(f"dn/{case}/draw")]
-    found = dino.denoising_queries(targets, table, dino.Config(dn_number=10), 30, recorded_noise(draws), 11)
+    found = dino.denoising_queries(targets, table, 11, dino.Config(dn_number=10), 30, recorded_noise(draws))
     assert found.groups == int(rec[f"dn/{case}/groups"]) and found.content.shape[1] == int(rec[f"dn/{case}/pad_size"])
     close(found.content, rec[f"dn/{case}/label_query"], 1e-6, "content")
     close(found.reference, 1 / (1 + np.exp(-rec[f"dn/{case}/box_query_logit"])), 1e-6, "boxes")

@@ -12,7 +12,7 @@ from boxes import box_cxcywh_to_xyxy
 from deformable_detr import sine_embedding, sine_positions
 from dino import (SMALL, Config, Criterion, DINO, Noise, build, denoising_groups, denoising_mask, denoising_queries,
                   detect, noised_boxes, param_groups)
-from recordings import batch, close, config_fields, given_maps, narrow_resnet, tensor
+from recordings import batch, close, config_fields, given_maps, narrow_resnet, speak, tensor
 
 
 def recorded_config(rec):
@@ -112,7 +112,7 @@ def test_denoising_queries_equal_the_authors(golden, case):
     cfg = Config(dn_number=int(rec["dn_number"]), dn_label_noise=float(rec["label_noise_ratio"]),
                  dn_box_noise=float(rec["box_noise_scale"]))
     label_enc = torch.nn.Embedding.from_pretrained(tensor(rec["label_embedding"]))
-    dn = denoising_queries(recordings.read_targets(rec), label_enc, cfg, int(rec["num_queries"]),
+    dn = denoising_queries(recordings.read_targets(rec), label_enc, int(rec["num_classes"]), cfg, int(rec["num_queries"]),
                            recorded_noise(rec, cfg.dn_label_noise))
     assert dn.groups == int(rec["groups"]) and dn.content.shape[1] == int(rec["pad_size"])
     close(dn.content, rec["query_label"], 0, "content")
@@ -132,7 +132,7 @@ def test_groups_follow_the_fullest_image(fullest, groups):
 def test_a_crowd_does_not_make_memory_explode(dn_number, denoising):
     targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.rand(n, 4)} for n in (300, 2, 0)]
     cfg = Config(dn_number=dn_number, denoising=denoising)
-    dn = denoising_queries(targets, torch.nn.Embedding(4, 8), cfg, 10)
+    dn = denoising_queries(targets, torch.nn.Embedding(4, 8), 3, cfg, 10)
     assert 0 < dn.content.shape[1] <= dino.MAX_SLOTS
     assert all(len(index) == len(set(index.tolist())) * dn.groups for _, index in dn.matches)
 
@@ -140,7 +140,7 @@ def test_a_crowd_does_not_make_memory_explode(dn_number, denoising):
 def test_unknown_slots_hold_zeros_and_a_centred_box():
     targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.tensor([[.5, .5, .2, .1]] * n)} for n in (2, 3)]
     cfg = Config(dn_number=50, dn_box_noise=0.0)
-    dn = denoising_queries(targets, torch.nn.Embedding(4, 8), cfg, 10)
+    dn = denoising_queries(targets, torch.nn.Embedding(4, 8), 3, cfg, 10)
     assert dn.groups == 16 and dn.content.shape[1] == 96
     assert torch.equal(dn.content[0, 2], torch.zeros(8)) and torch.equal(dn.reference[0, 2], torch.full((4,), 0.5))
     assert torch.allclose(dn.reference[0, [0, 1, 3, 4]], torch.tensor([.5, .5, .2, .1]), atol=1e-6)
@@ -163,7 +163,7 @@ def test_a_quarter_of_the_labels_change():
     torch.manual_seed(0)
     targets = [{"labels": torch.full((90,), 3), "boxes": torch.rand(90, 4)}]
     label_enc = torch.nn.Embedding.from_pretrained(torch.arange(92.)[:, None])
-    changed = torch.cat([denoising_queries(targets, label_enc, Config(), 1).content.flatten() != 3 for _ in range(60)])
+    changed = torch.cat([denoising_queries(targets, label_enc, 91, Config(), 1).content.flatten() != 3 for _ in range(60)])
     assert abs(float(changed.float().mean()) - 0.25 * 90 / 91) < 0.02
 
 
@@ -182,14 +182,6 @@ def small(**changes):
     torch.manual_seed(0)
     cfg = replace(Config(), **{**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9), **changes})
     return (cfg, *build(cfg, 5))
-
-
-def speak(model):
-    """Heads start at zero: give them something to say."""
-    generator = torch.Generator().manual_seed(2)
-    for head in (*model.bbox_embed, *model.class_embed):
-        for p in head.parameters():
-            p.data += 0.05 * torch.randn(p.shape, generator=generator)
 
 
 ABLATIONS = [dict(), dict(denoising="plain"), dict(denoising="none"), dict(query_selection="pure"),

@@ -8,7 +8,7 @@ import torch
 import checkpoints
 import recordings
 from h_detr import (SMALL, VARIANTS, Config, Criterion, HDETR, build, detect, group_mask, param_groups, repeat_objects)
-from recordings import batch, close, config_fields, given_maps, tensor
+from recordings import batch, close, config_fields, given_maps, speak, tensor
 
 
 def recorded_config(rec):
@@ -112,14 +112,6 @@ def small(**changes):
     cfg = replace(Config(), **{**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9,
                                                num_queries_one2many=20, k_one2many=3), **changes})
     return (cfg, *build(cfg, 5))
-
-
-def speak(model):
-    """Heads start at zero: give them something to say."""
-    generator = torch.Generator().manual_seed(2)
-    for head in (*model.bbox_embed, *model.class_embed):
-        for p in head.parameters():
-            p.data += 0.05 * torch.randn(p.shape, generator=generator)
 
 
 @pytest.mark.parametrize("many", [20, 0])

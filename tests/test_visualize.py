@@ -196,7 +196,7 @@ def test_noised_boxes_show_positives_within_and_negatives_beyond_the_noise(tmp_p
     cfg = dino.Config(**{**dino.SMALL, "denoising": denoising, "dn_box_noise": 0.2})
     boxes = [torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.6, 0.2, 0.3], [0.6, 0.4, 0.3, 0.3]]), torch.tensor([[0.4, 0.4, 0.4, 0.4]])]
     targets = [{"labels": torch.zeros(len(b), dtype=torch.int64), "boxes": b} for b in boxes]
-    queries = dino.denoising_queries(targets, torch.nn.Embedding(9, 32), cfg, 12)
+    queries = dino.denoising_queries(targets, torch.nn.Embedding(9, 32), 8, cfg, 12)
     drawn, outline = [], visualize._outline
     monkeypatch.setattr(visualize, "_outline", lambda axis, box, rgb, **style: (drawn.append((rgb, np.asarray(box.tolist()))),
                                                                                outline(axis, box, rgb, **style)))
