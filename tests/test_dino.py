@@ -163,7 +163,8 @@ def test_a_quarter_of_the_labels_change():
     torch.manual_seed(0)
     targets = [{"labels": torch.full((90,), 3), "boxes": torch.rand(90, 4)}]
     label_enc = torch.nn.Embedding.from_pretrained(torch.arange(92.)[:, None])
-    changed = torch.cat([denoising_queries(targets, label_enc, 91, Config(), 1).content.flatten() != 3 for _ in range(60)])
+    changed = torch.cat([denoising_queries(targets, label_enc, 91, Config(), 1).content.flatten() != 3
+                         for _ in range(60)])
     assert abs(float(changed.float().mean()) - 0.25 * 90 / 91) < 0.02
 
 
