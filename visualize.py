@@ -8,7 +8,8 @@
     anchors           initial anchors against final boxes (DINO, sections 3.3 and 3.4)
     noised_boxes      the denoising queries of one batch and their attention mask (DINO, section 3.3)
     scenes            a contact sheet of the generated data with its ground truth
-    strip             one row of detections, for the README
+    strip             detections in a row, or the same scenes by several models side by side
+    citations         which file builds on which, drawn from the imports
 
 Boxes are xyxy in pixels of the picture here. A class has the same colour in every picture.
 """
@@ -40,6 +41,7 @@ from eval import Flags, above, detect_image, infer, validation_set
 
 LEVEL_COLOURS = ("#e6194b", "#ffb000", "#22b14c", "#1e90ff", "#a040ff")   # finest level first
 MIN_SIDE = 480   # px: smaller images are enlarged by a whole factor, so that labels can be read
+GREY = "#777777"
 CROWD = 40       # objects: with more, boxes are thin and have no labels
 
 
@@ -250,7 +252,7 @@ def _plot_instability(axis, evals):
         second.spines["top"].set_visible(False)
 
 
-def compare_curves(run_dirs, out="compare_curves.png", kind="bbox", labels=None):
+def compare_curves(run_dirs: list, out="compare_curves.png", kind="bbox", labels: list = None):
     """AP (solid) and AP50 (thin) against training minutes of several runs; the label of a run is its folder's name."""
     figure, axis = plt.subplots(figsize=(8, 4.8))
     for number, (run_dir, label) in enumerate(zip(run_dirs, labels or [Path(d).name for d in run_dirs], strict=True)):
@@ -447,16 +449,53 @@ def scenes(out="scenes.jpg", n=32):
     return tile(sheet, out, 8, gap=4)
 
 
-def strip(checkpoint, out="strip.jpg", folder=None, n=6, side=256, score_threshold=0.3, device="cpu"):
-    """One row of detections on images spread over the validation set, for the README."""
-    model, detect, cfg, meta = load(checkpoint, device)
-    dataset = validation_set(folder, cfg, meta)
-    pictures = []
-    for index in spread(len(dataset), n):
-        image = dataset.image(index)
-        found = above(detect_image(model, detect, image, cfg, device), score_threshold)
-        pictures.append(detections(image, found, dataset.class_names, side=side))
-    return tile(pictures, out, len(pictures), gap=4)
+def strip(checkpoint: list, out="strip.jpg", folder=None, n=6, side=256, score_threshold=0.3, device="cpu"):
+    """Detections on n images spread over the validation set: of one checkpoint a row; of several a column each, under the
+    names of their papers."""
+    columns, names = [], []
+    for path in checkpoint:
+        model, detect, cfg, meta = load(path, device)
+        dataset, pictures = validation_set(folder, cfg, meta), []
+        for index in spread(len(dataset), n):
+            image = dataset.image(index)
+            found = above(detect_image(model, detect, image, cfg, device), score_threshold)
+            pictures.append(detections(image, found, dataset.class_names, side=side))
+        columns.append(pictures)
+        names.append(sys.modules[meta["model_name"]].__doc__.partition(":")[0])
+    if len(columns) == 1:
+        return tile(columns[0], out, n, gap=4)
+    return tile([picture for row in zip(*columns) for picture in row], out, len(columns), names + [""] * len(names) * (n - 1))
+
+
+def citations(out="citations.png"):
+    """The import graph of the paper files and what they build on, without arrows that a longer path implies: who imports
+    whom is who cites whom."""
+    sources = {path.stem: path.read_text() for path in Path(__file__).parent.glob("*.py")}
+    imports = {name: set(re.findall(r"^(?:import|from) (\w+)", text, re.M)) & sources.keys() for name, text in sources.items()}
+
+    def below(name):
+        return imports[name].union(*map(below, imports[name]))
+
+    papers = [name for name, text in sources.items() if "\nclass Config:" in text and "\ndef build(" in text]
+    shown = sorted(set(papers).union(*map(below, papers)))
+    height = {}
+    for name in sorted(shown, key=lambda name: len(below(name))):
+        height[name] = 1 + max((height[other] for other in imports[name]), default=-1)
+    place = {}
+    for level in range(max(height.values()) + 1):
+        row = sorted((name for name in shown if height[name] == level), key=lambda name: (name in papers, name))
+        place |= {name: (i - (len(row) - 1) / 2, level) for i, name in enumerate(row)}
+    figure, axis = plt.subplots(figsize=(7, 4.2))
+    for name, (x, y) in place.items():
+        title = sources[name].strip('"').partition(":")[0]
+        text = f"{title}\n{name}.py" if name in papers else f"{name}.py"
+        axis.text(x, y, text, ha="center", va="center", fontsize=9, zorder=3,
+                  bbox=dict(boxstyle="round,pad=0.5", facecolor="#dcebff" if name in papers else "#f0f0f0", edgecolor=GREY))
+        for other in imports[name] - set().union(*map(below, imports[name])):
+            axis.annotate("", place[other], (x, y), arrowprops=dict(arrowstyle="-|>", color=GREY, shrinkA=16, shrinkB=17))
+    axis.set(xlim=(-1.7, 1.7), ylim=(-0.4, max(height.values()) + 0.4))
+    axis.axis("off")
+    return _save(figure, out)
 
 
 def checkpoint_detections(checkpoint, image, out="detections.jpg", score_threshold=0.3, device="cpu"):
@@ -490,7 +529,7 @@ def checkpoint_noised_boxes(checkpoint, out="noised_boxes.jpg", folder=None, n=3
 
 COMMANDS = {"detections": checkpoint_detections, "predictions": checkpoint_predictions, "curves": curves,
             "compare_curves": compare_curves, "sampling_points": sampling_points, "anchors": anchors,
-            "noised_boxes": checkpoint_noised_boxes, "scenes": scenes, "strip": strip}
+            "noised_boxes": checkpoint_noised_boxes, "scenes": scenes, "strip": strip, "citations": citations}
 HELP = {"checkpoint": "best.pt of a run, or released weights", "image": "picture to look at",
         "out": "picture to write, .png or .jpg", "folder": "COCO-layout folder instead of the checkpoint's own data",
         "score_threshold": "least score shown", "rank": "which detection's query, 0 the best", "device": "cpu or cuda",
@@ -511,7 +550,7 @@ def main(argv=None):
             command.add_argument("--data" if key == "folder" else f"--{key}", dest=key, required=required,
                                  default=None if required else default, help=HELP[key] + shown, metavar="X",
                                  type=type(default) if shown else str,
-                                 nargs="+" if key in ("run_dirs", "labels") else None)
+                                 nargs="+" if parameter.annotation is list else None)
     args = vars(flags.parse_args(argv))
     function = COMMANDS[args.pop("name")]
     try:

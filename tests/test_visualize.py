@@ -167,6 +167,22 @@ def test_pictures_of_the_validation_set_are_made_by_one_command(checkpoint, tmp_
     assert Image.open(out).width > 600
 
 
+def test_several_models_are_shown_on_the_same_scenes_side_by_side(checkpoint, tmp_path):
+    out = tmp_path / "strip.jpg"
+    visualize.main(["strip", "--checkpoint", str(checkpoint), str(checkpoint), "--out", str(out), "--n", "2", "--side", "100"])
+    sheet = np.asarray(Image.open(out), int)
+    assert sheet.shape[:2] == (2 * 128 + 8, 2 * 108 + 8)
+    assert np.abs(sheet[28:, 8:108] - sheet[28:, 116:216]).mean() < 8 < np.abs(sheet[28:128] - sheet[156:256]).mean()
+
+
+def test_the_citations_show_every_paper_file_above_what_it_builds_on(tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "_save", lambda figure, path: figure)
+    drawn = [text for text in visualize.citations().axes[0].texts if text.get_text()]
+    height = {text.get_text().split("\n")[-1]: text.get_position()[1] for text in drawn}
+    assert height["co_detr.py"] > height["dino.py"] > height["deformable_detr.py"] > height["matcher.py"] > height["boxes.py"]
+    assert "train.py" not in height and "DINO\ndino.py" in [text.get_text() for text in drawn]
+
+
 def test_predictions_leave_the_model_in_the_mode_they_found(checkpoint, tmp_path):
     model, detect, cfg, _ = visualize.load(checkpoint)
     dataset = data.Shapes("val", 3, transform=data.eval_transform(cfg))
