@@ -11,7 +11,6 @@ import functools
 import importlib
 import json
 import platform
-import re
 import shlex
 import statistics
 import subprocess
@@ -318,48 +317,82 @@ def published(args):
 
 # ---- What each part brings ------------------------------------------------------------------------------------------
 
-LADDER = {   # row: paper file and what it changes in that file's small preset
-    "Deformable DETR": ("deformable_detr", {}),
-    "+ iterative refinement": ("deformable_detr", {"with_box_refine": True}),
-    "+ two-stage": ("deformable_detr", {"with_box_refine": True, "two_stage": True}),
-    "DINO without denoising": ("dino", {"denoising": "none"}),
-    "DINO with static queries": ("dino", {"query_selection": "static"}),
-    "DINO looking forward once": ("dino", {"look_forward_twice": False}),
-    "DINO": ("dino", {}),
-}
+LADDER = {   # row, also its folder: title, paper file, what changes in that file's small preset
+    "deformable_detr": ("Deformable DETR", "deformable_detr", {}),
+    "iterative_refinement": ("+ iterative refinement", "deformable_detr", {"with_box_refine": True}),
+    "two_stage": ("+ two-stage", "deformable_detr", {"with_box_refine": True, "two_stage": True}),
+    "h_detr_baseline": ("H-DETR without one-to-many queries", "h_detr", {"num_queries_one2many": 0}),
+    "h_detr": ("H-DETR", "h_detr", {}),
+    "dino_without_denoising": ("DINO without denoising", "dino", {"denoising": "none"}),
+    "dino_with_static_queries": ("DINO with static queries", "dino", {"query_selection": "static"}),
+    "dino_looking_forward_once": ("DINO looking forward once", "dino", {"look_forward_twice": False}),
+    "dino": ("DINO", "dino", {}),
+} | {f"co_{base}_{heads.replace(',', '_')}": (f"{title}, heads: {heads}", "co_detr", {**variant, "aux_heads": heads})
+     for base, title, variant in (("deformable", "Co-Deformable-DETR", {"variant": "co_deformable_small"}), ("dino", "Co-DINO", {}))
+     for heads in ("none", "atss", "atss,rcnn")}
 
 
 def ladder(args):
-    """Trains every row of LADDER on the generated scenes, same number of steps, several seeds: AP, mean and spread (largest
-    minus smallest). Finished runs in --out are not repeated, broken off ones go on."""
-    jobs = [(name, seed) for seed in range(args.seeds) for name in LADDER]
+    """Trains rows of LADDER on the generated scenes, same number of steps, several seeds: AP with its spread (largest minus
+    smallest) and the median time of a step. Finished runs in --out are not repeated, broken off ones go on; every run's
+    folder stays."""
+    jobs = [(name, seed) for seed in range(args.seeds) for name in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
         records = dict(zip(jobs, pool.map(lambda job: ladder_run(*job, args), jobs)))
     rows = []
-    for name in LADDER:
-        boxes = [records[name, seed]["bbox"] for seed in range(args.seeds)]
-        ap = [box["AP"] for box in boxes]
-        rows.append([name, f"{statistics.mean(ap):.3f}", f"{max(ap) - min(ap):.3f}",
-                     *(f"{statistics.mean(box[key] for box in boxes):.3f}" for key in ("AP50", "APs", "APl"))])
-    report("ladder", args, [f"{args.epochs} epochs, {args.seeds} seeds", "AP", "spread", "AP50", "AP small", "AP large"], rows)
+    for name in args.rows:
+        runs = [records[name, seed] for seed in range(args.seeds)]
+        ap = [run["bbox"]["AP"] for run in runs]
+        rows.append([LADDER[name][0], f"{statistics.mean(ap):.3f}", f"{max(ap) - min(ap):.3f}",
+                     *(f"{statistics.mean(run['bbox'][key] for run in runs):.3f}" for key in ("AP50", "APs", "APl")),
+                     f"{statistics.median(run['step_ms'] for run in runs):.0f}"])
+    report("ladder", args, [f"{args.epochs} epochs, {args.seeds} seeds", "AP", "spread", "AP50", "AP small", "AP large",
+                            "ms a step"], rows)
+    ladder_plot({LADDER[name][0]: [records[name, seed]["bbox"]["AP"] for seed in range(args.seeds)] for name in args.rows},
+                Path(args.plot))
 
 
 def ladder_run(name: str, seed: int, args) -> dict:
-    """One training run in a process of its own -> the record of its last evaluation."""
-    model, changes = LADDER[name]
-    out = Path(args.out) / f"{re.sub(r'[^a-z]+', '_', name.lower()).strip('_')}_{seed}"
+    """One training run in a process of its own -> the record of its last evaluation, with `step_ms`."""
+    _, model, changes = LADDER[name]
+    out = Path(args.out) / f"{name}_{seed}"
     log = out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not lines or lines[-1]["kind"] != "eval" or lines[-1]["epoch"] < args.epochs:
-        flags = {"model": model, "out": out, "seed": seed, "epochs": args.epochs, "threads": 1,
+        flags = {"model": model, "out": out, "seed": seed, "epochs": args.epochs, "threads": args.threads,
                  "eval_every": args.epochs, **changes}
         words = ["--resume", "--out", str(out)] if (out / "last.pt").exists() else [
             word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
-        subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words], check=True,
-                       stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+        out.mkdir(parents=True, exist_ok=True)
+        with open(out / "output.txt", "a") as output:
+            subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words], check=True, stdout=output,
+                           stderr=output)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
     print(f"{name}, seed {seed}: AP {lines[-1]['bbox']['AP']:.3f}", file=sys.stderr)
-    return lines[-1]
+    steps = [line for line in lines if line["kind"] == "step"]
+    return lines[-1] | {"step_ms": statistics.median(1e3 * (b["train_seconds"] - a["train_seconds"]) / (b["step"] - a["step"])
+                                                     for a, b in zip(steps, steps[1:]))}
+
+
+def ladder_plot(scores: dict[str, list[float]], path: Path):
+    """A bar for each row's mean AP, a dot for every seed."""
+    import matplotlib
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    titles, means = list(scores), [statistics.mean(ap) for ap in scores.values()]
+    figure, axes = pyplot.subplots(figsize=(7, 0.3 * len(titles) + 0.8))
+    axes.barh(titles, means, color="#9ecae1")
+    for title, ap in scores.items():
+        axes.plot(ap, [title] * len(ap), "o", color="#08519c", markersize=3)
+    axes.bar_label(axes.containers[0], [f" {mean:.3f}" for mean in means], label_type="center", fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("AP on held-out generated scenes; dots: seeds")
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.tight_layout()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+    print(f"saved to {path}")
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -390,9 +423,11 @@ def main():
     sub.add_argument("--repeats", type=int, default=9)
     sub = command(ladder)
     sub.add_argument("--seeds", type=int, default=3)
-    sub.add_argument("--epochs", type=int, default=2)
-    sub.add_argument("--jobs", type=int, default=1, help="training runs at a time, one thread each")
+    sub.add_argument("--rows", nargs="+", default=list(LADDER), choices=LADDER, metavar="ROW", help=", ".join(LADDER))
+    sub.add_argument("--epochs", type=int, default=2, help="500 steps each")
+    sub.add_argument("--jobs", type=int, default=1, help="training runs at a time, --threads each")
     sub.add_argument("--out", default="runs/ladder")
+    sub.add_argument("--plot", default="runs/bench/ladder.png")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     args.run(args)

@@ -10,6 +10,7 @@ import torch
 
 import bench
 import deformable_detr
+import train
 from deformable_attn import ms_deform_attn_torch
 
 
@@ -48,15 +49,46 @@ def test_kernel_table_with_a_peer(tmp_path, monkeypatch, capsys):
 
 
 def test_the_ladder_reads_finished_runs_and_means_over_seeds(tmp_path, monkeypatch, capsys):
+    """Steps 1 to 2 took 0.1 s, the pause before step 4 does not count: the median of three."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(bench, "LADDER", {"DINO": ("dino", {}), "+ two-stage": ("deformable_detr", {"two_stage": True})})
     for folder, ap in (("dino_0", 0.5), ("dino_1", 0.7), ("two_stage_0", 0.2), ("two_stage_1", 0.2)):
         (tmp_path / folder).mkdir()
+        steps = [{"kind": "step", "step": step, "train_seconds": seconds} for step, seconds in ((1, 5), (2, 5.1), (4, 9), (5, 9.1))]
         record = {"kind": "eval", "epoch": 2, "bbox": {"AP": ap, "AP50": ap, "APs": ap, "APl": ap}}
-        (tmp_path / folder / "log.jsonl").write_text(json.dumps(record) + "\n")
-    bench.ladder(argparse.Namespace(seeds=2, jobs=2, epochs=2, out=str(tmp_path), device="cpu"))
+        (tmp_path / folder / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*steps, record]))
+    bench.ladder(argparse.Namespace(rows=["dino", "two_stage"], seeds=2, jobs=2, epochs=2, threads=1, out=str(tmp_path),
+                                    plot="ladder.png", device="cpu"))
     printed = capsys.readouterr().out
-    assert "| DINO | 0.600 | 0.200 |" in printed and "| + two-stage | 0.200 | 0.000 |" in printed
+    assert "| DINO | 0.600 | 0.200 | 0.600 | 0.600 | 0.600 | 100 |" in printed and "| + two-stage | 0.200 | 0.000 |" in printed
+    assert (tmp_path / "ladder.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("row", bench.LADDER)
+def test_every_row_of_the_ladder_is_a_training_run(row):
+    """Flags are known to train.py, and what a row changes is not what the small preset does anyway."""
+    _, model, changes = bench.LADDER[row]
+    run, cfg = train.parse(["--model", model, *(word for flag, value in changes.items() for word in (f"--{flag}", str(value)))])
+    assert run.preset == "small" and (not changes or row == "co_dino_atss_rcnn" or cfg != train.parse(["--model", model])[1])
+
+
+def test_the_ladder_trains_what_is_missing(tmp_path, monkeypatch, capsys):
+    """From nothing to a table with the process that trains replaced; its output is kept."""
+    monkeypatch.chdir(tmp_path)
+
+    def training(words, check, stdout, stderr):
+        words = dict(zip(words[2::2], words[3::2]))
+        assert check and words["--model"] == "co_detr" and words["--aux_heads"] == "atss" and words["--threads"] == "3"
+        lines = [{"kind": "step", "step": step, "train_seconds": step} for step in (1, 2)]
+        lines.append({"kind": "eval", "epoch": 1, "bbox": dict.fromkeys(("AP", "AP50", "APs", "APl"), 0.25)})
+        with open(f"{words['--out']}/log.jsonl", "w") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+        stdout.write("trained")
+
+    monkeypatch.setattr(bench.subprocess, "run", training)
+    bench.ladder(argparse.Namespace(rows=["co_dino_atss"], seeds=1, jobs=1, epochs=1, threads=3, out="runs", plot="ladder.png",
+                                    device="cpu"))
+    assert "| Co-DINO, heads: atss | 0.250 | 0.000 |" in capsys.readouterr().out
+    assert (tmp_path / "runs" / "co_dino_atss_0" / "output.txt").read_text() == "trained"
 
 
 def test_the_published_step_of_a_model_is_timed(tmp_path, monkeypatch, capsys):
