@@ -1,10 +1,32 @@
-"""backbones.py: torchvision's names and shapes, strides, freezing, and loading."""
+"""backbones.py: published names and shapes, the authors' numbers, strides, freezing, and loading."""
+import copy
+import math
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from backbones import (RESNETS, WEIGHT_FILES, Bottleneck, FrozenBatchNorm2d, ResNet, build_backbone,
-                       load_backbone_weights)
+import backbones
+import train
+from backbones import (RESNETS, WEIGHT_FILES, Bottleneck, ConvEmbed, FocalModulation, FocalNet, FrozenBatchNorm2d,
+                       PatchMerging, ResNet, RotaryAttention, SimpleFeaturePyramid, Swin, SwinBlock, ViT, ViTBlock,
+                       WindowAttention, build_backbone, load_backbone_weights, relative_position_index, rotary_table,
+                       shift_mask)
+
+NARROW = {   # the families with square roots that do not come out even: window 3, 5 x 7 cells
+    "swin": lambda **options: Swin(8, (2, 2, 2, 2), (1, 2, 2, 4), 3, **options),
+    "vit": lambda **options: ViT(16, 3, 2, 3, 3, grid=4, outputs=8, **options),
+    "focalnet": lambda **options: FocalNet(8, (1, 1, 2, 1), 2, 3, **options),
+}
+
+
+@pytest.fixture(params=NARROW)
+def narrow(request):
+    torch.manual_seed(0)
+    return NARROW[request.param]
 
 
 @pytest.mark.parametrize("name", RESNETS)
@@ -90,3 +112,369 @@ def test_unknown_names_list_the_choices():
 
 def test_a_narrow_resnet_keeps_the_proportions():
     assert ResNet(Bottleneck, (3, 4, 6, 3), (4, 8, 16, 32), 4).channels == [16, 32, 64, 128]
+
+
+# ---- Swin
+
+def parts(rec, tag, model):
+    """Loads the weights recorded under `tag`; -> inputs, outputs, gradients by name."""
+    rec = {k.removeprefix(tag + "/"): torch.as_tensor(np.asarray(v)).float() for k, v in rec.items() if k.startswith(tag + "/")}
+    state = {k.removeprefix("sd/"): v for k, v in rec.items() if k.startswith("sd/")}
+    model.eval().load_state_dict(backbones.learned(state), strict=True)
+    outputs = [rec[k] for k in sorted(rec) if k.startswith("out")]
+    return rec["in0"].requires_grad_(), outputs, {k.removeprefix("grad/"): v for k, v in rec.items() if k.startswith("grad")}
+
+
+def compare(model, x, outputs, expected, gradients):
+    """Outputs to 1e-5; gradients of sum(out_i cos(i)) to 1e-5 of their largest entry."""
+    for ours, theirs in zip(outputs, expected, strict=True):
+        assert torch.allclose(ours, theirs, rtol=1e-5, atol=1e-5)
+    sum((o.flatten() * torch.arange(o.numel()).cos()).sum() for o in outputs).backward()
+    ours = {name: p.grad for name, p in model.named_parameters()} | {"grad_in0": x.grad}
+    assert gradients
+    for name, theirs in gradients.items():
+        assert (ours[name] - theirs).abs().max() <= 1e-5 * theirs.abs().max() + 1e-6, name
+
+
+@pytest.fixture
+def swin_recording(golden):
+    return golden("co_detr/swin")
+
+
+def test_relative_positions_are_numbered_as_the_authors_number_them(swin_recording):
+    for window in (2, 3, 4, 7, 12):
+        assert np.array_equal(relative_position_index(window), swin_recording[f"relative_index/window{window}"])
+
+
+def test_window_attention_equals_the_authors(swin_recording):
+    model = WindowAttention(12, 3, 4)
+    x, expected, gradients = parts(swin_recording, "window_attention", model)
+    compare(model, x, [model(x)], expected, gradients)
+
+
+@pytest.mark.parametrize("shift", (0, 2))
+def test_swin_blocks_equal_the_authors_on_a_map_no_window_divides(swin_recording, shift):
+    model = SwinBlock(12, 3, 4, shift > 0, 2, 0.0)
+    mask = shift_mask(7, 10, 4, "cpu")
+    assert np.array_equal(mask, swin_recording["shift_mask"])
+    x, expected, gradients = parts(swin_recording, f"block_shift{shift}", model)
+    compare(model, x, [model(x.unflatten(1, (7, 10)), mask).flatten(1, 2)], expected, gradients)
+
+
+@pytest.mark.parametrize("height, width", ((6, 8), (7, 9), (7, 8)))
+def test_merging_equals_the_authors_with_odd_sizes(swin_recording, height, width):
+    dim = swin_recording[f"merge_{height}x{width}/in0"].shape[-1]
+    model = PatchMerging(dim)
+    x, expected, gradients = parts(swin_recording, f"merge_{height}x{width}", model)
+    compare(model, x, [model(x.unflatten(1, (height, width))).flatten(1, 2)], expected, gradients)
+
+
+def test_patches_equal_the_authors_where_four_does_not_divide_the_image(swin_recording):
+    model = ConvEmbed(3, 8, 4, 4)
+    x, expected, gradients = parts(swin_recording, "embed_18x23", model)
+    compare(model, x, [model(x).permute(0, 3, 1, 2)], expected, gradients)
+
+
+def test_the_whole_swin_equals_the_authors(swin_recording):
+    model = Swin(12, (2, 2, 4, 2), (1, 2, 3, 6), 4, mlp_ratio=2)
+    x, expected, gradients = parts(swin_recording, "swin", model)
+    compare(model, x, model(x), expected, gradients)
+
+
+@pytest.mark.parametrize("shift", (False, True))
+def test_window_attention_equals_loops_over_queries_and_keys(shift):
+    """Every query looks at the keys of its window, padding included, that were its neighbours before the shift."""
+    torch.manual_seed(0)
+    H, W, C, M, w = 5, 8, 6, 2, 4
+    block, s = SwinBlock(C, M, w, shift, 2, 0.0).double(), w // 2 if shift else 0
+    for p in block.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(1, H, W, C, dtype=torch.double)
+    Hp, Wp = H + -H % w, W + -W % w
+    padded = torch.zeros(Hp, Wp, C, dtype=torch.double)
+    padded[:H, :W] = x[0]
+    qkv = block.attn.qkv(padded).unflatten(-1, (3, M, C // M))
+    expected = torch.empty(H, W, C, dtype=torch.double)
+    for y in range(H):
+        for z in range(W):
+            window = [(a, b) for a in range(Hp) for b in range(Wp)   # same window once shifted, no jump around the border
+                      if ((a - s) % Hp // w, (b - s) % Wp // w) == ((y - s) % Hp // w, (z - s) % Wp // w)
+                      and abs(a - y) < w and abs(b - z) < w]
+            heads = []
+            for m in range(M):
+                scores = torch.stack([qkv[y, z, 0, m] @ qkv[a, b, 1, m] / math.sqrt(C // M)
+                                      + block.attn.relative_position_bias_table[(y - a + w - 1) * (2 * w - 1) + z - b + w - 1, m]
+                                      for a, b in window])
+                heads.append(sum(p * qkv[a, b, 2, m] for p, (a, b) in zip(scores.softmax(0), window)))
+            expected[y, z] = block.attn.proj(torch.cat(heads))
+    ours = block.attend(x, shift_mask(H, W, w, "cpu"))
+    assert torch.allclose(ours[0], expected, atol=1e-10)
+
+
+def test_a_map_no_detector_reads_has_no_norm_to_learn_but_is_normalised():
+    model = NARROW["swin"](maps=3)
+    assert not hasattr(model, "norm0") and {"norm1", "norm2", "norm3"} <= {n for n, _ in model.named_children()}
+    coarse = model(torch.randn(1, 3, 40, 52))[0]
+    assert coarse.mean(1).abs().max() < 1e-5 and (coarse.var(1, unbiased=False) - 1).abs().max() < 1e-2
+
+
+# ---- ViT
+
+@pytest.fixture
+def vit_recording(golden):
+    return {k: torch.as_tensor(np.asarray(v)).float() for k, v in golden("co_detr/vit_sfp").items()}
+
+
+@pytest.mark.parametrize("case", ("glb_rope_off", "lsj"))
+def test_the_vision_transformer_equals_the_authors(vit_recording, case, monkeypatch):
+    """Recorded tables of angles replace ours, for they were disturbed; case lsj has one for the global block too."""
+    rec, model = vit_recording, ViT(64, 3, 1, 4, 2, grid=4, outputs=16).eval()
+    table = lambda part: torch.stack([rec[f"{case}/rope/{part}.freqs_{f}"] for f in ("cos", "sin")])
+    missing, unexpected = model.load_state_dict({k[3:]: v for k, v in rec.items() if k.startswith("sd/")}, strict=False)
+    assert not unexpected and all(key.startswith("neck.") for key in missing)
+    model.window_rotary.copy_(table("rope_win"))
+    if case == "lsj":
+        monkeypatch.setattr(backbones, "rotary_table", lambda *_: table("rope_glb"))
+    assert torch.allclose(model.features(rec[f"{case}/in"]), rec[f"{case}/out"], rtol=1e-5, atol=1e-5)
+
+
+def test_the_pyramid_equals_the_authors(vit_recording):
+    model = SimpleFeaturePyramid(32, 16)
+    model.load_state_dict({k.removeprefix("sfp/sd/"): v for k, v in vit_recording.items() if k.startswith("sfp/sd/")})
+    for i, level in enumerate(model(vit_recording["sfp/in"])):
+        assert torch.allclose(level, vit_recording[f"sfp/out{i}"], rtol=1e-5, atol=1e-5)
+
+
+def test_pairs_of_channels_turn_by_position_times_frequency():
+    """dim 8: pairs 0 and 1 tell rows apart with frequencies 1 and 1/100, pairs 2 and 3 columns."""
+    H, W = 3, 4
+    x = torch.tensor([1.0, 0.0]).repeat(4).expand(H * W, 8)
+    turned = backbones.rotate(x, rotary_table(H, W, 8)).unflatten(-1, (4, 2))
+    for y in range(H):
+        for z in range(W):
+            angles = torch.tensor([16 * y / H, 16 * y / H / 100, 16 * z / W, 16 * z / W / 100])
+            assert torch.allclose(turned[y * W + z], torch.stack((angles.cos(), angles.sin()), -1), atol=1e-5)
+
+
+def test_scores_of_the_vision_transformer_depend_on_distance_alone():
+    """Equal content everywhere: q_i k_j is the same for every pair that lies equally far apart."""
+    rotary, q, k = rotary_table(4, 4, 8), torch.randn(8), torch.randn(8)
+    scores = backbones.rotate(q.expand(16, 8), rotary) @ backbones.rotate(k.expand(16, 8), rotary).T
+    scores = scores.unflatten(1, (4, 4)).unflatten(0, (4, 4))
+    assert torch.allclose(scores[:-1, :-1, :-1, :-1], scores[1:, 1:, 1:, 1:], atol=1e-4)
+    assert (scores[0, 0] - scores[0, 0, 0, 0]).abs().max() > 0.1
+
+
+def test_windows_of_the_vision_transformer_are_small_maps_of_their_own():
+    torch.manual_seed(0)
+    block, rotary = ViTBlock(8, 2, 3, 0.0), rotary_table(3, 3, 4)
+    x = torch.randn(2, 5, 7, 8)
+    whole = block.attend(x, rotary)
+    corner = torch.zeros(2, 3, 3, 8)
+    corner[:, :2, :1] = x[:, 3:, 6:]   # the last window: two rows and one column of it are cells
+    alone = block.attn(corner.flatten(1, 2), rotary).unflatten(1, (3, 3))
+    assert torch.allclose(whole[:, 3:, 6:], alone[:, :2, :1], atol=1e-6)
+
+
+def test_attention_of_the_vision_transformer_equals_a_loop_over_heads():
+    torch.manual_seed(0)
+    model, rotary, x = RotaryAttention(8, 2), rotary_table(2, 3, 4), torch.randn(1, 6, 8)
+    nn.init.normal_(model.q_bias)
+    nn.init.normal_(model.v_bias)
+    q, k, v = model.q_proj(x) + model.q_bias, model.k_proj(x), model.v_proj(x) + model.v_bias
+    heads = []
+    for part in (slice(4), slice(4, 8)):
+        scores = backbones.rotate(q[..., part], rotary) @ backbones.rotate(k[..., part], rotary).transpose(1, 2) / 2
+        heads.append(scores.softmax(-1) @ v[..., part])
+    assert torch.allclose(model(x, rotary), model.proj(torch.cat(heads, -1)), atol=1e-6)
+
+
+def test_positions_learned_on_a_square_are_stretched_over_the_map():
+    table = torch.arange(4.0).view(2, 2).flatten().view(1, 4, 1)
+    table = torch.cat((torch.full((1, 1, 1), 99.0), table), 1)
+    assert torch.equal(backbones.resize_positions(table, 2, 2), table[:, 1:])
+    wide = backbones.resize_positions(table, 2, 6).unflatten(1, (2, 6))[0, ..., 0]
+    assert (wide.diff(dim=1) >= -1e-6).all() and (wide.diff(dim=0) > 1).all()
+
+
+# ---- FocalNet
+
+def test_focal_modulation_equals_its_equations_cell_by_cell():
+    """ctx_l = gelu(depthwise conv of ctx_l-1), kernels 3 and 5; the mean of the last is the widest context."""
+    torch.manual_seed(0)
+    C, H, W = 3, 4, 5
+    model = FocalModulation(C, 2, 3).double()
+    x = torch.randn(1, H, W, C, dtype=torch.double)
+    mixed = model.f(x)[0]                                            # (H, W, 2 C + 3)
+    context, contexts = mixed[..., C:2 * C], []
+    for layer, k in zip(model.focal_layers, (3, 5)):
+        kernel, after = layer[0].weight, torch.zeros(H, W, C, dtype=torch.double)
+        for y in range(H):
+            for z in range(W):
+                for dy in range(k):
+                    for dz in range(k):
+                        a, b = y + dy - k // 2, z + dz - k // 2
+                        if 0 <= a < H and 0 <= b < W:
+                            after[y, z] += kernel[:, 0, dy, dz] * context[a, b]
+        context = F.gelu(after)
+        contexts.append(context)
+    contexts.append(F.gelu(context.mean((0, 1))).expand(H, W, C))
+    total = sum(c * mixed[..., 2 * C + i:2 * C + i + 1] for i, c in enumerate(contexts))
+    total = total @ model.h.weight[:, :, 0, 0].T + model.h.bias
+    assert torch.allclose(model(x)[0], model.proj(mixed[..., :C] * total), atol=1e-10)
+
+
+def test_a_fresh_focal_block_changes_little_and_its_scales_are_learned():
+    block = backbones.FocalBlock(8, 2, 3, 0.0)
+    x = torch.randn(1, 4, 5, 8)
+    assert 0 < (block(x) - x).abs().max() < 1e-2
+    assert {"gamma_1", "gamma_2"} <= {name for name, _ in block.named_parameters()}
+
+
+# ---- all transformers
+
+@pytest.mark.parametrize("size", ((64, 96), (75, 101), (33, 130)))
+def test_every_size_gives_maps_of_all_strides_rounded_up(narrow, size):
+    maps = narrow().eval()(torch.randn(1, 3, *size))
+    for level, (x, channels) in enumerate(zip(maps, narrow().channels, strict=True)):
+        assert x.shape[:2] == (1, channels)
+        exact = [n / 4 / 2 ** level for n in size]
+        assert all(math.ceil(e) <= n <= math.ceil(e) + 4 / 2 ** level for n, e in zip(x.shape[2:], exact))
+
+
+def test_images_of_a_batch_do_not_see_each_other(narrow):
+    model, images = narrow().eval(), torch.zeros(2, 3, 64, 80)
+    images[0], images[1, :, :40, :56] = torch.randn(3, 64, 80), torch.randn(3, 40, 56)
+    both = model(images)
+    for i in range(2):
+        for x, alone in zip(both, model(images[i:i + 1])):
+            assert torch.allclose(x[i:i + 1], alone, atol=1e-5)
+
+
+def test_gradients_reach_every_parameter_of_a_transformer(narrow):
+    model = narrow()
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.5)
+    sum((m * torch.randn_like(m)).sum() for m in model(torch.randn(1, 3, 84, 100))).backward()
+    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not without, without
+
+
+def test_drop_path_leaves_whole_branches_out_in_training_only(narrow):
+    model, images = narrow(drop_path=0.9), torch.randn(1, 3, 64, 64)
+    for p in model.parameters():
+        nn.init.normal_(p, std=0.2)
+    def draws():
+        return [model(images)[-1].sum().item() for _ in range(4)]
+    assert len(set(draws())) > 1
+    model.eval()
+    assert len(set(draws())) == 1
+
+
+def test_drop_rates_rise_evenly_over_the_blocks_of_all_stages():
+    assert [len(stage) for stage in backbones.drop_rates(0.3, (1, 2, 1))] == [1, 2, 1]
+    assert sum(backbones.drop_rates(0.3, (1, 2, 1)), []) == pytest.approx([0, 0.1, 0.2, 0.3])
+
+
+def test_drop_path_keeps_the_mean():
+    layer, x = backbones.DropPath(0.25), torch.ones(10_000, 2, 3)
+    y = layer(x)
+    assert y.unique().tolist() == pytest.approx([0, 4 / 3])
+    assert (y == y[:, :1, :1]).all() and abs(y.mean() - 1) < 0.03
+
+
+def test_recomputed_blocks_give_the_same_bytes(narrow):
+    """--recompute finds every block of the transformers, and dropped paths are the same ones the second time."""
+    kept = nn.ModuleDict({"backbone": narrow(drop_path=0.5)})
+    again = copy.deepcopy(kept)
+    train.prepare_parts(again, SimpleNamespace(compile=False, recompute=True, model="test"))
+    blocks = [m for n, m in again.named_modules() if isinstance(m, (SwinBlock, ViTBlock, backbones.FocalBlock))]
+    assert blocks and all("checkpoint" in repr(m.forward) for m in blocks)
+    gradients = []
+    for model in (kept, again):
+        torch.manual_seed(1)
+        images = torch.randn(2, 3, 48, 80)
+        sum(m.square().sum() for m in model["backbone"](images)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients))
+
+
+def test_bfloat16_autocast_stays_close(narrow):
+    model, images = narrow().eval(), torch.randn(1, 3, 64, 80)
+    exact = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        rough = model(images)
+    for a, b in zip(exact, rough):
+        assert b.isfinite().all() and (a - b).abs().max() < 0.05 * a.abs().max()
+
+
+# ---- published weights
+
+@pytest.mark.parametrize("name, listed, prefix", [
+    ("swin_t", "co_deformable_detr_swin_t", "backbone."), ("swin_l", "co_deformable_detr_swin_l_900q", "backbone."),
+    ("swin_l", "co_dino_5scale_swin_l", "backbone."), ("vit_l", "co_dino_5scale_vit_l", "backbone.")])
+def test_names_of_transformers_are_the_published_ones(name, listed, prefix, shared):
+    lines = (shared / "golden" / "co_detr" / f"keys_{listed}.txt").read_text().splitlines()
+    theirs = {key: tuple(map(int, shape.split("x"))) for key, shape in (line.split() for line in lines if "scalar" not in line)
+              if key.startswith((prefix, "neck.p"))}
+    theirs = {key.removeprefix(prefix): torch.empty(shape, device="meta") for key, shape in theirs.items()}
+    with torch.device("meta"):
+        model = build_backbone(name, "imagenet", maps=4 if "dino" in listed else 3)
+    assert {k: v.shape for k, v in model.state_dict().items()} == {k: v.shape for k, v in backbones.learned(theirs).items()}
+    assert all(p.requires_grad for p in model.parameters())
+
+
+def classifier(name, model):
+    """A published file of an image classifier around this backbone."""
+    state = {k: v for k, v in model.state_dict().items() if not k.startswith(("norm", "neck."))}
+    extra = {"head.weight": torch.zeros(1), "norm.bias": torch.zeros(1)}
+    if name == "swin":
+        extra |= {"layers.0.blocks.1.attn_mask": torch.zeros(1),
+                  "layers.0.blocks.0.attn.relative_position_index": relative_position_index(3)}
+    if name == "vit":
+        cos, sin = rotary_table(5, 5, 8)
+        extra |= {"rope.freqs_cos": cos, "rope.freqs_sin": sin, "cls_token": torch.zeros(1), "mask_token": torch.zeros(1)}
+    return {"model": state | extra}
+
+
+@pytest.mark.parametrize("name", NARROW)
+def test_weights_of_classifiers_load_into_the_transformers(name, tmp_path):
+    source, model = NARROW[name](), NARROW[name]()
+    torch.save(classifier(name, source), tmp_path / "published.pth")
+    line = load_backbone_weights(model, name, str(tmp_path / "published.pth"))
+    assert f"{len(classifier(name, source)['model']) - {'swin': 4, 'vit': 6, 'focalnet': 2}[name]} tensors" in line
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in source.state_dict().items()
+               if not k.startswith(("norm", "neck.")))
+
+
+def test_positions_and_patches_of_another_pretraining_are_resized(tmp_path):
+    source = ViT(16, 3, 2, 3, 3, grid=5, outputs=8)
+    state = source.state_dict() | {"patch_embed.proj.weight": F.interpolate(source.patch_embed.proj.weight, (14, 14))}
+    torch.save(state, tmp_path / "p14.pth")
+    model = NARROW["vit"]()
+    load_backbone_weights(model, "vit", str(tmp_path / "p14.pth"))
+    assert torch.allclose(model.pos_embed[:, 1:], backbones.resize_positions(source.pos_embed, 4, 4))
+    assert model.patch_embed.proj.weight.shape[-1] == 16
+
+
+def test_weights_of_another_window_or_a_changed_table_are_refused(tmp_path):
+    torch.save(Swin(8, (2, 2, 2, 2), (1, 2, 2, 4), 4).state_dict(), tmp_path / "window4.pth")
+    with pytest.raises(RuntimeError, match="of another shape.*relative_position_bias_table.*8 in all"):
+        load_backbone_weights(NARROW["swin"](), "swin", str(tmp_path / "window4.pth"))
+    for key, table in (("attn.relative_position_index", relative_position_index(3).flip(0)),
+                       ("rope.freqs_sin", rotary_table(3, 3, 8)[0])):
+        with pytest.raises(ValueError, match=f"{key}.*changed model"):
+            backbones.learned({key: table})
+
+
+def test_settings_of_one_family_are_refused_by_another():
+    with pytest.raises(ValueError, match="drop_path with another backbone, got resnet50"):
+        build_backbone("resnet50", "none", drop_path=0.1)
+    with pytest.raises(ValueError, match="dilation with a ResNet"):
+        build_backbone("swin_t", "none", dilation=True)
+
+
+def test_every_published_file_belongs_to_a_backbone_and_says_its_window():
+    assert set(WEIGHT_FILES) <= set(backbones.BACKBONES)
+    for name, (*_, window) in backbones.SWINS.items():
+        assert f"window{window}_" in WEIGHT_FILES[name]
