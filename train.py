@@ -132,7 +132,8 @@ def train(run: Run, cfg) -> dict:
     optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
     base_lrs = [group["lr"] * plan.total / cfg.batch_size for group in optimizer.param_groups]   # a small set: a small batch
     prepare_parts(model, run)
-    net = DistributedDataParallel(model, [device.index] if run.device == "cuda" else None) if world > 1 else model
+    net = model if world == 1 else DistributedDataParallel(model, [device.index] if run.device == "cuda" else None,
+                                                           broadcast_buffers=False)   # `step` averages what changes
     now = restore(saved, model, average, optimizer, plan) if saved else Progress()
     if rank == 0:
         (out / "config.json").write_text(json.dumps({"run": vars(run), "config": vars(cfg)}, indent=1) + "\n")
@@ -157,10 +158,9 @@ def train(run: Run, cfg) -> dict:
                 now.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
                 bar.update(plan.total)
-                saving = now.step % run.save_every == 0
-                if now.step % LOG_EVERY == 0 or now.batch == plan.steps or saving or (stop.number and world == 1):
+                saving, stopping = now.step % run.save_every == 0, max(gather(stop.number, world))   # all ranks stop as one
+                if now.step % LOG_EVERY == 0 or now.batch == plan.steps or saving or stopping:
                     log.flush(now, optimizer, bar, model, train_set)
-                    stopping = max(gather(stop.number, world))   # every rank stops at the same step
                     if saving or stopping:
                         save()
                     if stopping:
@@ -213,6 +213,8 @@ def step(net, model, criterion, optimizer, average, batches: list, clip: float, 
         dist.all_reduce(finite, dist.ReduceOp.MIN)
     optimizer.found_inf = (~finite).float()   # the fused optimisers skip on it without asking the host (as GradScaler)
     optimizer.step()
+    if world > 1:   # every rank has seen its own images; all go on with one model
+        average_over_ranks([b for b in statistics if b.is_floating_point()], world)
     for live, old in zip(statistics, before):
         live.copy_(torch.where(finite, live, old))
     average.update(finite, number)
@@ -227,6 +229,15 @@ def to_device(targets: list[dict], device) -> list[dict]:
 def batch_statistics(model) -> list[Tensor]:
     """Buffers that a forward pass in training mode changes."""
     return [b for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
+
+
+def average_over_ranks(tensors: list[Tensor], world: int) -> None:
+    """In place, in one message."""
+    if tensors:
+        mean = torch.cat([t.flatten() for t in tensors]) / world
+        dist.all_reduce(mean)
+        for tensor, part in zip(tensors, mean.split([t.numel() for t in tensors])):
+            tensor.copy_(part.view_as(tensor))
 
 
 @contextlib.contextmanager
@@ -543,7 +554,7 @@ def set_up(run: Run) -> tuple[Run, torch.device, int, int]:
     torch.use_deterministic_algorithms(run.deterministic)
     amp = run.amp
     if amp is None:
-        amp = torch.cuda.is_bf16_supported() if name == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        amp = torch.cuda.is_bf16_supported(including_emulation=False) if name == "cuda" else torch.cpu._is_avx512_bf16_supported()
     workers = run.workers if run.workers >= 0 else min(4, cores() // world // (2 if name == "cuda" else 4))
     random.seed(run.seed + rank)
     np.random.seed(run.seed + rank)
