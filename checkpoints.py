@@ -5,20 +5,23 @@ A checkpoint of ours is a dictionary of tensors and plain types:
   model, ema                                                                   weights; moving average (absent when off)
   optimizer, step, epoch, batch, rng, best, ...                                what `train.py --resume` needs
 
-    save, load, newest           atomic write; safe read; the file a run continues from
+    save, load, newest           atomic write; safe read (.safetensors too); the file a run continues from
     load_model                   a checkpoint, ours or released, -> model for inference
     FAMILIES, recognise          the released families, told apart by names and shapes alone
     from_authors, to_authors     their names <-> ours, bit for bit
+    from_transformers            names of `transformers`' Deformable DETR -> the authors'
+    OPTIONS                      what no tensor shows and the file's own options tell
     select_classes, fit          class rows by position (91 COCO ids -> 80 classes) and by name (`train.py --init`)
 """
-import argparse
 import dataclasses
 import importlib
+import json
 import os
 import pickle
 import random
 import re
-from pathlib import Path
+from argparse import Namespace
+from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 import numpy as np
@@ -26,6 +29,12 @@ import torch
 from torch import Tensor, nn
 
 FORMAT = 1
+_SCALAR = np.float64(0).__reduce__()[0]   # what makes a pickled NumPy number; NumPy 1 and 2 name it differently
+ALLOWED = [Namespace, *((PurePosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")),   # all that `load` makes
+           *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype,
+           *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64"))]
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]   # columns in use of the 91
 COCO_NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
 stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
@@ -60,25 +69,46 @@ def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
 
 
 def load(path: str | Path, map_location="cpu") -> dict:
-    """Reads a checkpoint of tensors and plain types; `argparse.Namespace` (the authors pickle their options) is the one
-    class allowed. Raises FileNotFoundError, or ValueError for a file that is broken or asks for anything else."""
+    """Reads a checkpoint of tensors and plain types, or a .safetensors file. Beside them only ALLOWED classes are made, for
+    the options that authors pickle: `Namespace`, NumPy numbers, paths. Raises FileNotFoundError, or ValueError for
+    a file that is broken or asks for anything else."""
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"expected a checkpoint at {path}, found no file; see what {path.parent} holds")
+    if path.suffix == ".safetensors":
+        return load_safetensors(path)
     try:
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location=map_location, weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
             raise ValueError(f"{path}: expected tensors and plain types only, got a pickle that asks for {asked.group(1)}. "
                              "Nothing of it was run. Ask whoever made the file for one that holds only weights") from error
+        if "Unsupported operand" in str(error):
+            raise ValueError(f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or later, which "
+                             "cannot be read without running it: save it again with torch.save's own protocol") from error
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise ValueError(f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). Copy it "
                          f"again, or use {path.name}.prev") from error
     if not isinstance(state, dict):
         raise ValueError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no checkpoint")
     return state
+
+
+def load_safetensors(path: Path) -> dict:
+    """Tensors of a .safetensors file: eight bytes that count a json header, the header, the numbers it points into."""
+    whole = path.read_bytes()
+    size = int.from_bytes(whole[:8], "little")
+    try:
+        header = json.loads(whole[8:8 + size])
+        header.pop("__metadata__", None)
+        numbers = torch.frombuffer(bytearray(whole[8 + size:]), dtype=torch.uint8)
+        return {name: numbers[slice(*row["data_offsets"])].clone().view(SAFETENSORS[row["dtype"]]).view(row["shape"])
+                for name, row in header.items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
+        raise ValueError(f"{path}: expected a .safetensors file, got one that is broken or cut short "
+                         f"({type(error).__name__}: {error}). Copy it again") from error
 
 
 def newest(folder: str | Path) -> Path:
@@ -95,15 +125,17 @@ def newest(folder: str | Path) -> Path:
     raise FileNotFoundError(f"nothing to resume in {folder}: {reasons[0]}. Start the run without --resume")
 
 
-def load_model(path: str | Path, device="cpu", **overrides) -> tuple[nn.Module, object, dict]:
+def load_model(path: str | Path, device="cpu", variant: str = "") -> tuple[nn.Module, object, dict]:
     """A checkpoint of ours or a released one -> model in eval mode (moving average when there is one), its Config and
-    {model_name, class_names, category_ids, step, ...}. `overrides` replace Config fields, such as `dilation`, which no
-    released weight shows."""
+    {model_name, class_names, category_ids, step, ...}. `variant`: one of the paper file's VARIANTS, for what neither
+    weights nor options of a released file tell, such as `dc5`."""
     state = load(path)
     if "model_name" not in state:
         state = released(state, path)
     paper = importlib.import_module(state["model_name"])
-    cfg = make_config(paper, {**state["config"], **overrides})
+    if variant not in ("", *paper.VARIANTS):
+        raise ValueError(f"expected --variant to be one of {', '.join(paper.VARIANTS)}, got {variant!r}")
+    cfg = make_config(paper, {**state["config"], **paper.VARIANTS.get(variant, {})})
     model, _ = paper.build(cfg, len(state["class_names"]))
     model.load_state_dict(state.get("ema", state["model"]))
     meta = {key: value for key, value in state.items() if key not in ("model", "ema", "optimizer", "rng")}
@@ -197,6 +229,11 @@ CO_DETR = {   # theirs -> ours; * is a number that stays, LAST the coarsest leve
 }
 SAME = ("input_proj.", "class_embed.", "bbox_embed.", "query_embed.", "label_enc.")   # prefixes that both use
 ONE_TO_MANY = 1500   # H-DETR's table of queries holds both groups; every released one has this many one-to-many rows
+OPTIONS = {   # options saved beside the weights, in `args` or in transformers' config.json: theirs -> Config field
+    "nheads": "num_heads", "encoder_attention_heads": "num_heads", "enc_n_points": "num_points",
+    "encoder_n_points": "num_points", "dilation": "dilation", "num_select": "top_k", "topk": "top_k",
+    "num_queries_one2one": "num_queries", "num_queries_one2many": "num_queries_one2many"}
+TWO_STAGE_OPTIONS = {"num_queries": "num_queries", "two_stage_num_proposals": "num_queries"}   # its weights have no query table
 PROFILER = ("total_params", "total_ops")   # counters that a profiler left in some released files
 
 
@@ -213,8 +250,8 @@ def recognise(state: dict) -> tuple[str, dict]:
     if HEAD + "level_embeds" in state:
         return recognise_co_detr(state)
     if "transformer.level_embed" not in state or "class_embed.0.weight" not in state:
-        raise ValueError("expected weights of one of " + ", ".join(FAMILIES) + "; got names such as "
-                         + ", ".join(list(state)[:3]) + ": give a checkpoint of these models")
+        raise ValueError("expected weights of one of " + ", ".join(FAMILIES) + ", or of transformers' Deformable DETR; got "
+                         "names such as " + ", ".join(list(state)[:3]) + ": give a checkpoint of these models")
     if "label_enc.weight" in state:
         family = "dino"
     elif "transformer.enc_output.weight" in state:
@@ -340,43 +377,65 @@ TRANSFORMERS = (   # pattern: replacement, applied in this order to the names th
     (r"^(decoder\.\d+)\.self_attn_layer_norm", r"\1.norm2"), (r"encoder_attn_layer_norm", "norm1"),
     (r"^(decoder\.\d+)\.final_layer_norm", r"\1.norm3"), (r"encoder_attn", "cross_attn"),
     (r"(mlp\.)?fc([12])\.", r"linear\2."), (r"self_attn\.o_proj", "self_attn.out_proj"),
-    (r"^query_position_embeddings", "query_embed"),
+    (r"^query_position_embeddings", "query_embed"), (r"^decoder\.((class|bbox)_embed\.)", r"\1"),
 )
 
 
 def from_transformers(state: dict) -> dict:
-    """Names of `transformers`' DeformableDetrForObjectDetection -> ours; query, key and value projections, which it keeps
-    apart, become one matrix. ValueError when the heads it saves twice differ."""
+    """Names of `transformers`' DeformableDetrForObjectDetection -> the authors'. Query, key and value projections, which it
+    keeps apart, become one matrix; of heads that are one tensor it saves the first. ValueError when two copies differ."""
     ours = {}
+    refine = any("decoder.bbox_embed." in key for key in state)
     for key, value in state.items():
         for pattern, replacement in TRANSFORMERS:
             key = re.sub(pattern, replacement, key)
-        head = re.match(r"decoder\.((class_embed|bbox_embed)\..*)", key)
-        key = head[1] if head else key
         if key in ours:
             check_equal(key, value, key, ours)
         ours[key] = value
-    for i in sorted({int(m[1]) for m in (re.match(r"decoder\.(\d+)\.self_attn\.q_proj", key) for key in ours) if m}):
+    layers = count_layers(ours, "decoder")
+    for i in range(layers):
         for kind in ("weight", "bias"):
             parts = [ours.pop(f"decoder.{i}.self_attn.{name}_proj.{kind}") for name in "qkv"]
             ours[f"decoder.{i}.self_attn.in_proj_{kind}"] = torch.cat(parts)
-    return ours
+    two_stage = "enc_output.weight" in ours
+    for key in [key for key in ours if re.match(r"(class|bbox)_embed\.0\.", key)]:
+        for i in range(1, layers + two_stage):
+            ours.setdefault(key.replace(".0.", f".{i}.", 1), ours[key])
+    return to_authors(ours, "deformable_detr" + ("_two_stage" if two_stage else "_refine" if refine else ""))
 
 
-def released(state: dict, path: str | Path = "") -> dict:
+def released(state: dict, path: str | Path) -> dict:
     """A released file (its `model` or `state_dict` entry, or a bare state dict) as a checkpoint of ours, with the 91 COCO
-    columns of the DETR family or the 80 classes of Co-DETR."""
-    weights = state.get("model", state.get("state_dict", state))
+    columns of the DETR family or the 80 classes of Co-DETR, unless the file names other classes. What no tensor shows
+    comes from the options in the file, or in the config.json beside `transformers`' weights."""
+    weights, options, source = state.get("model", state.get("state_dict", state)), state.get("args", {}), "released"
     if not isinstance(weights, dict):
         raise ValueError(f"{path}: expected weights under 'model', got {type(weights).__name__}")
+    if "model.level_embed" in weights:
+        weights, source, beside = from_transformers(weights), "transformers'", Path(path).with_name("config.json")
+        options = json.loads(beside.read_text()) if beside.is_file() else {}
+    options = getattr(options, "__dict__", options)
     family, overrides = recognise(weights)
     weights = from_authors(weights, family)
+    paper = importlib.import_module(FAMILIES[family].model_name)
+    known = OPTIONS | (TWO_STAGE_OPTIONS if overrides.get("two_stage") else {})
+    fields = {field.name for field in dataclasses.fields(paper.Config)}
+    overrides |= {ours: options[theirs] for theirs, ours in known.items() if theirs in options and ours in fields}
     columns = len(weights[wrapped(weights) + "class_embed.0.weight"])
-    names = {91: coco_columns(), 80: COCO_NAMES}.get(columns, [f"class {i}" for i in range(columns)])
-    paper = FAMILIES[family].model_name
-    print(f"{path}: recognised as released {family}, {len(weights)} tensors, {columns} class columns")
-    return {"format": FORMAT, "model_name": paper, "variant": "", "config": {**overrides, "backbone_weights": "imagenet"},
-            "class_names": names, "category_ids": COCO_IDS if columns == 80 else list(range(columns)), "model": weights, "epoch": 0, "step": 0}
+    names = name_columns(columns, options.get("id2label", dict(enumerate(state.get("meta", {}).get("CLASSES", ())))))
+    print(f"{path}: recognised as {source} {family}, {len(weights)} tensors, {columns} class columns")
+    return {"format": FORMAT, "model_name": paper.__name__, "variant": "",
+            "config": {**overrides, "backbone_weights": "imagenet"}, "class_names": names,
+            "category_ids": COCO_IDS if names == COCO_NAMES else list(range(columns)), "model": weights, "epoch": 0, "step": 0}
+
+
+def name_columns(columns: int, labels: dict) -> list[str]:
+    """Class names of a released head: `labels` {column: name}, as far as the file has them, else COCO's."""
+    if columns == 91 and (not labels or set(COCO_NAMES) <= set(labels.values())):
+        return coco_columns()
+    known = dict(enumerate(COCO_NAMES)) if columns == 80 else {}
+    known |= {int(column): name for column, name in labels.items()}
+    return [known.get(i, f"class {i}") for i in range(columns)]
 
 
 # ---------------------------------------------------------------------------------------------- class rows
@@ -388,8 +447,16 @@ def coco_columns() -> list[str]:
 
 
 def class_rows(key: str) -> bool:
-    """Whether the first dimension of this tensor counts classes."""
-    return "class_embed" in key or key.startswith(("label_enc.", "detector.label_enc."))
+    """Whether rows of this tensor belong to classes."""
+    return "class_embed" in key or key.startswith(("label_enc.", "detector.label_enc.", "roi.cls.", "roi.reg.", "atss.cls."))
+
+
+def rows_of(key: str, length: int, classes: list[int], count: int) -> list[int]:
+    """Where a tensor of `length` rows for `count` classes holds these classes: one row each, four in the region head's
+    boxes; a row more at the end, for padding or background, goes along."""
+    if key.startswith("roi.reg."):
+        return [4 * i + side for i in classes for side in range(4)] if length == 4 * count else list(range(length))
+    return classes + [count] * (length == count + 1)
 
 
 def wrapped(state: dict) -> str:
@@ -411,13 +478,11 @@ def select_classes(state: dict, rows: list[int]) -> dict:
     """Keeps these class rows, in this order, in every class head and label table of a state dict in our names
     (released 91 columns -> 80 classes: rows = COCO_IDS). Row 0 of an objectness head stays row 0, and the extra last row
     of a label table stays last."""
-    result = {}
+    result, count = {}, len(state[wrapped(state) + "class_embed.0.weight"])
     for key, value in state.items():
         if class_rows(key):
             chosen = [0] + rows[1:] if key.startswith(objectness_head(state)) else rows
-            if "label_enc." in key and len(value) > len(state[wrapped(state) + "class_embed.0.weight"]):
-                chosen = chosen + [len(value) - 1]
-            value = value[chosen]
+            value = value[rows_of(key, len(value), chosen, count)]
         result[key] = value
     return result
 
@@ -436,9 +501,10 @@ def fit(state: dict, names: list[str], into: dict, into_names: list[str]) -> tup
             skipped.append(f"{key}: not in the checkpoint")
         elif class_rows(key) and state[key].shape[1:] == fresh.shape[1:] and names != into_names:
             pairs = [(0, 0)] if key.startswith(objectness_head(into)) else shared
+            new, old = (rows_of(key, len(table[key]), [pair[i] for pair in pairs], len(classes))
+                        for i, (table, classes) in enumerate(((into, into_names), (state, names))))
             result[key] = fresh.clone()
-            for new, old in pairs:
-                result[key][new] = state[key][old]
+            result[key][new] = state[key][old]
         elif state[key].shape != fresh.shape:
             skipped.append(f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(fresh.shape)} here")
         else:

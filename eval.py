@@ -397,6 +397,13 @@ def validation_set(folder, cfg, meta):
     return data.Shapes("val", run["num_val"], transform=transform)
 
 
+def settings(cfg):
+    """How images go in and detections come out, in words: what the authors' evaluation does, by family."""
+    nms = f", soft-NMS from IoU {cfg.soft_nms}" if getattr(cfg, "soft_nms", 0) else ""
+    return (f"in: RGB, short side {cfg.eval_size} px but long side at most {cfg.max_size} px (bilinear), ImageNet mean and deviation, "
+            f"zeros to the right and below\nout: the {cfg.top_k} best (query, class) pairs{nms}")
+
+
 def fit_classes(model, paper, cfg, meta, dataset):
     """The model for the classes of `dataset`. Released COCO heads have 91 columns, 11 of them unused: those are taken
     out. Any other difference is a ValueError that lists both."""
@@ -418,6 +425,8 @@ def fit_classes(model, paper, cfg, meta, dataset):
 def parser():
     flags = Flags(description=__doc__.split("\n")[0])
     flags.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a run, or released weights")
+    flags.add_argument("--variant", default="", metavar="NAME", help="of the paper file, for what released weights do not "
+                       "show: dc5, for instance")
     flags.add_argument("--data", metavar="DIR", help="COCO-layout folder; without it, the data of the checkpoint")
     flags.add_argument("--images", nargs="+", metavar="PATH", help="detect on these files, folders or glob patterns")
     flags.add_argument("--score_threshold", type=float, default=0.3, help="least score that is drawn (default 0.3)")
@@ -435,7 +444,7 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
-        model, cfg, meta = checkpoints.load_model(args.checkpoint, args.device)
+        model, cfg, meta = checkpoints.load_model(args.checkpoint, args.device, args.variant)
         paper = importlib.import_module(meta["model_name"])
         if args.images:
             paths = find_images(args.images)
@@ -444,6 +453,7 @@ def main(argv=None):
             model = fit_classes(model, paper, cfg, meta, dataset)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
+    print(settings(cfg))
     out = Path(args.out or Path(args.checkpoint).parent)
     if args.images:
         out = Path(args.out or out / "detections")

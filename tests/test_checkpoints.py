@@ -1,6 +1,10 @@
 """Files that are whole or absent, never run code, and carry the authors' names back and forth."""
 import argparse
+import collections
+import functools
 import importlib
+import json
+import operator
 import os
 import pickle
 import random
@@ -11,6 +15,7 @@ import time
 import zlib
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -151,7 +156,7 @@ def test_row_zero_of_the_objectness_head_stays_row_zero():
     fitted, skipped = checkpoints.fit(heads(True), checkpoints.coco_columns(), fresh, ["cat", "unicorn"])
     cat = checkpoints.coco_columns().index("cat")
     assert fitted["class_embed.6.bias"].tolist() == [6000, -1] and fitted["class_embed.0.bias"].tolist() == [cat, -1]
-    assert fitted["label_enc.weight"][:, 0].tolist() == [100 + cat, -1, -1] and "1 of 2 classes" in skipped[-1]
+    assert fitted["label_enc.weight"][:, 0].tolist() == [100 + cat, -1, 191] and "1 of 2 classes" in skipped[-1]
 
 
 def test_the_same_classes_in_another_order_are_put_right():
@@ -167,24 +172,75 @@ def test_weights_of_which_nothing_fits_are_refused():
 
 # ---- files
 
-class Malicious:
-    def __init__(self, path):
-        self.path = path
+class Calls:
+    """Pickled as the order to call something when it is read."""
+    def __init__(self, function, *arguments):
+        self.order = function, arguments
 
     def __reduce__(self):
-        return os.mkdir, (str(self.path),)
+        return self.order
 
 
 def test_pickle_refused(tmp_path):
     """A checkpoint that wants to run code is refused by name, in torch's format and as a bare pickle, and runs nothing."""
     trap = tmp_path / "trap"
-    torch.save({"model": {}, "args": Malicious(trap)}, tmp_path / "zip.pt")
-    torch.save({"model": {}, "args": Malicious(trap)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
-    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"args": Malicious(trap)}, protocol=2))
+    order = Calls(os.mkdir, str(trap))
+    torch.save({"model": {}, "args": order}, tmp_path / "zip.pt")
+    torch.save({"model": {}, "args": order}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"args": order}, protocol=2))
     for name in ("zip.pt", "old.pt", "bare.pt"):
-        with pytest.raises(ValueError, match="tensors and plain types only"):
+        with pytest.raises(ValueError, match="tensors and plain types only.*mkdir"):
             checkpoints.load(tmp_path / name)
+    (tmp_path / "new.pt").write_bytes(pickle.dumps({"args": order}, protocol=4))
+    with pytest.raises(ValueError, match="protocol 3 or later"), pytest.warns(UserWarning, match="protocol 4"):
+        checkpoints.load(tmp_path / "new.pt")
     assert not trap.exists()
+
+
+@pytest.mark.parametrize("name, order", {
+    "functools.partial": functools.partial(os.mkdir, "trap"), "eval": Calls(eval, "1"), "exec": Calls(exec, "1"),
+    "__import__": Calls(__import__, "os"), "getattr": Calls(getattr, "os", "system"),
+    "operator.attrgetter": operator.attrgetter("system"), "posix.mkdir": Calls(os.mkdir, "trap"),
+    "numpy": Calls(np.load, "trap")}.items())
+def test_orders_inside_options_are_refused_by_name(tmp_path, name, order):
+    """The classes that options may hold open no way for others: not in a namespace, nor as an argument of an allowed one."""
+    for options in (argparse.Namespace(lr=[{"drop": order}]), Calls(argparse.Namespace, order),
+                    collections.OrderedDict(a=Calls(np.dtype, order))):
+        torch.save({"model": {}, "args": options}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=f"asks for {name}"):
+            checkpoints.load(tmp_path / "a.pt")
+
+
+def test_options_with_numbers_of_numpy_and_paths_are_read(tmp_path):
+    options = argparse.Namespace(lr=np.float64(1e-4), epochs=np.int64(50), amp=np.bool_(True), output_dir=Path("a/b"))
+    torch.save({"model": {}, "args": options}, tmp_path / "a.pt")
+    read = checkpoints.load(tmp_path / "a.pt")["args"]
+    assert (read.lr, read.epochs, read.amp, str(read.output_dir)) == (1e-4, 50, True, "a/b")
+
+
+def safetensors(path, **tensors):
+    """Writes the format by its description: length of the header, header, numbers."""
+    header, numbers = {"__metadata__": {"format": "pt"}}, b""
+    for name, (kind, tensor) in tensors.items():
+        data = tensor.view(torch.uint8).numpy().tobytes()
+        header[name] = {"dtype": kind, "shape": list(tensor.shape), "data_offsets": [len(numbers), len(numbers) + len(data)]}
+        numbers += data
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+
+
+def test_safetensors_are_read_without_their_package(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = {"a": ("F16", torch.rand(3, dtype=torch.float16)), "b": ("F32", torch.rand(2, 5)),
+               "c": ("I64", torch.arange(6).view(2, 3)), "d": ("BF16", torch.rand(1, 1, dtype=torch.bfloat16))}
+    safetensors(path, **tensors)
+    read = checkpoints.load(path)
+    assert read.keys() == tensors.keys() and all(torch.equal(read[name], tensor) for name, (_, tensor) in tensors.items())
+    whole = path.read_bytes()
+    for broken in (whole[:-1], whole[:20], b"", whole[:8] + b"[1]" + whole[11:], whole.replace(b"BF16", b"F8_4")):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="broken or cut short"):
+            checkpoints.load(path)
 
 
 def test_broken_missing_and_foreign_files_are_told_apart(tmp_path):

@@ -288,18 +288,19 @@ def test_a_copy_of_the_file_is_a_model(tmp_path):
     assert copy.deepcopy(Config()) == Config()
 
 
-@pytest.mark.parametrize("variant", ["plain", "refine", "two_stage"])
-def test_the_same_weights_give_the_same_boxes_in_transformers(variant):
-    """An independent implementation: random weights, two images of different size in one batch."""
+@pytest.mark.parametrize("variant", ["plain", "single_scale", "refine", "two_stage"])
+def test_files_of_transformers_give_the_same_boxes_here(tmp_path, variant):
+    """An independent implementation: random weights, two images of different size in one batch; its file as it saves it,
+    whose config.json tells the number of heads and queries and the class names, and its state dict as a .bin."""
     peer = pytest.importorskip("transformers")
+    options = ALL[variant]
     stages = peer.ResNetConfig(embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3],
-                               out_features=["stage2", "stage3", "stage4"])
-    options = {k: v for k, v in ALL[variant].items()}
+                               out_features=["stage4"] if variant == "single_scale" else ["stage2", "stage3", "stage4"])
     torch.manual_seed(0)
     theirs = peer.DeformableDetrForObjectDetection(peer.DeformableDetrConfig(
         use_timm_backbone=False, backbone_config=stages, num_queries=20, two_stage_num_proposals=20, d_model=64,
         encoder_layers=2, decoder_layers=2, encoder_attention_heads=4, decoder_attention_heads=4, encoder_ffn_dim=96,
-        decoder_ffn_dim=96, num_labels=7, disable_custom_kernels=True, **options)).eval()
+        decoder_ffn_dim=96, id2label=dict(enumerate("abcdefg")), disable_custom_kernels=True, **options)).eval()
     generator = torch.Generator().manual_seed(1)
     for name, p in theirs.named_parameters():
         if "backbone" not in name:
@@ -307,10 +308,14 @@ def test_the_same_weights_give_the_same_boxes_in_transformers(variant):
     for name, b in theirs.named_buffers():
         if "running" in name:
             b.data.uniform_(0.5, 1.5, generator=generator)
-    ours, _ = build(Config(dim=64, num_heads=4, encoder_layers=2, decoder_layers=2, ffn_dim=96, num_queries=20, **options), 7)
-    ours.load_state_dict(checkpoints.from_transformers(theirs.state_dict()))
+    theirs.save_pretrained(tmp_path)
+    torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
+    ours, cfg, meta = checkpoints.load_model(tmp_path / "model.safetensors")
+    assert (cfg.num_heads, cfg.num_queries, "".join(meta["class_names"])) == (4, 20, "abcdefg")
+    same, _, _ = checkpoints.load_model(tmp_path / "pytorch_model.bin")
+    assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), same.state_dict().values()))
     images, padding, _ = batch((96, 128), (64, 88), objects=())
     with torch.no_grad():
-        expected, got = theirs(pixel_values=images, pixel_mask=(~padding).long()), ours.eval()(images, padding)
+        expected, got = theirs(pixel_values=images, pixel_mask=(~padding).long()), ours(images, padding)
     assert torch.allclose(got["pred_logits"], expected.logits, atol=1e-5)
     assert torch.allclose(got["pred_boxes"], expected.pred_boxes, atol=1e-5)
