@@ -25,6 +25,7 @@ import io
 import itertools
 import json
 import math
+import signal
 import struct
 import sys
 import zlib
@@ -764,7 +765,14 @@ def batches(dataset, indices, workers=0, pin_memory=False):
     if workers:
         dataset.prepare()
     return DataLoader(dataset, batch_sampler=indices, collate_fn=collate, num_workers=workers, pin_memory=pin_memory,
-                      generator=torch.Generator())                         # the global one belongs to the model
+                      worker_init_fn=ignore_signals, generator=torch.Generator())   # the global one belongs to the model
+
+
+def ignore_signals(worker):
+    """Ctrl-C, schedulers and torchrun signal the whole process group; the training process still needs its workers to
+    finish a step and save, and ends them itself."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
 
 
 # -------------------------------------------------------------------------------------------- the data doctor

@@ -56,6 +56,7 @@ from eval import Flags, evaluate, predict
 
 LOG_EVERY = 10          # steps between lines of log.jsonl, and between waits for the device
 BAD_LIMIT = 3           # steps in a row without a finite loss before the run stops
+SAME_REQUEST = 2.0      # seconds in which several signals mean one
 MATCHED_IMAGES = 200    # validation images whose matching is followed from evaluation to evaluation
 MAY_CHANGE = {"model", "out", "resume", "device", "workers", "threads", "eval_every", "save_every",   # by --resume
               "accum", "amp", "recompute", "compile", "deterministic"}
@@ -164,7 +165,8 @@ def train(run: Run, cfg) -> dict:
                     if saving or stopping:
                         save()
                     if stopping:
-                        tqdm.write(f"stopped by signal {stopping} at step {now.step}, saved; go on with --resume")
+                        if rank == 0:
+                            tqdm.write(f"stopped by signal {stopping} at step {now.step}, saved; go on with --resume")
                         sys.exit(128 + stopping)
                     clock = time.perf_counter()
             save()   # before evaluating: a run killed from here on evaluates again when it is resumed
@@ -578,10 +580,11 @@ def gather(value, world: int) -> list:
 
 
 class Stop:
-    """Turns SIGTERM and SIGINT into a request to save and stop at the next step; a second one quits."""
+    """Turns SIGTERM and SIGINT into a request to save and stop after this step; asked again, it quits. What follows within
+    SAME_REQUEST seconds is no second request: a scheduler signals every process, and torchrun then passes it on."""
 
     def __init__(self):
-        self.number, self.immediately, self.previous = 0, False, {}
+        self.number, self.asked, self.immediately, self.previous = 0, 0.0, False, {}
 
     def __enter__(self):
         for number in (signal.SIGTERM, signal.SIGINT):
@@ -593,9 +596,10 @@ class Stop:
             signal.signal(number, handler)
 
     def handle(self, number: int, frame) -> None:
-        if self.number or self.immediately:
+        if self.immediately or self.number and time.monotonic() > self.asked + SAME_REQUEST:
             sys.exit(128 + number)
-        self.number = number
+        if not self.number:
+            self.number, self.asked = number, time.monotonic()
 
     @contextlib.contextmanager
     def at_once(self):

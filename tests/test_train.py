@@ -231,16 +231,18 @@ def test_workers_change_nothing(tmp_path):
 
 
 def test_sigterm(tmp_path):
-    """A real process: SIGTERM saves, exits with 143, and the same command with --resume finishes."""
+    """A real process and its workers, all signalled at once and twice as schedulers do: it saves and exits with 143."""
     command = [sys.executable, str(ROOT / "train.py"), "--model", "deformable_detr", "--out", str(tmp_path / "run"),
-               *FLAGS, "--epochs", "400", "--workers", "1"]
-    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+               *FLAGS, "--num_train=400", "--epochs=400", "--workers=2"]
+    process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)
     log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 120
     try:
         while not log.exists() and process.poll() is None and time.time() < deadline:
             time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        errors = process.communicate(timeout=60)[1]
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGTERM)
+        errors = process.communicate(timeout=120)[1]
     finally:
         process.kill()
     assert process.returncode == 128 + signal.SIGTERM, errors
@@ -248,13 +250,16 @@ def test_sigterm(tmp_path):
 
 
 def test_a_second_signal_quits_at_once(tmp_path, monkeypatch):
+    """Unless it follows so soon that it must be the same request."""
     def twice():
         signal.raise_signal(signal.SIGINT)
         signal.raise_signal(signal.SIGINT)
     at_step(monkeypatch, 1, twice)
-    with pytest.raises(SystemExit) as stopped:
-        train.train(run(tmp_path), config("deformable_detr"))
-    assert stopped.value.code == 128 + signal.SIGINT and not (tmp_path / "run" / "last.pt").exists()
+    for seconds, name in ((0.0, "quit"), (60.0, "saved")):
+        monkeypatch.setattr(train, "SAME_REQUEST", seconds)
+        with pytest.raises(SystemExit) as stopped:
+            train.train(run(tmp_path, name=name), config("deformable_detr"))
+        assert stopped.value.code == 128 + signal.SIGINT and (tmp_path / name / "last.pt").exists() == (name == "saved")
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler, "handlers are put back"
 
 
