@@ -455,7 +455,7 @@ class Log:
 
     def __init__(self, out: Path, now: Progress, plan: Plan, cfg, run: Run):
         self.out, self.plan, self.epochs, self.run, self.waiting, self.seconds = out, plan, cfg.epochs, run, [], now.seconds
-        self.told = False   # what an epoch costs
+        self.start, self.told = now.step, False   # told: what the run costs
         for path in (out / "log.jsonl", out / "nan_report.jsonl"):
             if plan.rank == 0 and path.exists():
                 whole = [line for line in path.read_text().splitlines(True) if line.endswith("\n")]
@@ -489,12 +489,12 @@ class Log:
                         "lr": max(group["lr"] for group in optimizer.param_groups), "images_per_second": round(speed, 2),
                         "loss": loss, "grad_norm": norm, "losses": dict(zip(names, means))})
             bar.set_postfix_str(f"epoch {now.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
-        if not self.told and self.plan.rank == 0:
-            minutes = self.plan.steps * self.plan.total / speed / 60
-            memory = f", {torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB at most" if self.run.device == "cuda" else ""
-            tqdm.write(f"speed     {speed:.1f} images/s: {minutes:.1f} min an epoch, {minutes * self.epochs / 60:.1f} h in all, "
-                       f"evaluations not counted{memory}")
-        self.told, self.seconds = True, now.seconds
+        warm = now.step - self.start >= 2 * LOG_EVERY or now.batch == self.plan.steps   # the first steps are slow
+        if warm and not self.told and self.plan.rank == 0:
+            self.told, seconds = True, self.plan.steps * self.plan.total / speed
+            tqdm.write(f"expected  {speed:.1f} images/s: {duration(seconds)} an epoch, {duration(seconds * self.epochs)} in all "
+                       f"without evaluations; memory at most {peak_memory(self.run.device)} so far")
+        self.seconds = now.seconds
 
     def bad_step(self, number: int, indices: list, losses: list[str], in_a_row: int, model, dataset) -> None:
         """Reports a skipped step with images, losses and first bad module of the ranks where something was wrong; all are
@@ -508,12 +508,13 @@ class Log:
                   "module": next((rank["module"] for rank in ranks if rank["module"]), ""), "in_a_row": in_a_row}
         self.write(record, "nan_report.jsonl")
         where = f"first in {record['module']}" if record["module"] else "every module's output is finite when run again"
-        text = (f"step {number}: {', '.join(record['losses'])} not finite on images {record['images']} ({where}). "
-                "The step was skipped, nothing changed")
+        named = ", ".join(record["losses"][:6]) + (", ..." if len(record["losses"]) > 6 else "")
         if self.plan.rank == 0:
-            tqdm.write(text)
+            tqdm.write(f"step {number}: {named} not finite on images {record['images']} ({where}); skipped, nothing changed")
         if in_a_row >= BAD_LIMIT:
-            raise FloatingPointError(f"{in_a_row} steps in a row; {text}. Look at these images, lower --lr, or try --amp false")
+            raise FloatingPointError(f"expected finite losses and gradients, got {in_a_row} bad steps in a row, the last on "
+                                     f"images {record['images']} ({where}). {self.out / 'nan_report.jsonl'} names all: look at "
+                                     "these images, lower --lr, or try --amp false")
 
 
 @torch.no_grad()
@@ -556,7 +557,7 @@ def set_up(run: Run) -> tuple[Run, torch.device, int, int]:
     torch.use_deterministic_algorithms(run.deterministic)
     amp = run.amp
     if amp is None:
-        amp = torch.cuda.is_bf16_supported(including_emulation=False) if name == "cuda" else torch.cpu._is_avx512_bf16_supported()
+        amp = torch.cuda.is_bf16_supported(False) if name == "cuda" else torch.cpu._is_avx512_bf16_supported()   # no emulation
     workers = run.workers if run.workers >= 0 else min(4, cores() // world // (2 if name == "cuda" else 4))
     random.seed(run.seed + rank)
     np.random.seed(run.seed + rank)
@@ -628,10 +629,25 @@ def attention(device: torch.device) -> str:
     return "kernel"
 
 
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def peak_memory(device: str) -> str:
+    """The most that was in use so far: of the GPU, or by this process, where the system tells (Linux)."""
+    if device == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    return f"{int(found[1]) / 2 ** 20:.1f} GiB" if found else "unknown"
+
+
 def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: list[str], now: Progress) -> str:
     """What is about to happen, in about ten lines."""
     counts = sorted(zip(data.class_counts(train_set).tolist(), train_set.class_names), reverse=True)
     classes = ", ".join(f"{name} {count}" for count, name in counts[:12]) + (", ..." if len(counts) > 12 else "")
+    without = sum(not count for count, _ in counts)
+    kinds = f"{len(counts)} classes" + (f" ({without} without any)" if without else "")
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
     busy = f" (busy: load {load:.1f}; --threads 1 may be faster)" if run.threads > 1 and load > cores() / 2 else ""
@@ -646,11 +662,11 @@ def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: 
              f"deformable attention: {attention(device)}{options}",
              f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to evaluate on; "
              f"{run.workers} workers",
-             f"objects   {sum(c for c, _ in counts)} in {len(counts)} classes: {classes}",
-             f"model     {run.model} {run.variant}: {trainable / 1e6:.2f} M parameters to train of "
+             f"objects   {sum(c for c, _ in counts)} in {kinds}: {classes}",
+             f"model     {' '.join((run.model, run.variant)).strip()}: {trainable / 1e6:.2f} M parameters to train of "
              f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-             f"training  {batch}, lr {cfg.lr * plan.total / cfg.batch_size:g}{hint}, {cfg.epochs} epochs of {plan.steps} steps, "
-             f"seed {run.seed}",
+             f"training  {batch}, lr {cfg.lr * plan.total / cfg.batch_size:g}{hint}, {cfg.epochs} epochs of {plan.steps} "
+             f"steps, seed {run.seed}",
              *(f"weights   {note}" for note in notes),
              f"folder    {run.out}"]
     if now.step:
@@ -783,7 +799,8 @@ def out_of_memory(error, run: Run, cfg) -> str:
     elif run.amp is False and torch.cuda.is_available():
         flag = "--amp true"
     elif cfg.batch_size % (2 * run.accum * int(os.environ.get("WORLD_SIZE", 1))):
-        return f"out of memory ({error}). Try smaller images in a new run: --max_size {cfg.max_size // 2} --init {last} --out DIR"
+        start = f" --init {last} --out DIR" if last.exists() else ""
+        return f"out of memory ({error}). Try smaller images in a new run: --max_size {cfg.max_size // 2}{start}"
     went = f"{last} is whole: add --resume to go on from there" if last.exists() else "nothing was saved yet"
     return f"out of memory ({error}). Try {flag}; {went}"
 
@@ -794,6 +811,8 @@ def main(argv: list[str] | None = None) -> None:
         if run.check_data:
             sys.exit(1 if data.check(run.check_data) else 0)
         train(run, cfg)
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except (ValueError, RuntimeError, FileNotFoundError, FloatingPointError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             sys.exit(f"train.py: error: {out_of_memory(error, run, cfg)}")
