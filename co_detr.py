@@ -691,7 +691,7 @@ class Criterion:
         centerness."""
         positive = labels < logits.shape[-1]
         count = positive.sum(1).clamp(min=1).sum()
-        cls = (focal_loss(logits, labels, None, None) * weights[..., None]).sum()
+        cls = (focal_loss(logits, labels) * weights[..., None]).sum()
         near = centerness_targets(anchors[positive], boxes[positive])              # (P,)
         predicted = decode_deltas(deltas[positive], anchors[positive], deltas.new_tensor(SPREAD))
         giou = ((1 - paired_giou(predicted, boxes[positive])) * near).sum() / near.sum().clamp(min=1)
