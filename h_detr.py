@@ -7,7 +7,7 @@ group of queries is matched to the objects repeated K times. All weights are sha
     paper                                             here
     section 3.2.1 hybrid branch: two query groups     HDETR.propose, group_mask, HDETR.forward
     section 3.2.1 one-to-many matching, Eq. 1-2       Criterion, Criterion.one_to_many, repeat_objects
-    section 4.2, Table 8 mixed query selection        HDETR.propose (from DINO, Zhang et al. 2023)
+    section 4.2, Table 8 mixed query selection        HDETR.propose (from DINO)
     section 4.2, Table 8 look forward twice           HDETR.decode (from DINO)
     Tables 1, 8 and 14 recipe                         Config
 
@@ -27,7 +27,7 @@ Departs
  5. A batch without any object, in the training loop: the one-to-many background loss is divided by K, not by 1.
  6. Hybrid epoch and hybrid layer, the paper's other two schemes, are left out: in Table 6 they stay within 0.4 AP of the
     branch and take longer.
- 7. Mixed query selection as this paper's code has it: proposals are ranked by class 0 and a query's position is made
+ 7. Mixed query selection (DINO, Zhang et al. 2023) as this code has it: proposals are ranked by class 0 and a query's position is made
     once; DINO ranks by the best class and renews the position in every layer.
 """
 from copy import deepcopy
