@@ -609,6 +609,8 @@ def build_backbone(name: str, weights: str, norm: str = "batch", dilation: bool 
                          f"{dilation} and drop_path {drop_path:g}: leave out the one that does not fit")
     if name in SWINS:
         return Swin(*SWINS[name], maps, drop_path)
+    if name in VITS and maps < 4:
+        raise ValueError(f"expected five feature levels with {name}, whose pyramid has five maps: --num_feature_levels 5")
     if name in VITS:
         return ViT(*VITS[name], drop_path)
     if name in FOCALNETS:

@@ -1,6 +1,7 @@
 """backbones.py: published names and shapes, the authors' numbers, strides, freezing, and loading."""
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import backbones
+import co_detr
+import dino
+import h_detr
 import train
 from backbones import (RESNETS, WEIGHT_FILES, Bottleneck, ConvEmbed, FocalModulation, FocalNet, FrozenBatchNorm2d,
                        PatchMerging, ResNet, RotaryAttention, SimpleFeaturePyramid, Swin, SwinBlock, ViT, ViTBlock,
@@ -202,10 +206,10 @@ def test_window_attention_equals_loops_over_queries_and_keys(shift):
                       and abs(a - y) < w and abs(b - z) < w]
             heads = []
             for m in range(M):
-                scores = torch.stack([qkv[y, z, 0, m] @ qkv[a, b, 1, m] / math.sqrt(C // M)
-                                      + block.attn.relative_position_bias_table[(y - a + w - 1) * (2 * w - 1) + z - b + w - 1, m]
-                                      for a, b in window])
-                heads.append(sum(p * qkv[a, b, 2, m] for p, (a, b) in zip(scores.softmax(0), window)))
+                bias = [block.attn.relative_position_bias_table[(y - a + w - 1) * (2 * w - 1) + z - b + w - 1, m]
+                        for a, b in window]
+                scores = torch.stack([qkv[y, z, 0, m] @ qkv[a, b, 1, m] / math.sqrt(C // M) for a, b in window])
+                heads.append(sum(p * qkv[a, b, 2, m] for p, (a, b) in zip((scores + torch.stack(bias)).softmax(0), window)))
             expected[y, z] = block.attn.proj(torch.cat(heads))
     ours = block.attend(x, shift_mask(H, W, w, "cpu"))
     assert torch.allclose(ours[0], expected, atol=1e-10)
@@ -478,3 +482,124 @@ def test_every_published_file_belongs_to_a_backbone_and_says_its_window():
     assert set(WEIGHT_FILES) <= set(backbones.BACKBONES)
     for name, (*_, window) in backbones.SWINS.items():
         assert f"window{window}_" in WEIGHT_FILES[name]
+
+
+# ---- in the detectors
+
+TINY = {"swin_t": (8, (1, 2, 1, 1), (1, 1, 2, 2), 3), "swin_l": (16, (1, 2, 1, 1), (1, 2, 2, 4), 4),
+        "swin_l_window7": (16, (1, 2, 1, 1), (1, 2, 2, 4), 3), "swin_s": (8, (1, 2, 1, 1), (1, 1, 2, 2), 3),
+        "swin_b": (8, (1, 1, 1, 1), (1, 1, 2, 2), 4), "vit_l": (32, 4, 2, 3, 2),
+        "focalnet_l_3level": (8, (1, 1, 1, 1), 3, 5), "focalnet_l_4level": (8, (1, 1, 1, 1), 4, 3)}
+WITH_TRANSFORMERS = [(paper.__name__, variant) for paper in (dino, h_detr, co_detr)
+                     for variant, values in paper.VARIANTS.items() if "backbone" in values]
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    """The published backbones by their names, a few channels wide."""
+    for table in (backbones.SWINS, backbones.VITS, backbones.FOCALNETS):
+        for name in table.keys() & TINY.keys():
+            monkeypatch.setitem(table, name, TINY[name])
+
+
+def tiny_detector(model_name, variant, **changes):
+    """The variant with small everything -> Config, model, criterion."""
+    torch.manual_seed(0)
+    paper = {"dino": dino, "h_detr": h_detr, "co_detr": co_detr}[model_name]
+    sizes = dict(dim=256 if "vit" in variant else 32, ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries=7)
+    small = {k: v for k, v in paper.SMALL.items() if k.startswith(("roi_samples", "roi_dim", "rpn_", "num_queries_one2many"))}
+    cfg = replace(paper.Config(), **{**small, **paper.VARIANTS[variant], **sizes, "num_heads": 2, "backbone_weights": "none",
+                                  **changes})
+    return (cfg, *paper.build(cfg, 5))
+
+
+def two_images():
+    """A batch of two sizes, four objects in the first image and one in the second."""
+    images, padding = torch.randn(2, 3, 80, 104), torch.zeros(2, 80, 104, dtype=torch.bool)
+    padding[1, 60:], padding[1, :, 72:] = True, True
+    images = images.masked_fill(padding[:, None], 0)
+    boxes = torch.rand(5, 4) * 0.3 + 0.3
+    return images, padding, [{"labels": torch.tensor([0, 1, 2, 4]), "boxes": boxes[:4]},
+                             {"labels": torch.tensor([3]), "boxes": boxes[4:]}]
+
+
+@pytest.mark.parametrize("model_name, variant", WITH_TRANSFORMERS)
+def test_gradients_reach_every_parameter_of_every_published_pair(tiny, model_name, variant):
+    """No map that a variant reads lacks a norm, none that it does not read has one: every weight of the backbone learns."""
+    cfg, model, criterion = tiny_detector(model_name, variant, drop_path=0.0)
+    for p in model.detector.backbone.parameters() if model_name == "co_detr" else model.backbone.parameters():
+        nn.init.normal_(p, std=0.3)
+    images, padding, targets = two_images()
+    sum(criterion(model.train()(images, padding, targets), targets).values()).backward()
+    without = [name for name, p in model.named_parameters() if "backbone" in name and (p.grad is None or not p.grad.any())]
+    assert not without, without
+
+
+@pytest.mark.parametrize("model_name, variant", [("dino", "swin_l_5scale"), ("h_detr", "swin_t"), ("co_detr", "vit_l")])
+def test_detections_of_an_image_do_not_depend_on_the_other_one(tiny, model_name, variant):
+    cfg, model, _ = tiny_detector(model_name, variant)
+    images, padding, _ = two_images()
+    with torch.no_grad():
+        both, other = (model.eval()(x, padding) for x in (images, torch.cat((torch.randn(1, 3, 80, 104), images[1:]))))
+    assert (both["pred_boxes"][0] - other["pred_boxes"][0]).abs().max() > 1e-4
+    assert torch.allclose(both["pred_boxes"][1], other["pred_boxes"][1], atol=1e-5)
+
+
+def test_vit_images_are_filled_up_to_a_multiple_of_32_and_boxes_stay(tiny):
+    """The last cells would else be cut off; what is filled up is padding, so a caller who does it gets the same boxes."""
+    cfg, model, _ = tiny_detector("co_detr", "vit_l")
+    images, padding, _ = two_images()
+    with torch.no_grad():
+        ours = model.eval()(images, padding)
+        wider = model(F.pad(images, (0, 24, 0, 16)), F.pad(padding, (0, 24, 0, 16), value=True))
+    assert cfg.size_divisor == 32 and ours["memory"].padded_size == (96, 128)
+    assert torch.equal(ours["pred_boxes"], wider["pred_boxes"])
+
+
+def test_layers_of_the_vision_transformer_learn_slower_towards_the_image(tiny):
+    """lr x 0.8^(25 - id): id 0 for patches and positions, b + 1 for block b of 24, 25 for all the rest; here 4 blocks."""
+    cfg, model, _ = tiny_detector("co_detr", "vit_l")
+    groups = co_detr.param_groups(model, cfg)
+    rate = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert len(rate) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    for name, p in model.named_parameters():
+        part = name.removeprefix("detector.backbone.").split(".")
+        level = 0 if part[0] in ("pos_embed", "patch_embed") else int(part[1]) + 1 if part[0] == "blocks" else 5
+        assert rate[id(p)] == (pytest.approx(5e-5 * 0.8 ** (5 - level)), 0.01 if p.dim() > 1 else 0.0), name
+    with pytest.raises(ValueError, match="layer_decay beside a ViT"):
+        tiny_detector("co_detr", "swin_l", layer_decay=0.8)
+
+
+def test_the_region_head_of_vit_has_one_box_for_all_classes_at_half_the_spread():
+    torch.manual_seed(0)
+    head = co_detr.RoIHead(32, 16, 5, convs=4)
+    assert [tuple(p.shape) for n, p in head.named_parameters() if n.startswith("convs.3")] == [(32, 32, 3, 3), (32,), (32,)]
+    logits, deltas = head(torch.randn(3, 7, 7, 32))
+    assert logits.shape == (3, 6) and deltas.shape == (3, 5, 4) and torch.equal(deltas[:, 0], deltas[:, 4])
+    nn.init.zeros_(head.reg.weight)
+    nn.init.ones_(head.reg.bias)
+    roi, (_, deltas) = torch.tensor([[0.0, 0.0, 100.0, 50.0]]), head(torch.randn(1, 7, 7, 32))
+    box = co_detr.decode_deltas(deltas[:, 0], roi, torch.tensor(co_detr.SPREAD))
+    center, size = torch.tensor([50 + 5, 25 + 2.5]), torch.tensor([100.0, 50.0]) * math.exp(0.1)   # spreads 0.05 and 0.1
+    assert torch.allclose(box, torch.cat((center - size / 2, center + size / 2))[None])
+
+
+def test_a_detector_on_swin_trains_and_is_evaluated(tiny, tmp_path, capsys):
+    flags = ("--model dino --preset small --backbone swin_t --drop_path 0.1 --num_train 8 --num_val 4 --batch_size 4 "
+             "--epochs 1 --ema 0 --device cpu --workers 0 --threads 1 --recompute --dim 32 --ffn_dim 32 --num_queries 9")
+    run, cfg = train.parse([*flags.split(), "--out", str(tmp_path)])
+    record = train.train(run, cfg)
+    assert record["step"] == 2 and 0 <= record["AP"] <= 1
+    assert "backbone swin_t: random weights" in capsys.readouterr().out
+
+
+def test_an_unknown_backbone_is_refused_with_the_choices(tmp_path):
+    with pytest.raises(SystemExit, match="unknown backbone 'swin_xl': choose one of resnet18.*swin_l.*vit_l.*focalnet"):
+        train.main(["--backbone", "swin_xl", "--num_train", "8", "--num_val", "4", "--out", str(tmp_path)])
+
+
+def test_a_vit_without_its_five_levels_is_refused(tiny):
+    with pytest.raises(ValueError, match="--num_feature_levels 5"):
+        build_backbone("vit_l", "none", maps=3)
+    with pytest.raises(ValueError, match="expected dim 256 and 5 feature levels.*got dim 32"):
+        tiny_detector("co_detr", "vit_l", dim=32)
