@@ -14,6 +14,7 @@ A checkpoint of ours is a dictionary of tensors and plain types:
     select_classes, fit          class rows by position (91 COCO ids -> 80 classes) and by name (`train.py --init`)
 """
 import dataclasses
+import functools
 import importlib
 import json
 import os
@@ -27,6 +28,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
+
+from backbones import BACKBONES, build_backbone, learned
 
 FORMAT = 1
 _SCALAR = np.float64(0).__reduce__()[0]   # what makes a pickled NumPy number; NumPy 1 and 2 name it differently
@@ -183,18 +186,19 @@ FAMILIES = {
     "deformable_detr_refine": Family("deformable_detr", {"with_box_refine": True}, False, ("bbox_embed",)),
     "deformable_detr_two_stage": Family("deformable_detr", {"with_box_refine": True, "two_stage": True}, False,
                                         ("bbox_embed", "class_embed")),
-    "dino": Family("dino", {}, True, ("bbox_embed", "class_embed")),   # 4-scale and 5-scale
-    "h_detr": Family("h_detr", {}, False, ("bbox_embed", "class_embed")),
+    "dino": Family("dino", {}, True, ("bbox_embed", "class_embed")),   # 4-scale and 5-scale; Swin and FocalNet unverified,
+    "h_detr": Family("h_detr", {}, False, ("bbox_embed", "class_embed")),   # as Swin here: no list of their names was seen
     "co_dino": Family("co_detr", {}, False),
     "co_deformable": Family("co_detr", {"detector": "h_detr", "quality_focal": False, "soft_nms": 0.0, "loss_class": 2.0,
                                         "top_k": 100}, False),
 }
-RENAMED = {"backbone.0.body.": "backbone.", "transformer.encoder.layers.": "encoder.",   # prefix: theirs -> ours
+RENAMED = {"backbone.0.body.": "backbone.", "backbone.0.": "backbone.",   # prefix: theirs -> ours
+           "transformer.encoder.layers.": "encoder.",
            "transformer.decoder.layers.": "decoder.", "transformer.decoder.norm.": "decoder_norm.",
            "transformer.decoder.ref_point_head.": "ref_point_head.", "transformer.": ""}
 HEAD = "query_head.transformer."
 CO_DETR = {   # theirs -> ours; * is a number that stays, LAST the coarsest level, ENC the number of decoder layers
-    "backbone.": "detector.backbone.",
+    "neck.p": "detector.backbone.neck.p", "backbone.": "detector.backbone.",
     "neck.extra_convs.0.conv.": "detector.input_proj.LAST.0.", "neck.extra_convs.0.gn.": "detector.input_proj.LAST.1.",
     "neck.convs.*.conv.": "detector.input_proj.*.0.", "neck.convs.*.gn.": "detector.input_proj.*.1.",
     HEAD + "encoder.layers.*.attentions.0.": "detector.encoder.*.self_attn.",
@@ -221,6 +225,7 @@ CO_DETR = {   # theirs -> ours; * is a number that stays, LAST the coarsest leve
     HEAD + "head_pos_embed.": "head_embed.", "query_head.downsample.": "downsample.",
     **{f"rpn_head.rpn_{part}.": f"rpn.{part}." for part in ("conv", "cls", "reg")},
     "roi_head.0.bbox_head.shared_fcs.0.": "roi.fc1.", "roi_head.0.bbox_head.shared_fcs.1.": "roi.fc2.",
+    "roi_head.0.bbox_head.shared_convs.*.conv.": "roi.convs.*.0.", "roi_head.0.bbox_head.shared_convs.*.gn.": "roi.convs.*.1.",
     "roi_head.0.bbox_head.fc_cls.": "roi.cls.", "roi_head.0.bbox_head.fc_reg.": "roi.reg.",
     **{f"bbox_head.0.{part}_convs.0.{theirs}.": f"atss.{part}_tower.{i}." for part in ("cls", "reg")
        for i, theirs in enumerate(("conv", "gn"))},
@@ -260,7 +265,7 @@ def recognise(state: dict) -> tuple[str, dict]:
         refine = "transformer.decoder.bbox_embed.0.layers.0.weight" in state
         family = "deformable_detr_refine" if refine else "deformable_detr"
     shape = {key: tuple(value.shape) for key, value in state.items()}
-    found = dict(FAMILIES[family].overrides)
+    found = FAMILIES[family].overrides | recognise_backbone(state)
     found["num_feature_levels"], found["dim"] = shape["transformer.level_embed"]
     found["ffn_dim"] = shape["transformer.encoder.layers.0.linear1.weight"][0]
     for part in ("encoder", "decoder"):
@@ -279,14 +284,42 @@ def recognise_co_detr(state: dict) -> tuple[str, dict]:
     """`recognise` for Co-DETR, which was written in another framework."""
     shape = {key: tuple(value.shape) for key, value in state.items()}
     family = "co_dino" if "query_head.label_embedding.weight" in state else "co_deformable"
-    found = dict(FAMILIES[family].overrides)
+    found = recognise_backbone(state)
     found["num_feature_levels"], found["dim"] = shape[HEAD + "level_embeds"]
     found["ffn_dim"] = shape[HEAD + "encoder.layers.0.ffns.0.layers.0.0.weight"][0]
     for part in ("encoder", "decoder"):
         found[f"{part}_layers"] = count_layers(state, part)
     found["num_queries"] = shape[HEAD + "query_embed.weight" if family == "co_dino" else "query_head.query_embedding.weight"][0]
-    found["roi_dim"] = shape["roi_head.0.bbox_head.shared_fcs.1.weight"][0]
-    return family, found
+    found["roi_dim"] = shape["roi_head.0.bbox_head.shared_fcs.0.weight"][0]
+    found["roi_convs"] = sum(bool(re.match(r"roi_head\.0\.bbox_head\.shared_convs\.\d+\.conv\.", key)) for key in shape)
+    variant = {("vit_l", 1500): "vit_l", ("swin_l", 900): f"{family}_swin_l_900q"}.get(
+        (found.get("backbone"), found["num_queries"]))   # no shape shows the sizes of images and how many detections are kept
+    variants = importlib.import_module("co_detr").VARIANTS
+    return family, FAMILIES[family].overrides | variants.get(variant, {}) | found
+
+
+def recognise_backbone(state: dict) -> dict:
+    """{"backbone": name} of the backbone in a state dict, in DINO's, H-DETR's or Co-DETR's names; {} when it has none."""
+    theirs = backbone_shapes({re.sub(r"^backbone\.(0\.)?(body\.)?", "", key): value
+                              for key, value in learned(state).items() if key.startswith("backbone.")})
+    if not theirs:
+        return {}
+    for name in BACKBONES:
+        if published_shapes(name) == theirs:
+            return {"backbone": name}
+    raise ValueError(f"expected a backbone among {', '.join(BACKBONES)}, got another one, with tensors such as "
+                     f"{', '.join(list(theirs)[:3])}: this file cannot represent it")
+
+
+def backbone_shapes(state: dict) -> dict:
+    """{name: shape} of what all detectors on the same backbone have in common: neither output norms nor pyramid."""
+    return {key: tuple(value.shape) for key, value in state.items() if not re.match(r"norm\d\.|neck\.", key)}
+
+
+@functools.cache
+def published_shapes(name: str) -> dict:
+    with torch.device("meta"):
+        return backbone_shapes(build_backbone(name, "imagenet").state_dict())
 
 
 def count_layers(state: dict, part: str) -> int:
@@ -296,8 +329,7 @@ def count_layers(state: dict, part: str) -> int:
 
 
 def translate(state: dict, back: bool = False) -> dict:
-    """Co-DETR's names -> ours, or back. Counters of batch normalisation and raw weights beside averaged ones (`ema_`) are
-    left out: nothing here reads them."""
+    """Co-DETR's names -> ours, or back. Raw weights beside averaged ones (`ema_`) are left out: nothing here reads them."""
     levels = next(len(value) for key, value in state.items() if key.endswith(("level_embeds", "level_embed")))
     numbers = {"LAST": str(levels - 1), "ENC": str(count_layers(state, "decoder"))}
     table = []
@@ -310,7 +342,7 @@ def translate(state: dict, back: bool = False) -> dict:
         table.append((re.compile(re.escape(old).replace(r"\*", r"(\d+)")), new.replace("*", r"\1")))
     result = {}
     for key, value in state.items():
-        if key.endswith("num_batches_tracked") or key.startswith("ema_"):
+        if key.startswith("ema_"):
             continue
         pattern, new = next((row for row in table if row[0].match(key)), (None, None))
         if pattern is None:
@@ -321,8 +353,8 @@ def translate(state: dict, back: bool = False) -> dict:
 
 def from_authors(state: dict, family: str) -> dict:
     """Authors' names -> ours; second copies of the heads are compared and dropped. ValueError when copies that must be
-    equal are not, or tied heads differ."""
-    state, kind = strip_profiler(state), FAMILIES[family]
+    equal are not, or tied heads differ. What `backbones.learned` drops is not in the result, nor does `to_authors` make it."""
+    state, kind = learned(strip_profiler(state)), FAMILIES[family]
     if kind.model_name == "co_detr":
         return translate(state)
     ours = {}
@@ -357,6 +389,8 @@ def to_authors(state: dict, family: str) -> dict:
     if FAMILIES[family].model_name == "co_detr":
         return translate(state, back=True)
     theirs = {ours: old for old, ours in RENAMED.items()}
+    if family != "dino" or "backbone.patch_embed.proj.weight" not in state:
+        theirs["backbone."] = "backbone.0.body."
     authors = {}
     for key, value in state.items():
         authors[key if key.startswith(SAME) else rename(key, theirs)] = value
