@@ -521,6 +521,18 @@ def select_classes(state: dict, rows: list[int]) -> dict:
     return result
 
 
+def used_classes(model: nn.Module, paper, cfg, names: list[str]) -> tuple[nn.Module, list[str]]:
+    """A model without the unused ones of the 91 COCO columns, and its class names."""
+    rows = [row for row, name in enumerate(names) if not name.startswith("unused ")]
+    if len(rows) == len(names):
+        return model, names
+    print(f"keeping the {len(rows)} class columns in use of {len(names)}")
+    device = next(model.parameters()).device
+    fitted, _ = paper.build(cfg, len(rows))
+    fitted.load_state_dict(select_classes(model.state_dict(), rows))
+    return fitted.to(device).eval(), [names[row] for row in rows]
+
+
 def fit(state: dict, names: list[str], into: dict, into_names: list[str]) -> tuple[dict, list[str]]:
     """Weights for a model with other classes or parts: by name and shape, class rows by class name.
 

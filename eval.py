@@ -38,6 +38,7 @@ import data
 SMALL_AREA = 32 ** 2     # px^2 of the original image: COCO's border between small and medium objects
 _TRUTHS = weakref.WeakKeyDictionary()   # data set -> its COCO, made once: training evaluates after every epoch
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}   # segm_cls: masks ranked without their own score
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 
@@ -45,8 +46,8 @@ SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 
 @torch.no_grad()
 def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, amp=False, workers=0, rank=0, world=1):
-    """AP of `model` on `dataset` -> {"bbox": figures, "segm": figures (with masks), "images", "seconds",
-    "score_seconds"}, figures as in `score`.
+    """AP of `model` on `dataset` -> {"bbox": figures, "segm": figures (with masks), "segm_cls": the same masks ranked by the
+    score of their box (where they have scores of their own), "images", "seconds", "score_seconds"}, figures as in `score`.
 
     `detect(outputs, sizes, top_k)` comes from the paper file. With `world` processes each rank runs every world-th
     image and all ranks get all results, hence the same figures. The model's training mode is left as it was found.
@@ -66,7 +67,10 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, am
         _TRUTHS[dataset] = dataset.coco()
     metrics = {"bbox": score(_TRUTHS[dataset], results, "bbox", max_dets)}
     if dataset.has_masks and any("segmentation" in result for result in results):
-        metrics["segm"] = score(_TRUTHS[dataset], results, "segm", max_dets)
+        metrics["segm"] = score(_TRUTHS[dataset], [{**row, "score": row.get("mask_score", row["score"])} for row in results],
+                                "segm", max_dets)
+        if any("mask_score" in result for result in results):
+            metrics["segm_cls"] = score(_TRUTHS[dataset], results, "segm", max_dets)
     end = time.perf_counter()
     return {**metrics, "images": len(dataset), "seconds": end - start, "score_seconds": end - scoring}
 
@@ -79,7 +83,7 @@ def predict(model, dataset, indices, device, batch_size=1, amp=False, workers=0)
     try:
         for images, padding, targets in loader:
             with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                outputs = model(images.to(device), padding.to(device))
+                outputs = model(images.to(device), padding.to(device), targets)   # read by none but `--roi_box gt`
             yield outputs, targets
             done += len(targets)
             if sys.stderr.isatty():
@@ -95,7 +99,7 @@ def coco_results(detections, image_ids, category_ids):
 
     detections: one {scores (k,), labels (k,), boxes (k, 4) xyxy px, masks (k, h, w) or k RLEs (optional)} per image;
     category_ids[label] is the category's id in the json. Masks become `segmentation`, a compressed RLE whose counts
-    are text, so the list can be written as json.
+    are text, so the list can be written as json; `mask_scores` (k,), where masks have their own, become `mask_score`.
     """
     results = []
     for detection, image_id in zip(detections, image_ids, strict=True):
@@ -107,6 +111,9 @@ def coco_results(detections, image_ids, category_ids):
         if "masks" in detection:
             for row, mask in zip(rows, encode_masks(detection["masks"]), strict=True):
                 row["segmentation"] = mask
+        if "mask_scores" in detection:
+            for row, value in zip(rows, detection["mask_scores"].tolist(), strict=True):
+                row["mask_score"] = value
         results += rows
     return results
 
@@ -184,18 +191,18 @@ def _results_as_coco(gt, results, iou_type):
 
 def table(metrics, classes=True):
     """The figures of `evaluate` as text: one line per kind of overlap, then (`classes`) one line per class."""
-    kinds = [kind for kind in ("bbox", "segm") if kind in metrics]
+    kinds = [kind for kind in KINDS if kind in metrics]
     recalls = sorted((key for key in metrics["bbox"] if re.fullmatch(r"AR\d+", key)), key=lambda key: int(key[2:]))
-    lines = [" " * 6 + "".join(f"{name:>8}" for name in (*COLUMNS, *recalls))]
+    lines = [" " * 8 + "".join(f"{name:>8}" for name in (*COLUMNS, *recalls))]
     for kind in kinds:
-        lines.append(f"{kind:6}" + "".join(_cell(metrics[kind][name]) for name in (*COLUMNS, *recalls)))
+        lines.append(f"{kind:8}" + "".join(_cell(metrics[kind][name]) for name in (*COLUMNS, *recalls)))
     if classes:
         per_class = metrics["bbox"]["per_class"]
         width = max(map(len, per_class), default=0) + 2
-        head = "".join(f"{kind + ' ' + name:>12}" for kind in kinds for name in ("AP", "AP50"))
+        head = "".join(f"{kind + ' ' + name:>14}" for kind in kinds for name in ("AP", "AP50"))
         lines += ["", f"{'class':{width}}{'objects':>8}{head}"]
         for name, row in per_class.items():
-            cells = "".join(_cell(metrics[kind]["per_class"][name][column], 12)
+            cells = "".join(_cell(metrics[kind]["per_class"][name][column], 14)
                             for kind in kinds for column in ("AP", "AP50"))
             lines.append(f"{name:{width}}{row['objects']:>8}{cells}")
     return "\n".join(lines)
@@ -389,12 +396,13 @@ def validation_set(folder, cfg, meta):
     run = meta.get("run")
     if not folder and not run:
         raise ValueError("expected --data DIR: released weights do not say which data they belong to")
+    masks = getattr(importlib.import_module(meta["model_name"]), "NEEDS_MASKS", False)
     if not folder and run["overfit"]:
-        return data.build_datasets(run["data"] or None, cfg, run["seed"], overfit=run["overfit"], num_train=run["num_train"])[1]
+        return data.build_datasets(run["data"] or None, cfg, run["seed"], masks, run["overfit"], run["num_train"])[1]
     folder, transform = folder or run["data"], data.eval_transform(cfg)
     if folder:
-        return data.CocoFolder(folder, "val", transform)
-    return data.Shapes("val", run["num_val"], transform=transform)
+        return data.CocoFolder(folder, "val", transform, masks)
+    return data.Shapes("val", run["num_val"], transform=transform, load_masks=masks)
 
 
 def settings(cfg):
@@ -412,14 +420,7 @@ def fit_classes(model, paper, cfg, meta, dataset):
         raise ValueError(f"expected a data set with the classes of the checkpoint, in this order,\n  {names}\n"
                          f"got {dataset.name} with\n  {dataset.class_names}\n"
                          "give the data it was trained on with --data, or train on these classes: train.py --init")
-    if len(names) == len(meta["class_names"]):
-        return model
-    rows = [row for row, name in enumerate(meta["class_names"]) if not name.startswith("unused ")]
-    print(f"keeping the {len(rows)} class columns in use of {len(meta['class_names'])}")
-    device = next(model.parameters()).device
-    fitted, _ = paper.build(cfg, len(rows))
-    fitted.load_state_dict(checkpoints.select_classes(model.state_dict(), rows))
-    return fitted.to(device).eval()
+    return checkpoints.used_classes(model, paper, cfg, meta["class_names"])[0]
 
 
 def parser():
@@ -427,6 +428,7 @@ def parser():
     flags.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a run, or released weights")
     flags.add_argument("--variant", default="", metavar="NAME", help="of the paper file, for what released weights do not "
                        "show: dc5, for instance")
+    flags.add_argument("--detector", metavar="FILE", help="where the frozen detector of a mask network lies now")
     flags.add_argument("--data", metavar="DIR", help="COCO-layout folder; without it, the data of the checkpoint")
     flags.add_argument("--images", nargs="+", metavar="PATH", help="detect on these files, folders or glob patterns")
     flags.add_argument("--score_threshold", type=float, default=0.3, help="least score that is drawn (default 0.3)")
@@ -444,7 +446,9 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
-        model, cfg, meta = checkpoints.load_model(args.checkpoint, args.device, args.variant)
+        moved = {"detector": args.detector} if args.detector else {}
+        model, cfg, meta = checkpoints.load_model(args.checkpoint, args.device, args.variant, **moved)
+        cfg.top_k = max(cfg.top_k, args.max_dets)
         paper = importlib.import_module(meta["model_name"])
         if args.images:
             paths = find_images(args.images)

@@ -52,7 +52,7 @@ from backbones import load_backbone_weights
 from data import NUM_TRAIN, NUM_VAL
 from deformable_attn import BuildError, ms_deform_attn
 from eval import COLUMNS as AP_COLUMNS
-from eval import Flags, evaluate, predict
+from eval import KINDS, Flags, evaluate, predict
 
 LOG_EVERY = 10          # steps between lines of log.jsonl, and between waits for the device
 BAD_LIMIT = 3           # steps in a row without a finite loss before the run stops
@@ -60,7 +60,8 @@ SAME_REQUEST = 2.0      # seconds in which several signals mean one
 MATCHED_IMAGES = 200    # validation images whose matching is followed from evaluation to evaluation
 MAY_CHANGE = {"model", "out", "resume", "device", "workers", "threads", "eval_every", "save_every",   # by --resume
               "accum", "amp", "recompute", "compile", "deterministic"}
-PARTS = r"(^|\.)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+\.)?blocks\.\d+))$"   # of --recompute, --compile
+PARTS = r"(^|\.|_)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+\.)?blocks\.\d+))$"   # of --recompute, --compile
+SAME_DATA = ("data", "num_train", "num_val", "seed")   # what a run shares with the detector it trains first
 OVERFIT_STEPS, OVERFIT_EPOCHS, OVERFIT_AP = 100, 30, 0.95   # of --overfit: steps an epoch, epochs, AP that ends it
 
 
@@ -294,16 +295,19 @@ class Average:
 
 def lr_factor(cfg, step: int, steps: int) -> float:
     """What every learning rate is multiplied by at this step. `steps`: of one epoch. Step: 0.1 once after epoch lr_drop;
-    cosine: from 1 to 0.01; all rise linearly over the first `warmup` share of the run."""
+    drops: 0.1 after each share of the run in lr_drops; cosine: from 1 to 0.01; all rise linearly over the first `warmup`
+    share of the run."""
     total = steps * cfg.epochs
     rise = min(1.0, (step + 1) / max(1.0, cfg.warmup * total))
     if cfg.schedule == "step":
         return rise * (0.1 if step >= cfg.lr_drop * steps else 1.0)
+    if cfg.schedule == "drops":
+        return rise * 0.1 ** sum(step >= round(share * total) for share in cfg.lr_drops)
     if cfg.schedule == "cosine":
         return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
     if cfg.schedule == "flat":
         return rise
-    raise ValueError(f"expected --schedule step, cosine or flat, got {cfg.schedule!r}")
+    raise ValueError(f"expected --schedule step, drops, cosine or flat, got {cfg.schedule!r}")
 
 
 # ---------------------------------------------------------------------------------------------- data
@@ -311,9 +315,13 @@ def lr_factor(cfg, step: int, steps: int) -> float:
 def load_data(run: Run, cfg, rank: int):
     """-> cfg, training set, validation set. With --overfit both are the same few images and nothing is random."""
     if run.overfit:
-        cfg = dataclasses.replace(cfg, dropout=0.0, schedule="flat")
-    train_set, val_set = data.build_datasets(run.data or None, cfg, run.seed, overfit=run.overfit,
+        cfg = dataclasses.replace(cfg, schedule="flat", **({"dropout": 0.0} if hasattr(cfg, "dropout") else {}))
+    masks = getattr(load_paper(run.model), "NEEDS_MASKS", False)
+    train_set, val_set = data.build_datasets(run.data or None, cfg, run.seed, masks, overfit=run.overfit,
                                              num_train=run.num_train, num_val=run.num_val)
+    if masks and not train_set.has_masks:
+        raise ValueError(f"expected a segmentation for every object of {train_set.name}, as {run.model} learns masks, got "
+                         "objects without one: add them to the json, or train a detector")
     if rank == 0:
         data.quick_check(train_set)   # refuses a training set without one object
         data.quick_check(val_set, training=False)
@@ -357,15 +365,16 @@ def evaluation(model, criterion, paper, dataset, cfg, plan: Plan, run: Run, now:
     common = dict(batch_size=plan.micro, amp=run.amp, workers=run.workers)
     scores = evaluate(model, paper.detect, dataset, cfg, run.device, rank=plan.rank, world=plan.world, **common)
     matches = assignments(model, criterion, dataset, run.device, **common)
-    now.best = max(now.best, scores["bbox"]["AP"])
+    main = scores.get("segm", scores["bbox"])["AP"]   # of masks, where the model makes them
+    now.best = max(now.best, main)
     record = {"kind": "eval", "epoch": now.epoch + 1, "step": now.step, "train_seconds": round(now.seconds, 3),
-              "AP": scores["bbox"]["AP"], "best": now.best, **{k: scores[k] for k in ("bbox", "segm") if k in scores}}
+              "AP": main, "best": now.best, **{k: scores[k] for k in KINDS if k in scores}}
     if now.matches is not None:
         record["instability"] = (matches != now.matches).sum(1).float().mean().item()
     now.matches = matches
     record["eval_seconds"] = round(time.perf_counter() - begin, 3)
     cells = [f"{name} {value:.3f}" for name, value in scores["bbox"].items() if name in AP_COLUMNS]
-    cells += [f"mask AP {scores[kind]['AP']:.3f}" for kind in ("segm",) if kind in scores]
+    cells += [f"{name} {scores[kind]['AP']:.3f}" for kind, name in list(KINDS.items())[1:] if kind in scores]
     cells += [f"{name} {record[name]:.2f}" for name in ("instability",) if name in record]
     if plan.rank == 0:
         tqdm.write(f"epoch {record['epoch']:>3}  trained {now.seconds / 60:6.2f} min  " + "  ".join(cells))
@@ -419,11 +428,14 @@ def restore(state: dict, model, average: Average, optimizer, plan: Plan) -> Prog
 
 def start_weights(run: Run, cfg, model, class_names: list[str]) -> list[str]:
     """Fills a fresh model from --init or the backbone's weights -> lines for the report."""
+    if getattr(model, "class_names", class_names) != class_names:   # of a wrapped detector
+        raise ValueError(f"expected a detector of the classes of the data, in this order,\n  {class_names}\n"
+                         f"got\n  {model.class_names}\ntrain it on this data, or give --data what it was trained on")
     if run.resume:
         return [f"resumed from {run.resume}"]
     if not run.init:
-        backbone = next(module for name, module in model.named_modules() if name.split(".")[-1] == "backbone")
-        return [load_backbone_weights(backbone, cfg.backbone, cfg.backbone_weights)]
+        backbones = [module for name, module in model.named_modules() if name.split(".")[-1] == "backbone"]
+        return [load_backbone_weights(backbone, cfg.backbone, cfg.backbone_weights) for backbone in backbones]
     state = checkpoints.load(run.init)
     if "model_name" not in state:
         state = checkpoints.released(state, run.init)
@@ -790,6 +802,25 @@ def parse(argv: list[str]) -> tuple[Run, object]:
     return run, checkpoints.make_config(paper, {**values, **cfg_given})
 
 
+def default_detector(run: Run) -> str:
+    """What --detector auto stands for: best.pt of the default DINO on the same data. It is trained first, in runs/dino or,
+    where that holds another run, in this run's folder; one that was stopped goes on."""
+    wanted = dataclasses.replace(run, model="dino", variant="", init="", overfit=0)
+    cfg = checkpoints.make_config(load_paper("dino"), recipe(load_paper("dino"), wanted))
+    for folder in (Path("runs/dino"), Path(run.out or f"runs/{run.model}") / "detector"):
+        last = folder / "last.pt"
+        saved = checkpoints.load(last) if last.exists() else None
+        if saved and (saved["config"] != dataclasses.asdict(cfg) or any(saved["run"][k] != getattr(run, k) for k in SAME_DATA)):
+            continue
+        scores = visualize.read_log(folder)[1] if saved else []
+        if not scores or scores[-1]["epoch"] < cfg.epochs:
+            print(f"detector  none on this data yet: the default DINO is trained first, in {folder}; the masks follow")
+            scores = [train(dataclasses.replace(wanted, out=str(folder), resume=str(last) if saved else ""), cfg)]
+        print(f"detector  {folder / 'best.pt'}: the default DINO on this data, box AP {scores[-1]['best']:.3f}")
+        return str(folder / "best.pt")
+    raise ValueError(f"expected a default DINO or nothing in {folder}, got another run: name another folder with --out")
+
+
 def out_of_memory(error, run: Run, cfg) -> str:
     """What is lost (nothing that was saved) and what to try next: first what leaves every result as it is."""
     last = Path(run.out or f"runs/{run.model}") / "last.pt"
@@ -810,6 +841,8 @@ def main(argv: list[str] | None = None) -> None:
         run, cfg = parse(sys.argv[1:] if argv is None else argv)
         if run.check_data:
             sys.exit(1 if data.check(run.check_data) else 0)
+        if getattr(cfg, "detector", "") == "auto":
+            cfg = dataclasses.replace(cfg, detector=default_detector(run))
         train(run, cfg)
         if dist.is_initialized():
             dist.destroy_process_group()

@@ -169,7 +169,7 @@ class Perfect(torch.nn.Module):
         super().__init__()
         self.dataset, self.next = dataset, 0
 
-    def forward(self, images, padding):
+    def forward(self, images, padding, targets=None):
         first, self.next = self.next, self.next + len(images)
         return {"images": range(first, self.next)}
 
@@ -250,7 +250,7 @@ def test_each_process_runs_its_share_and_all_score_everything(monkeypatch):
     shares = []
 
     class Strided(Perfect):
-        def forward(self, images, padding):
+        def forward(self, images, padding, targets=None):
             first, self.next = self.next, self.next + 2 * len(images)
             return {"images": range(first, self.next, 2)}
 
@@ -292,7 +292,7 @@ def test_atd_by_hand_for_anchors_that_are_boxes_and_points():
             anchors = [[0.2, 0.2, 0.1, 0.1], [0.9, 0.9, 0.9, 0.9], [0.5, 0.6, 0.3, 0.3]]
             self.anchors = torch.tensor(anchors)[:, :coordinates]
 
-        def forward(self, images, padding):
+        def forward(self, images, padding, targets=None):
             return {"anchors": self.anchors[None]}
 
         def match(self, outputs, targets):
