@@ -128,17 +128,18 @@ def newest(folder: str | Path) -> Path:
     raise FileNotFoundError(f"nothing to resume in {folder}: {reasons[0]}. Start the run without --resume")
 
 
-def load_model(path: str | Path, device="cpu", variant: str = "") -> tuple[nn.Module, object, dict]:
+def load_model(path: str | Path, device="cpu", variant: str = "", detector: str = "") -> tuple[nn.Module, object, dict]:
     """A checkpoint of ours or a released one -> model in eval mode (moving average when there is one), its Config and
     {model_name, class_names, category_ids, step, ...}. `variant`: one of the paper file's VARIANTS, for what neither
-    weights nor options of a released file tell, such as `dc5`."""
+    weights nor options of a released file tell, such as `dc5`; `detector`: where the frozen one of a mask network lies now."""
     state = load(path)
     if "model_name" not in state:
         state = released(state, path)
     paper = importlib.import_module(state["model_name"])
     if variant not in ("", *paper.VARIANTS):
         raise ValueError(f"expected --variant to be one of {', '.join(paper.VARIANTS)}, got {variant!r}")
-    cfg = make_config(paper, {**state["config"], **paper.VARIANTS.get(variant, {})})
+    moved = {"detector": detector} if detector else {}
+    cfg = make_config(paper, {**state["config"], **paper.VARIANTS.get(variant, {}), **moved})
     model, _ = paper.build(cfg, len(state["class_names"]))
     model.load_state_dict(state.get("ema", state["model"]))
     meta = {key: value for key, value in state.items() if key not in ("model", "ema", "optimizer", "rng")}

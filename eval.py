@@ -428,7 +428,7 @@ def parser():
     flags.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a run, or released weights")
     flags.add_argument("--variant", default="", metavar="NAME", help="of the paper file, for what released weights do not "
                        "show: dc5, for instance")
-    flags.add_argument("--detector", metavar="FILE", help="where the frozen detector of a mask network lies now")
+    flags.add_argument("--detector", default="", metavar="FILE", help="where the frozen detector of a mask network lies now")
     flags.add_argument("--data", metavar="DIR", help="COCO-layout folder; without it, the data of the checkpoint")
     flags.add_argument("--images", nargs="+", metavar="PATH", help="detect on these files, folders or glob patterns")
     flags.add_argument("--score_threshold", type=float, default=0.3, help="least score that is drawn (default 0.3)")
@@ -446,8 +446,7 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
-        moved = {"detector": args.detector} if args.detector else {}
-        model, cfg, meta = checkpoints.load_model(args.checkpoint, args.device, args.variant, **moved)
+        model, cfg, meta = checkpoints.load_model(args.checkpoint, args.device, args.variant, args.detector)
         cfg.top_k = max(cfg.top_k, args.max_dets)
         paper = importlib.import_module(meta["model_name"])
         if args.images:

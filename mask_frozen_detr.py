@@ -8,10 +8,10 @@ authors are public, nor could we read more than the abstract, the equations and 
     paper                                            here
     Figure 1, the frozen detector                    Frozen
     baseline, F = C1 + interp(F_e(E))                MaskFrozenDETR.feature_map
-    image-level mask  sigma(q_i F^T)                 `level` image: whole_image
+    image-level mask  sigma(q_i F^T)                 whole_image
     box-level mask  R_i = RoIAlign(F, b_i)           MaskFrozenDETR.look_closer, boxes.roi_align
     image feature encoder F_e, box encoder F_b       DeformableBlock, SwinMapBlock, ConvNeXtBlock, encode
-    channel mapper                                   `channel_dim`: channel_mapper, query_mapper
+    channel mapper                                   channel_mapper, query_mapper
     neck on the backbone map                         Neck
     query feature encoder                            QueryEncoder
     mask scoring  s_i = c_i iou_i                    ScoreHead, mask_iou
