@@ -122,8 +122,9 @@ VARIANTS = {
     "image_baseline": dict(level="image", **BASELINE),
     "box_baseline": BASELINE,
 }
-CHOICES = {"level": ("box", "image"), "roi_box": ("pred", "gt"), "query_encoder": ("none", "obj2obj", "box2obj", "both"),
-           "image_encoder": ("none", "deformable", "swin", "convnext"), "box_encoder": ("none", "deformable", "swin", "convnext")}
+ENCODERS = ("none", "deformable", "swin", "convnext")
+CHOICES = {"level": ("box", "image"), "roi_box": ("pred", "gt"), "image_encoder": ENCODERS, "box_encoder": ENCODERS,
+           "query_encoder": ("none", "obj2obj", "box2obj", "both")}
 
 
 class Regions(NamedTuple):
@@ -323,8 +324,8 @@ def load_frozen(path: str, num_classes: int, enc_layer: int) -> Frozen:
     paper = import_module(meta["model_name"])
     model, names = checkpoints.used_classes(model, paper, cfg, meta["class_names"])
     if len(names) != num_classes:
-        raise ValueError(f"expected a detector of {num_classes} classes, as the data has, got {path} with {len(names)}: train it "
-                         "on this data first (train.py --init copies class rows by name)")
+        raise ValueError(f"expected a detector of {num_classes} classes, as the data has, got {path} with {len(names)}: train "
+                         "it on this data first (train.py --init copies class rows by name)")
     return Frozen(model, paper.detect, enc_layer, names)
 
 

@@ -1,5 +1,4 @@
 """mask_frozen_detr.py: no code or weights of the authors exist, so every part stands beside a slow oracle."""
-import dataclasses
 from copy import deepcopy
 from dataclasses import replace
 
@@ -423,8 +422,8 @@ def test_a_crowd_is_represented_by_some_of_its_objects():
 
 
 ABLATIONS = [dict(), dict(level="image", box_encoder="none", query_encoder="none", mask_scoring=False), mfd.BASELINE,
-             dict(image_encoder="convnext", box_encoder="convnext"), dict(image_encoder="swin", box_encoder="swin"), dict(query_encoder="obj2obj"),
-             dict(query_encoder="both", query_ffn=True), dict(point_loss=False), dict(mask_scoring=False), dict(roi_box="gt"),
+             dict(image_encoder="convnext", box_encoder="convnext"), dict(image_encoder="swin", box_encoder="swin"),
+             dict(query_encoder="obj2obj"), dict(query_encoder="both", query_ffn=True), dict(point_loss=False), dict(mask_scoring=False), dict(roi_box="gt"),
              dict(enc_layer=1), dict(roi_size=16, channel_dim=64)]
 
 
@@ -500,17 +499,105 @@ def test_the_learning_rate_falls_after_ninety_and_ninety_five_percent():
     assert list(factors.values()) == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
-# ------------------------------------------------------------------------------------------------ from the command line
+# ------------------------------------------------------------------------------------------ from the command line
+
+@pytest.fixture(autouse=True)
+def no_pictures(monkeypatch):
+    """They have their own tests."""
+    monkeypatch.setattr(train.visualize, "predictions", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train.visualize, "curves", lambda *args, **kwargs: None)
+
+
+def run(*words):
+    train.main([*words, "--num_val", "3", "--threads", "1", "--workers", "0", "--device", "cpu"])
+
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A DINO of one step, and the folder it lies in."""
-    folder = tmp_path_factory.mktemp("runs")
-    tiny = ["--num_train", "8", "--num_val", "3", "--epochs", "1", "--dim", "32", "--ffn_dim", "32", "--num_heads", "2",
-            "--train_sizes", "64", "--eval_size", "64", "--num_queries", "12", "--threads", "1", "--workers", "0", "--device", "cpu"]
-    train.main(["--model", "dino", "--out", str(folder / "dino"), *tiny])
-    return folder
+    """Checkpoint of a small DINO of one step."""
+    out = tmp_path_factory.mktemp("runs") / "dino"
+    run("--model", "dino", "--num_train", "8", "--epochs", "1", "--dim", "32", "--ffn_dim", "32", "--num_heads", "2",
+        "--train_sizes", "64", "--eval_size", "64", "--num_queries", "12", "--out", str(out))
+    return str(out / "best.pt")
 
 
-MASKS = ["--model", "mask_frozen_detr", "--num_train", "12", "--num_val", "3", "--epochs", "2", "--train_sizes", "64", "--eval_size",
-         "64", "--channel_dim", "32", "--roi_size", "8", "--batch_size", "4", "--threads", "1", "--workers", "0", "--device", "cpu"]
+MASKS = ("--model", "mask_frozen_detr", "--num_train", "12", "--train_sizes", "64", "--eval_size", "64", "--batch_size", "4",
+         "--channel_dim", "32", "--roi_size", "8")
+
+
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, trained, monkeypatch):
+    run(*MASKS, "--detector", trained, "--epochs", "2", "--out", str(tmp_path / "whole"))
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(train, "evaluation", killed)
+        run(*MASKS, "--detector", trained, "--epochs", "2", "--out", str(tmp_path / "cut"))
+    run(*MASKS[:2], "--out", str(tmp_path / "cut"), "--resume")
+    whole, cut = (checkpoints.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    assert whole["step"] == cut["step"] == 6
+    for part in ("model", "ema"):
+        assert all(torch.equal(value, cut[part][key]) for key, value in whole[part].items())
+    assert not any(key.startswith(("backbone", "encoder", "decoder")) for key in whole["model"])
+
+
+def test_a_checkpoint_is_evaluated_with_and_without_mask_scores_and_knows_its_detector(tmp_path, trained, capsys, monkeypatch):
+    run(*MASKS, "--detector", trained, "--epochs", "1", "--out", str(tmp_path / "masks"))
+    log = (tmp_path / "masks" / "log.jsonl").read_text()
+    assert '"segm"' in log and '"segm_cls"' in log
+    moved = tmp_path / "elsewhere.pt"
+    moved.write_bytes(open(trained, "rb").read())
+    words = ["--checkpoint", str(tmp_path / "masks" / "best.pt"), "--device", "cpu"]
+    evaluation.main([*words, "--detector", str(moved), "--max_dets", "150"])
+    printed = capsys.readouterr().out
+    assert all(f"\n{kind}" in printed for kind in ("bbox", "segm", "segm_cls")) and "best 150 detections" in printed
+    image = tmp_path / "scene.png"
+    data.Shapes("val", 1).image(0).save(image)
+    evaluation.main([*words, "--images", str(image), "--out", str(tmp_path / "drawn"), "--score_threshold", "0"])
+    assert (tmp_path / "drawn" / "scene.jpg").exists() and "mask_score" in (tmp_path / "drawn" / "detections.json").read_text()
+    state = checkpoints.load(trained)
+    state["ema"]["level_embed"] += 1
+    checkpoints.save(moved, state)
+    with pytest.raises(SystemExit, match="expected the detector that these masks were trained on"):
+        evaluation.main([*words, "--detector", str(moved)])
+    with pytest.raises(SystemExit, match="no file: say where it lies with --detector"):
+        evaluation.main([*words, "--detector", "nowhere.pt"])
+
+
+def test_without_a_detector_the_error_says_how_to_get_one(tmp_path):
+    with pytest.raises(SystemExit, match="--detector FILE.*python train.py --model dino.*--detector auto"):
+        run(*MASKS, "--out", str(tmp_path / "masks"))
+
+
+def test_a_mask_network_is_no_detector_and_classes_must_agree(tmp_path, trained):
+    run(*MASKS, "--detector", trained, "--epochs", "1", "--out", str(tmp_path / "masks"))
+    with pytest.raises(SystemExit, match="expected a detector, got"):
+        run(*MASKS, "--detector", str(tmp_path / "masks" / "best.pt"), "--out", str(tmp_path / "other"))
+    with pytest.raises(ValueError, match="a detector of 3 classes"):
+        mfd.build(replace(Config(), detector=trained), 3)
+    state = checkpoints.load(trained)
+    state["class_names"] = state["class_names"][::-1]
+    checkpoints.save(tmp_path / "reversed.pt", state)
+    with pytest.raises(SystemExit, match="expected a detector of the classes of the data"):
+        run(*MASKS, "--detector", str(tmp_path / "reversed.pt"), "--out", str(tmp_path / "other"))
+
+
+def test_data_without_masks_is_refused(shared, tmp_path, trained):
+    with pytest.raises(SystemExit, match="expected a segmentation for every object of bccd"):
+        run(*MASKS[:2], "--data", str(shared / "data" / "bccd"), "--preset", "small", "--detector", trained,
+            "--out", str(tmp_path / "masks"))
+
+
+def test_auto_trains_the_default_detector_once_then_the_masks(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(dino.SMALL, "epochs", 1)
+    words = (*MASKS[:2], "--num_train", "8", "--detector", "auto", "--epochs", "1")
+    run(*words)
+    assert "the default DINO is trained first" in capsys.readouterr().out
+    run(*words, "--out", "again")
+    printed = capsys.readouterr().out
+    assert "trained first" not in printed and "runs/dino/best.pt: the default DINO on this data" in printed
+    assert checkpoints.load("again/best.pt")["config"]["detector"] == "runs/dino/best.pt"
+    run(*words, "--out", "other", "--num_train", "9")                      # other data: runs/dino is not what is wanted
+    assert checkpoints.load("other/best.pt")["config"]["detector"] == "other/detector/best.pt"
