@@ -6,16 +6,16 @@ whose objects are known. At test time all of it is gone: the plain detector rema
 
     paper                                             here
     Figure 4, section 3.2 the heads read the encoder  CoDETR.collaborate, CoDETR.pyramid
-    section 3.2 Eq. 1, Table 1 ATSS                   ATSSHead, atss_assign, atss_targets
+    section 3.2 Eq. 1, Table 1 ATSS, RetinaNet        DenseHead, atss_assign, retinanet_assign
     section 3.2 Eq. 1, Table 1 Faster R-CNN           RPNHead, RoIHead, max_iou_assign, sample, CoDETR.sample_rois
-    section 3.2 Eq. 2-3 losses of the heads           Criterion.rpn, Criterion.rcnn, Criterion.atss
+    section 3.2 Eq. 2-3 losses of the heads           Criterion.rpn, Criterion.rcnn, Criterion.dense
     section 3.3 Eq. 4 customised positive queries     choose_rows, CustomisedQueries
     section 3.3 Eq. 5-6 losses                        Criterion.queries, Criterion.__call__
     section 4.3 Co-DINO: quality focal loss, NMS      quality_focal_loss, detect
     Table 11 each head alone                          CoDETR.head_detections
 
     symbol                here
-    K heads A_i           aux_heads: "atss" is K = 1, "atss,rcnn" K = 2
+    K heads A_i           aux_heads: "atss" is K = 1, "atss,rcnn" K = 2, "atss,rcnn,retinanet" K = 3
     F_1..J, F_J+1         CoDETR.pyramid: the encoder's levels and one coarser, as maps
     B_i^pos, P_i^pos      reference and labels of `choose_rows`
     lambda_1, lambda_2    lambda_queries, lambda_heads
@@ -34,7 +34,10 @@ Departs
  5. Anchors are centred on the corners of cells, without half a cell's shift (code). Queries of anchors keep their raw,
     unclipped coordinates; the customised regions include the ground truth itself (code).
  6. The heads' normalisers are counts of their own batch; over ranks and micro-batches they are weighed by its objects.
- 7. GIoU and IoU carry no epsilon; denoising below 50 pairs follows dino.py. Coordinates are embedded after a clamp at
+ 7. One decoder pass for the queries of all heads, hidden from each other; the code makes a pass for each. The numbers are
+    the same, and the memory, most of the cost, is projected once.
+ 8. RetinaNet (in the paper, not in its code) has ATSS's convolutions, box coder and weights, and its own anchors and rule.
+ 9. GIoU and IoU carry no epsilon; denoising below 50 pairs follows dino.py. Coordinates are embedded after a clamp at
     1e-5 in both forms, although Co-DINO's other inverse sigmoids have 1e-3 (code).
  8. ViT-L: the rate rises from 0 (code: from 1 %), the average follows `train.Average`, the longest training image has 2048
     pixels, as at test time (code: 2400).
@@ -59,9 +62,10 @@ from matcher import SetLoss, Weights, at_least_float32, count_boxes, focal_loss,
 
 IGNORED, BACKGROUND = -2, -1        # assignments; from 0 on: the object's index
 SPREAD = (0.1, 0.1, 0.2, 0.2)       # of the box deltas of ATSS and RoI head; the RPN's have 1
+HEADS = ("rcnn", "atss", "retinanet")
 ATSS_SIDES = ((8.0, 8.0),)          # width and height of anchors, in strides
-RPN_SIDES = tuple((4 * 2 ** (i / 3) / ratio ** 0.5, 4 * 2 ** (i / 3) * ratio ** 0.5)
-                  for ratio in (0.5, 1, 2) for i in range(3))
+NINE_SIDES = tuple((4 * 2 ** (i / 3) / ratio ** 0.5, 4 * 2 ** (i / 3) * ratio ** 0.5)   # of the RPN and of RetinaNet
+                   for ratio in (0.5, 1, 2) for i in range(3))
 LEAST_QUERIES = 9                   # customised queries of a head, however few positives it found
 TEST_PRE_NMS = 1000                 # proposals and ATSS boxes per level that reach NMS when a head is evaluated
 
@@ -74,12 +78,12 @@ class Config:
     backbone_norm: str = "batch"           # batch or group; published weights come with their own frozen statistics
     drop_path: float = 0.0                 # of the last block of a Swin, ViT or FocalNet, rising to it from 0
     detector: str = "dino"                 # dino, or h_detr: Deformable DETR++ (without one-to-many queries)
-    aux_heads: str = "atss,rcnn"           # none, atss, rcnn or atss,rcnn
+    aux_heads: str = "atss,rcnn"           # none, or any of atss, rcnn, retinanet, separated by commas
     aux_queries: int = 300                 # most customised queries per head and image
     aux_negatives: bool = True             # fill them up with negatives of the head
     lambda_queries: float = 1.0            # of the customised queries' losses
     lambda_heads: float = 2.0              # of the heads' losses, once per decoder layer
-    eval_head: str = "detr"                # detr, atss or rcnn: which head detects at test time
+    eval_head: str = "detr"                # detr or one of aux_heads: which head detects at test time
     rpn_pre_nms: int = 4000                # proposals per level that reach NMS
     rpn_proposals: int = 1000              # proposals per image
     rpn_samples: int = 256                 # anchors per image that the RPN learns from, half of them positive at most
@@ -174,7 +178,7 @@ class Candidates(NamedTuple):
     boxes: Tensor        # (A, 4) corners, pixels: anchors or sampled regions
     labels: Tensor       # (A,) N = background
     targets: Tensor      # (A, 4) corners, pixels, of the assigned object; zero for background
-    features: Tensor     # (A, C)
+    features: Tensor     # (A / k, C) of the encoder: k anchors share a cell
 
 
 class CoDETR(nn.Module):
@@ -184,7 +188,7 @@ class CoDETR(nn.Module):
         super().__init__()
         self.cfg, self.num_classes = cfg, num_classes
         self.detector = make_detector(backbone, cfg, num_classes)
-        self.heads = [head for head in ("rcnn", "atss") if head in cfg.aux_heads.split(",")]
+        self.heads = [head for head in HEADS if head in cfg.aux_heads.split(",")]
         check_choices(cfg, self.heads)
         C, levels = cfg.dim, cfg.num_feature_levels + 1
         finest = 2 ** (6 - deformable_detr.num_maps(cfg.num_feature_levels))   # stride of C2 is 4, of C3 8
@@ -195,7 +199,9 @@ class CoDETR(nn.Module):
         if "rcnn" in self.heads:
             self.rpn, self.roi = RPNHead(C), RoIHead(C, cfg.roi_dim, num_classes, cfg.roi_convs)
         if "atss" in self.heads:
-            self.atss = ATSSHead(C, num_classes, levels)
+            self.atss = DenseHead(C, num_classes, levels, ATSS_SIDES, atss_assign, has_centerness=True)
+        if "retinanet" in self.heads:
+            self.retinanet = DenseHead(C, num_classes, levels, NINE_SIDES, retinanet_assign, has_centerness=False)
         if self.heads and cfg.detector == "h_detr":
             self.head_embed = nn.Embedding(len(self.heads), 1)
 
@@ -214,24 +220,33 @@ class CoDETR(nn.Module):
         return outputs
 
     def collaborate(self, memory: Memory, targets: list[dict]) -> dict:
-        """Sections 3.2 and 3.3: every head predicts and is assigned objects, then its positives pass the decoder on their
-        own. -> {"rpn": {...}, "rcnn": {...}, "atss": {...}, "rcnn.queries": {...}, "atss.queries": {...}}"""
+        """Sections 3.2 and 3.3: every head predicts and is assigned objects, then the positives of all pass the decoder,
+        hidden from each other. -> {"rpn": {...}, "rcnn": {...}, "atss": {...}, "rcnn.queries": {...}, ...}"""
         pyramid, objects = self.pyramid(memory), pixel_objects(targets, memory)
         co, candidates = {}, {}
-        if "rcnn" in self.heads:
-            co["rpn"], proposals = self.region_proposals(pyramid, memory, objects)
-            co["rcnn"], candidates["rcnn"] = self.regions(memory, self.sample_rois(proposals, objects))
-        if "atss" in self.heads:
-            co["atss"], candidates["atss"] = self.dense(pyramid, objects)
+        for head in self.heads:
+            if head == "rcnn":
+                co["rpn"], proposals = self.region_proposals(pyramid, memory, objects)
+                co["rcnn"], candidates["rcnn"] = self.regions(memory, self.sample_rois(proposals, objects))
+            else:
+                co[head], candidates[head] = getattr(self, head).learn(pyramid, objects)
         scales = memory.image_sizes[:, [1, 0, 1, 0]]                               # (B, 4)
+        chosen, weights = zip(*(choose_rows(candidates[head], scales, self.num_classes, self.cfg) for head in self.heads))
+        queries = [self.customise(i, rows) for i, rows in enumerate(chosen)]
+        joined = Queries(*(None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*queries)))   # (B, K M, C)
+        layers, _ = self.detector.decode(memory, joined, keep_apart(weights))
+        counts = [w.shape[1] for w in weights]
+        layers = [{name: x.split(counts, 1) for name, x in layer.items()} for layer in layers]
         for i, head in enumerate(self.heads):
-            chosen, weights = choose_rows(candidates[head], scales, self.num_classes, self.cfg)
-            queries = self.aux_queries[head](chosen.boxes, chosen.features)
-            if queries.position is not None:
-                queries = queries._replace(position=queries.position + self.head_embed.weight[i])
-            layers, _ = self.detector.decode(memory, queries, hide_padding(weights))
-            co[f"{head}.queries"] = {"layers": layers, "labels": chosen.labels, "boxes": chosen.targets, "weights": weights}
+            co[f"{head}.queries"] = {"layers": [{name: x[i] for name, x in layer.items()} for layer in layers],
+                                     "labels": chosen[i].labels, "boxes": chosen[i].targets, "weights": weights[i]}
         return co
+
+    def customise(self, i: int, rows: Candidates) -> Queries:
+        """Eq. 4 for head i, whose own number is added to all positions."""
+        queries = self.aux_queries[self.heads[i]](rows.boxes, rows.features)
+        return queries if queries.position is None else queries._replace(
+            position=queries.position + self.head_embed.weight[i])
 
     def pyramid(self, memory: Memory) -> Pyramid:
         """The encoder's levels as maps, padding included, and one more of twice the last stride."""
@@ -243,11 +258,10 @@ class CoDETR(nn.Module):
     def region_proposals(self, pyramid: Pyramid, memory: Memory, objects: list[Objects]) -> tuple[dict, list[Tensor]]:
         """The RPN's predictions with targets, and its proposals, [(P, 4)] without gradient."""
         logits, deltas = self.rpn(pyramid.maps)                                    # (B, A), (B, A, 4)
-        anchors = grid_anchors(pyramid, RPN_SIDES, logits.device)                  # [(A_l, 4)]
+        anchors = grid_anchors(pyramid, NINE_SIDES, logits.device)                 # [(A_l, 4)]
         proposals = best_proposals(logits, deltas, anchors, memory.image_sizes, self.cfg.rpn_pre_nms,
                                    self.cfg.rpn_proposals)
-        return {"logits": logits, "deltas": deltas,
-                **rpn_targets(pyramid, torch.cat(anchors), objects, self.cfg.rpn_samples)}, proposals
+        return {"logits": logits, "deltas": deltas, **rpn_targets(pyramid, anchors, objects, self.cfg.rpn_samples)}, proposals
 
     def sample_rois(self, proposals: list[Tensor], objects: list[Objects]) -> list[tuple[Tensor, Tensor, Tensor]]:
         """Regions to learn from: the ground truth itself and proposals, a quarter positive (IoU of 0.5 or more) at most.
@@ -281,25 +295,16 @@ class CoDETR(nn.Module):
         image = torch.arange(len(counts), device=rois.device).repeat_interleave(torch.tensor(counts, device=rois.device))
         return roi_align(at_least_float32(memory.tokens), memory.shapes, self.strides[:L], rois, image, level)
 
-    def dense(self, pyramid: Pyramid, objects: list[Objects]) -> tuple[dict, list[Candidates]]:
-        """The ATSS head's predictions with targets, and its anchors as candidates with the encoder's features."""
-        logits, deltas, centerness = self.atss(pyramid.maps)                       # (B, A, N), (B, A, 4), (B, A)
-        found = atss_targets(pyramid, grid_anchors(pyramid, ATSS_SIDES, logits.device), objects, self.num_classes)
-        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in pyramid.maps], 1)              # (B, A, C)
-        rows = zip(found["anchors"], found["labels"], found["boxes"], tokens)
-        return ({"logits": logits, "deltas": deltas, "centerness": centerness, **found},
-                [Candidates(*row) for row in rows])
-
     @torch.no_grad()
     def head_detections(self, memory: Memory) -> list[dict]:
         """Table 11: what `eval_head` alone detects: per image scores (k,), labels (k,), boxes (k, 4) corners in pixels of
         the network input, best first, after NMS."""
         pyramid, sizes, k = self.pyramid(memory), memory.image_sizes, self.cfg.top_k
-        if self.cfg.eval_head == "atss":
-            return self.atss.detect(pyramid, sizes, k)
+        if self.cfg.eval_head != "rcnn":
+            return getattr(self, self.cfg.eval_head).detect(pyramid, sizes, k)
         logits, deltas = self.rpn(pyramid.maps)
         pre = min(self.cfg.rpn_pre_nms, TEST_PRE_NMS)
-        proposals = best_proposals(logits, deltas, grid_anchors(pyramid, RPN_SIDES, logits.device), sizes, pre,
+        proposals = best_proposals(logits, deltas, grid_anchors(pyramid, NINE_SIDES, logits.device), sizes, pre,
                                    self.cfg.rpn_proposals)
         counts = [len(p) for p in proposals]
         logits, deltas = self.roi(self.pool(memory, torch.cat(proposals), counts))
@@ -309,7 +314,7 @@ class CoDETR(nn.Module):
 
 def check_choices(cfg: Config, heads: list[str]):
     if cfg.aux_heads != "none" and set(cfg.aux_heads.split(",")) != set(heads):
-        raise ValueError(f"expected aux_heads none, atss, rcnn or atss,rcnn, got {cfg.aux_heads!r}")
+        raise ValueError(f"expected aux_heads none or some of {', '.join(HEADS)}, with commas between, got {cfg.aux_heads!r}")
     if cfg.eval_head != "detr" and cfg.eval_head not in heads:
         raise ValueError(f"expected eval_head detr or one of aux_heads ({cfg.aux_heads}), got {cfg.eval_head!r}")
     if cfg.layer_decay and not cfg.backbone.startswith("vit"):
@@ -371,13 +376,27 @@ def grid_anchors(pyramid: Pyramid, sides: tuple, device) -> list[Tensor]:
     return anchors
 
 
-def valid_anchors(pyramid: Pyramid, size: Tensor, per_cell: int) -> list[Tensor]:
-    """Per level (H W k,): whether the anchor's cell begins inside an image of `size` (2,), height and width in pixels."""
+def valid_anchors(pyramid: Pyramid, sizes: Tensor, per_cell: int) -> list[Tensor]:
+    """Per level (B, H W k): whether the anchor's cell begins inside images of `sizes` (B, 2), height and width in pixels."""
     masks = []
     for (H, W), stride in zip(pyramid.shapes, pyramid.strides):
-        rows, columns = (torch.arange(count, device=size.device) * stride < extent for count, extent in zip((H, W), size))
-        masks.append((rows[:, None] & columns).flatten().repeat_interleave(per_cell))
+        rows, columns = (torch.arange(count, device=sizes.device) * stride < extent[:, None]
+                         for count, extent in zip((H, W), sizes.unbind(1)))        # (B, H), (B, W)
+        masks.append((rows[:, :, None] & columns[:, None]).flatten(1).repeat_interleave(per_cell, 1))
     return masks
+
+
+@torch.no_grad()
+def assign_anchors(assign, pyramid: Pyramid, anchors: list[Tensor], objects: list[Objects]) -> Tensor:
+    """`assign` for every image, among the anchors [(A_l, 4)] that are valid there -> (B, A), IGNORED for the others."""
+    (H, W), all_anchors = pyramid.shapes[0], torch.cat(anchors)
+    valid = valid_anchors(pyramid, torch.stack([image.size for image in objects]), len(anchors[0]) // (H * W))
+    counts = torch.stack([level.sum(1) for level in valid], 1).tolist()            # per image and level
+    valid = torch.cat(valid, 1)
+    assigned = torch.full(valid.shape, IGNORED, device=valid.device)
+    for row, mask, count, image in zip(assigned, valid, counts, objects):
+        row[mask] = assign(all_anchors[mask], count, image.boxes)
+    return assigned
 
 
 @torch.no_grad()
@@ -404,6 +423,12 @@ def atss_assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
     claim = torch.full_like(iou, -1.0).scatter(0, candidates, torch.where(positive, overlap, -1.0))
     best, index = claim.max(1)
     return torch.where(best >= 0, index, BACKGROUND)
+
+
+def retinanet_assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
+    """RetinaNet (Lin et al. 2017, section 4): as `atss_assign`, by an IoU of 0.5; the rows between 0.4 and 0.5 are IGNORED,
+    and no object goes without its best anchors."""
+    return max_iou_assign(anchors, boxes, 0.5, 0.4, 1e-3)
 
 
 @torch.no_grad()
@@ -433,70 +458,78 @@ def sample(assigned: Tensor, number: int, share: float) -> tuple[Tensor, Tensor]
 
 
 def look_up(assigned: Tensor, image: Objects, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Labels (A,), num_classes for background, and boxes (A, 4), zero for background, of the assigned objects."""
+    """Labels (A,) and boxes (A, 4) of the assigned objects; num_classes and zeros for all else."""
     labels = torch.cat((image.labels, image.labels.new_tensor([num_classes])))
     boxes = torch.cat((image.boxes, image.boxes.new_zeros(1, 4)))
-    return labels[assigned], boxes[assigned]   # background, -1, is the last row
+    rows = assigned.clamp(min=-1)                                                  # -1 is the last row
+    return labels[rows], boxes[rows]
 
 
-# ------------------------------------------------------------------------------------------------ the one-stage head
+# ----------------------------------------------------------------------------------------------- the one-stage heads
 
-class ATSSHead(nn.Module):
-    """One anchor per cell: classes, box and centerness, each behind a 3x3 convolution (Table 12: one is enough)."""
+class DenseHead(nn.Module):
+    """ATSS or RetinaNet: of k anchors per cell, of `sides`, their classes, boxes and (ATSS) centerness, from one 3x3
+    convolution for the classes and one for the others (Table 12: one is enough). `assign` names each anchor's object."""
 
-    def __init__(self, dim: int, num_classes: int, levels: int):
+    def __init__(self, dim: int, num_classes: int, levels: int, sides: tuple, assign, has_centerness: bool):
         super().__init__()
+        self.num_classes, self.sides, self.assign = num_classes, sides, assign
         self.cls_tower, self.reg_tower = (nn.Sequential(nn.Conv2d(dim, dim, 3, padding=1, bias=False),
                                                         nn.GroupNorm(32, dim), nn.ReLU()) for _ in range(2))
-        self.cls, self.reg, self.centerness = (nn.Conv2d(dim, k, 3, padding=1) for k in (num_classes, 4, 1))
+        self.cls, self.reg = (nn.Conv2d(dim, len(sides) * values, 3, padding=1) for values in (num_classes, 4))
+        self.centerness = nn.Conv2d(dim, 1, 3, padding=1) if has_centerness else None
         self.scales = nn.ParameterList(nn.Parameter(torch.ones(())) for _ in range(levels))
         init_convolutions(self)
-        self.cls.bias = class_head(dim, num_classes).bias
+        self.cls.bias = class_head(dim, len(sides) * num_classes).bias
 
-    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor, Tensor | None]:
         """[(B, C, H_l, W_l)] -> logits (B, A, N), deltas (B, A, 4), centerness logits (B, A), at least float32."""
         logits, deltas, centerness = [], [], []
         for x, scale in zip(maps, self.scales):
             y = self.reg_tower(x)
-            logits.append(by_anchor(self.cls(self.cls_tower(x)), self.cls.out_channels))
+            logits.append(by_anchor(self.cls(self.cls_tower(x)), self.num_classes))
             deltas.append(by_anchor(self.reg(y), 4) * scale)
-            centerness.append(by_anchor(self.centerness(y), 1)[..., 0])
-        return torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(centerness, 1)
+            if self.centerness:
+                centerness.append(by_anchor(self.centerness(y), 1)[..., 0])
+        return torch.cat(logits, 1), torch.cat(deltas, 1), torch.cat(centerness, 1) if centerness else None
+
+    def learn(self, pyramid: Pyramid, objects: list[Objects]) -> tuple[dict, list[Candidates]]:
+        """Predictions with targets, and the anchors as candidates with the encoder's features."""
+        logits, deltas, centerness = self(pyramid.maps)                            # (B, A, N), (B, A, 4), (B, A)
+        targets = self.targets(pyramid, grid_anchors(pyramid, self.sides, logits.device), objects)
+        tokens = torch.cat([x.flatten(2).transpose(1, 2) for x in pyramid.maps], 1)              # (B, A / k, C)
+        rows = zip(targets["anchors"], targets["labels"], targets["boxes"], tokens)
+        return ({"logits": logits, "deltas": deltas, "centerness": centerness, **targets},
+                [Candidates(*row) for row in rows])
+
+    def targets(self, pyramid: Pyramid, anchors: list[Tensor], objects: list[Objects]) -> dict:
+        """Per image and anchor (B, A): `labels`, `boxes` of the assigned object, `weights` 0 where the anchor is not valid
+        or ignored; `anchors` (B, A, 4) are zero there, and stay background."""
+        assigned = assign_anchors(self.assign, pyramid, anchors, objects)          # (B, A)
+        labels, boxes = zip(*(look_up(rows, image, self.num_classes) for rows, image in zip(assigned, objects)))
+        weights = assigned != IGNORED
+        return {"labels": torch.stack(labels), "boxes": torch.stack(boxes), "weights": weights,
+                "anchors": torch.cat(anchors) * weights[..., None]}
 
     def detect(self, pyramid: Pyramid, sizes: Tensor, top_k: int) -> list[dict]:
-        """The head alone: score = class x centerness; the TEST_PRE_NMS best pairs of a level by class, NMS at 0.6."""
+        """The head alone: score = class (x centerness); the TEST_PRE_NMS best pairs of a level by class, NMS at 0.6."""
         logits, deltas, centerness = self(pyramid.maps)
-        anchors = grid_anchors(pyramid, ATSS_SIDES, logits.device)
-        scores = logits.sigmoid()
-        N, counts = scores.shape[-1], [len(a) for a in anchors]
+        anchors = grid_anchors(pyramid, self.sides, logits.device)
+        scores = logits.sigmoid()                                                  # (B, A, N)
+        N, counts = scores.shape[-1], [len(a) * self.num_classes for a in anchors]
         boxes = clip_boxes(decode_deltas(deltas, torch.cat(anchors), deltas.new_tensor(SPREAD)), sizes[:, None])
         found = []
         for b in range(len(scores)):
             pairs, start = [], 0
-            for level in scores[b].split(counts):
-                pairs.append(level.flatten().topk(min(TEST_PRE_NMS, level.numel())).indices + start * N)
+            for level in scores[b].flatten().split(counts):
+                pairs.append(level.topk(min(TEST_PRE_NMS, len(level))).indices + start)
                 start += len(level)
             pairs = torch.cat(pairs)
-            final = scores[b].flatten()[pairs] * centerness[b].sigmoid()[pairs // N]
+            final = scores[b].flatten()[pairs]
+            if centerness is not None:
+                final = final * centerness[b].sigmoid()[pairs // N]
             found.append(after_nms(boxes[b][pairs // N], final, pairs % N, 0.6, top_k))
         return found
-
-
-@torch.no_grad()
-def atss_targets(pyramid: Pyramid, anchors: list[Tensor], objects: list[Objects], num_classes: int) -> dict:
-    """Per image and anchor (B, A): `labels`, `boxes` of the assigned object, `weights` 0 where the anchor is not valid;
-    `anchors` (B, A, 4) are zero there, and stay background."""
-    labels, boxes, weights = [], [], []
-    for image in objects:
-        valid = valid_anchors(pyramid, image.size, 1)
-        mask = torch.cat(valid)
-        assigned = torch.full(mask.shape, BACKGROUND, device=mask.device)
-        assigned[mask] = atss_assign(torch.cat(anchors)[mask], [int(v.sum()) for v in valid], image.boxes)
-        for found, value in zip((labels, boxes, weights), (*look_up(assigned, image, num_classes), mask)):
-            found.append(value)
-    weights = torch.stack(weights)
-    return {"labels": torch.stack(labels), "boxes": torch.stack(boxes), "weights": weights,
-            "anchors": torch.cat(anchors) * weights[..., None]}
 
 
 def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
@@ -528,32 +561,27 @@ class RPNHead(nn.Module):
     def __init__(self, dim: int):
         super().__init__()
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
-        self.cls, self.reg = nn.Conv2d(dim, len(RPN_SIDES), 1), nn.Conv2d(dim, 4 * len(RPN_SIDES), 1)
+        self.cls, self.reg = nn.Conv2d(dim, len(NINE_SIDES), 1), nn.Conv2d(dim, 4 * len(NINE_SIDES), 1)
         init_convolutions(self)
 
     def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
         """[(B, C, H_l, W_l)] -> logits (B, A) and deltas (B, A, 4), at least float32."""
-        maps = [F.relu(self.conv(x)) for x in maps]
-        return (torch.cat([by_anchor(self.cls(x), 1)[..., 0] for x in maps], 1),
-                torch.cat([by_anchor(self.reg(x), 4) for x in maps], 1))
+        hidden = torch.cat([F.relu(self.conv(x)).flatten(2) for x in maps], 2).transpose(1, 2)   # (B, A / 9, C)
+        logits, deltas = (F.linear(hidden, layer.weight.flatten(1), layer.bias) for layer in (self.cls, self.reg))
+        return at_least_float32(logits).flatten(1), at_least_float32(deltas).unflatten(-1, (-1, 4)).flatten(1, 2)
 
 
 @torch.no_grad()
-def rpn_targets(pyramid: Pyramid, anchors: Tensor, objects: list[Objects], number: int) -> dict:
-    """What anchors (A, 4) learn: `sampled` (B, A), `positive` (B, A) among them, and deltas `to_object` (B, A, 4)."""
-    sampled, positive, deltas = [], [], []
-    for image in objects:
-        valid = torch.cat(valid_anchors(pyramid, image.size, len(RPN_SIDES)))
-        assigned = torch.full(valid.shape, IGNORED, device=valid.device)
-        assigned[valid] = max_iou_assign(anchors[valid], image.boxes, 0.7, 0.3, 0.3)
-        rows = sample(assigned, number, 0.5)
-        is_positive, is_sampled = torch.zeros_like(valid), torch.zeros_like(valid)
-        is_positive[rows[0]], is_sampled[torch.cat(rows)] = True, True
-        to_object = torch.zeros_like(anchors)
-        to_object[rows[0]] = encode_deltas(image.boxes[assigned[rows[0]]], anchors[rows[0]])
-        for found, value in zip((sampled, positive, deltas), (is_sampled, is_positive, to_object)):
-            found.append(value)
-    return {"sampled": torch.stack(sampled), "positive": torch.stack(positive), "to_object": torch.stack(deltas)}
+def rpn_targets(pyramid: Pyramid, anchors: list[Tensor], objects: list[Objects], number: int) -> dict:
+    """What anchors [(A_l, 4)] learn: `sampled` (B, A), `positive` (B, A) among them, and deltas `to_object` (B, A, 4)."""
+    assigned = assign_anchors(lambda boxes, counts, gt: max_iou_assign(boxes, gt, 0.7, 0.3, 0.3), pyramid, anchors, objects)
+    anchors, (sampled, positive) = torch.cat(anchors), torch.zeros(2, *assigned.shape, dtype=torch.bool, device=assigned.device)
+    to_object = anchors.new_zeros(*assigned.shape, 4)
+    for b, image in enumerate(objects):
+        rows = sample(assigned[b], number, 0.5)
+        positive[b, rows[0]] = sampled[b, torch.cat(rows)] = True
+        to_object[b, rows[0]] = encode_deltas(image.boxes[assigned[b, rows[0]]], anchors[rows[0]])
+    return {"sampled": sampled, "positive": positive, "to_object": to_object}
 
 
 @torch.no_grad()
@@ -637,18 +665,19 @@ def choose_rows(candidates: list[Candidates], scales: Tensor, num_classes: int, 
         fill = (0, 0, 0, M - len(rows))
         chosen.append((F.pad(box_xyxy_to_cxcywh(c.boxes[rows]) / scale, fill),
                        F.pad(c.labels[rows], fill[2:], value=num_classes),
-                       F.pad(box_xyxy_to_cxcywh(c.targets[rows]) / scale, fill), F.pad(c.features[rows], fill)))
+                       F.pad(box_xyxy_to_cxcywh(c.targets[rows]) / scale, fill),
+                       F.pad(c.features[rows // max(1, len(c.labels) // max(1, len(c.features)))], fill)))
         weights.append(F.pad(torch.ones_like(rows, dtype=c.boxes.dtype), fill[2:]))
     return Candidates(*(torch.stack(part) for part in zip(*chosen))), torch.stack(weights)
 
 
-def hide_padding(weights: Tensor) -> Tensor | None:
-    """weights (B, M) -> (B, 1, M, M) True = blocked: nobody sees rows without weight, except themselves (a row that sees
-    nothing has no softmax). None when all have weight."""
-    if weights.all():
-        return None
-    blocked = (weights == 0)[:, None, :] & ~torch.eye(weights.shape[1], dtype=torch.bool, device=weights.device)
-    return blocked[:, None]
+def keep_apart(weights: list[Tensor]) -> Tensor | None:
+    """Weights (B, M_i) of each head's rows -> (B, 1, M, M) True = blocked, M the sum of M_i: nobody sees another head's rows,
+    nor rows without weight, except themselves (a row that sees nothing has no softmax). None where nothing is blocked."""
+    head = torch.cat([torch.full_like(w[0], i) for i, w in enumerate(weights)])    # (M,)
+    hidden = torch.cat(weights, 1)[:, None] == 0                                   # (B, 1, M)
+    blocked = (head[:, None] != head) | hidden & ~torch.eye(len(head), dtype=torch.bool, device=head.device)   # (B, M, M)
+    return blocked[:, None] if blocked.any() else None
 
 
 class CustomisedQueries(nn.Module):
@@ -710,7 +739,8 @@ class Criterion:
             if name.endswith(".queries"):
                 terms, factor = self.queries(**part), self.cfg.lambda_queries
             else:
-                terms, factor = getattr(self, name)(**part), self.cfg.lambda_heads * self.cfg.decoder_layers
+                price = {"rpn": self.rpn, "rcnn": self.rcnn}.get(name, self.dense)
+                terms, factor = price(**part), self.cfg.lambda_heads * self.cfg.decoder_layers
             losses |= {f"{name}.{term}": share * factor * value for term, value in terms.items()}
         return losses
 
@@ -728,17 +758,19 @@ class Criterion:
         giou = (1 - paired_giou(predicted, boxes[positive])).sum()
         return {"cls": F.cross_entropy(logits, labels, reduction="sum") / count, "giou": 10 * giou / count}
 
-    def atss(self, logits, deltas, centerness, labels, boxes, weights, anchors) -> dict:
-        """The ATSS head over all anchors (B, A, ...): focal loss, GIoU times 2 where the centre counts most, and
-        centerness."""
+    def dense(self, logits, deltas, centerness, labels, boxes, weights, anchors) -> dict:
+        """A one-stage head over all anchors (B, A, ...): focal loss and GIoU times 2; of ATSS also centerness, which weighs
+        the boxes."""
         positive = labels < logits.shape[-1]
         count = positive.sum(1).clamp(min=1).sum()
-        cls = (focal_loss(logits, labels, None, None) * weights[..., None]).sum()
-        near = centerness_targets(anchors[positive], boxes[positive])              # (P,)
+        terms = {"cls": (focal_loss(logits, labels) * weights[..., None]).sum() / count}
+        near = torch.ones_like(deltas[positive][:, 0])                             # (P,)
+        if centerness is not None:
+            near = centerness_targets(anchors[positive], boxes[positive])
+            terms["centerness"] = F.binary_cross_entropy_with_logits(centerness[positive], near, reduction="sum") / count
         predicted = decode_deltas(deltas[positive], anchors[positive], deltas.new_tensor(SPREAD))
         giou = ((1 - paired_giou(predicted, boxes[positive])) * near).sum() / near.sum().clamp(min=1)
-        return {"cls": cls / count, "giou": 2 * giou,
-                "centerness": F.binary_cross_entropy_with_logits(centerness[positive], near, reduction="sum") / count}
+        return terms | {"giou": 2 * giou}
 
     def queries(self, layers, labels, boxes, weights) -> dict:
         """Eq. 5: the set loss of every decoder layer, the objects being known: labels (B, M), boxes (B, M, 4), weights

@@ -13,9 +13,18 @@ over all L K points). A look reads the value map by bilinear interpolation; ever
     dp_mlqk    sampling offsets              (B, Nq, M, L, K, 2), (x, y)
     phi + dp   locations                     (B, Nq, M, L, K, 2), (x, y); 0 and 1 are the outer borders of the map
     A_mlqk     weights                       (B, Nq, M, L, K)
-    W_m        output_proj                   C -> C
+    W_m        output_proj                   C -> C, all heads' side by side
 
 B images, S = sum of H_l W_l tokens, Nq queries, C channels, M heads, D = C / M, L levels, K points per level.
+
+    attention = MSDeformAttn(256, 8, 4, 4)
+    output = attention(query, reference, tokens, [(100, 167), (50, 84), (25, 42), (13, 21)], padding)
+
+Below: the module, the operator in two forms, its definition, the build and registration of the kernels, and the doctor
+that `python deformable_attn.py` runs. References are relative to the padded level: a point of the unpadded image times
+the level's valid share. `ms_deform_attn` takes the arguments of the authors' MSDeformAttnFunction, shapes as a list, and
+needs neither level_start_index (levels follow each other) nor im2col_step. There is no second derivative, and devices
+other than CPU and CUDA run the definition. Import the file under one name: PyTorch registers an operator once.
 """
 import ctypes
 import functools
@@ -54,7 +63,7 @@ class MSDeformAttn(nn.Module):
 
     def reset_parameters(self):
         """At the start every query looks the same way: head m along the direction 2 pi m / M, point k at k pixels from
-        the reference (measured to the side of a square), all points weighted alike (appendix A.4 of the paper)."""
+        the reference (in the larger of |x| and |y|), all points weighted alike (appendix A.4 of the paper)."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = 2 * math.pi / self.num_heads * torch.arange(self.num_heads, dtype=torch.float64)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
@@ -257,7 +266,7 @@ def _kernels(device_type, index):
             return Kernels(build_cuda(f"{major}{minor}"), tuple(DTYPES))
         raise BuildError(f"there is no kernel for device {device_type!r}")
     except BuildError as error:
-        cost = "a training step takes about 1.7 times as long" if device_type == "cpu" else "several times slower"
+        cost = "a training step takes about 1.7 times as long" if device_type == "cpu" else "slower, and with more memory"
         warnings.warn(f"deformable attention runs as plain PyTorch ({cost}): {error}")
         return error
 

@@ -6,15 +6,17 @@ FPN, small objects are found, and 50 epochs are enough where DETR needs 500. No 
 
     paper                                          here
     section 4.1, Eq. 2-3 deformable attention      deformable_attn.MSDeformAttn
-    section 4.1, Appendix A.2 multi-scale maps     input_projections, flatten_pyramid
-    section 4.1 encoder                            EncoderLayer, encoder_references
-    section 4.1, A.3 decoder, boxes from offsets   DecoderLayer, DeformableDETR.decode
-    section 4.2, A.4 iterative box refinement      `with_box_refine` in DeformableDETR.decode
+    section 4.1, Appendix A.2 multi-scale maps     input_projections, project, flatten_pyramid
+    section 4.1 encoder                            DeformableDETR.encode, EncoderLayer, encoder_references
+    section 4.1, A.3 decoder, boxes from offsets   DeformableDETR.decode, DecoderLayer, offset_boxes
+    section 4.2, A.4 iterative box refinement      `with_box_refine` in DeformableDETR.decode, offset_boxes
     section 4.2, A.4 two-stage                     DeformableDETR.propose_two_stage, encoder_proposals
+    A.4 initialisation                             init_transformer, prediction_heads
     section 5 set loss with focal classification   Criterion, matcher.SetLoss
+    detections (DETR, code)                        detect
 
     symbol     here
-    x_l        one level of the pyramid, (B, C, H_l, W_l); all of them flattened: Memory.tokens (B, S, C)
+    x_l        one level of the pyramid, (B, C, H_l, W_l); all of them flattened: the first Memory.tokens (B, S, C)
     p_q        Queries.reference, a point (B, Nq, 2) or a box (B, Nq, 4); b_q the boxes that refinement makes of it
     z_q        Queries.content (B, Nq, C); its position embedding: Queries.position (B, Nq, C)
 
@@ -28,7 +30,12 @@ Departs
  4. Refinement starts from a point, not from a box of size 0.1; the first box head's bias of -2 sets its size (code).
  5. Two-stage: objectness is column 0 of the class logits, trained with all labels set to 0 (code; paper: binary layer).
  6. The box head runs once a layer; the authors evaluate it twice on the same input.
- 7. Proposals are capped at the number of tokens, so that images of any size work.
+ 7. In two-stage there are at most as many queries as tokens, so that images of any size work.
+ 8. Two-stage: content and position of a query both come from its box's sine embedding (code; the paper speaks of
+    positional embeddings only).
+ 9. Classes are 0..n-1 of the data, not the 91 columns of COCO's ids; `checkpoints.py` maps released weights.
+10. `train.py` computes in bfloat16 autocast where the hardware has it (`--amp false` does not; the authors use float32),
+    and skips a step whose loss is not finite, where the authors stop.
 """
 import math
 from copy import deepcopy
@@ -109,7 +116,8 @@ class Queries(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """What the encoder hands on: all feature levels as one sequence, finest first, each row by row."""
+    """All feature levels as one sequence, finest first, each row by row: what the encoder takes and, with other tokens,
+    hands on. The last three fields are for heads and analyses that read the encoder's output elsewhere."""
     tokens: Tensor               # (B, S, C)
     positions: Tensor            # (B, S, C) sine and level embeddings
     padding: Tensor              # (B, S) True on padding
@@ -173,7 +181,8 @@ class DeformableDETR(nn.Module):
         if self.two_stage:
             return self.propose_two_stage(memory)
         position, content = self.query_embed.weight.expand(len(memory.tokens), -1, -1).chunk(2, -1)   # (B, Nq, C)
-        return Queries(content, position, self.reference_points(position).sigmoid()), None
+        reference = at_least_float32(self.reference_points(position)).sigmoid()    # in bfloat16 boxes would be off by pixels
+        return Queries(content, position, reference), None
 
     def propose_two_stage(self, memory: Memory) -> tuple[Queries, dict]:
         """Appendix A.4: every token proposes one box; the best become the references, and their coordinates, embedded,
@@ -334,7 +343,8 @@ def per_level(reference: Tensor, valid_ratios: Tensor) -> Tensor:
 
 
 class SelfAttention(nn.Module):
-    """Multi-head attention of queries among themselves; parameters named and shaped as in torch.nn.MultiheadAttention."""
+    """Multi-head attention of queries among themselves; parameters named and shaped as in torch.nn.MultiheadAttention,
+    written out because a CPU's fused attention has a slow backward pass with a mask."""
 
     def __init__(self, dim: int, num_heads: int, dropout: float):
         super().__init__()
@@ -388,7 +398,8 @@ def offset_boxes(offsets: Tensor, reference: Tensor, eps: float = 1e-5) -> Tenso
 @torch.no_grad()
 def proposal_boxes(memory: Memory) -> tuple[Tensor, Tensor]:
     """A.4: the box each token proposes, (B, S, 4) in [0, 1], and whether it is usable, (B, S): its centre is the cell's,
-    its size 0.05 * 2^level; usable if the cell is not padding and every coordinate lies strictly within (0.01, 0.99)."""
+    its size 0.05 * 2^level, 0 being the finest; usable if the cell is not padding and every coordinate lies strictly within
+    (0.01, 0.99)."""
     boxes = []
     for level, (centers, (H, W)) in enumerate(zip(cell_centers(memory.shapes, memory.tokens.device), memory.shapes)):
         valid = (memory.valid_ratios[:, None, level] * torch.tensor([W, H], device=centers.device)).round()   # (B, 1, 2)
@@ -463,7 +474,8 @@ class Criterion:
 
     def __call__(self, outputs: dict, targets: list[dict], num_boxes: float | None = None) -> dict:
         """-> weighted losses {"cls", "l1", "giou", "aux0.cls", ..., "enc.cls", ...}; their sum is the training loss.
-        `num_boxes`: what to divide by, when the batch is spread over ranks or micro-batches."""
+        `num_boxes`: what to divide by, when the batch is spread over ranks or micro-batches: their objects, averaged over
+        ranks."""
         num_boxes = num_boxes or count_boxes(targets)
         layers = named_layers(outputs)
         groups = [(layers, targets)]
@@ -511,9 +523,9 @@ def detect(outputs: dict, sizes: Tensor, top_k: int) -> list[dict]:
     sizes (B, 2): height and width, pixels, of the images the boxes are wanted in
     -> B dictionaries: scores (k,), labels (k,), boxes (k, 4) xyxy pixels, query (k,)."""
     scores = at_least_float32(outputs["pred_logits"]).sigmoid()                    # (B, Nq, num_classes)
-    K = scores.shape[-1]
+    num_classes = scores.shape[-1]
     scores, best = scores.flatten(1).topk(min(top_k, scores[0].numel()))           # (B, k)
-    query, labels = best // K, best % K
-    boxes = take(box_cxcywh_to_xyxy(outputs["pred_boxes"]), query)                 # (B, k, 4)
+    query, labels = best // num_classes, best % num_classes
+    boxes = take(box_cxcywh_to_xyxy(at_least_float32(outputs["pred_boxes"])), query)                 # (B, k, 4)
     boxes = boxes * sizes.to(boxes)[:, None, [1, 0, 1, 0]]
     return [dict(zip(("scores", "labels", "boxes", "query"), image)) for image in zip(scores, labels, boxes, query)]

@@ -10,28 +10,32 @@ trained through the next layer's (look forward twice). 49.0 AP in 12 epochs.
     section 3.3 contrastive denoising                    denoising_queries, noised_boxes, Criterion.denoising
     section 3.3, D.1 dynamic groups                      denoising_groups
     section 3.4 mixed query selection                    DINO.propose
-    section 3.5 look forward twice                       DINO.decode
-    section 3.2 queries are boxes (DAB-DETR, Eq. 1-2)    DINO.query_position
-    section 4, D.3 recipe and sizes                      Config
+    section 3.5, Eq. 2 look forward twice                DINO.decode
+    section 3.1 queries are boxes (DAB-DETR, Eq. 1-2)    DINO.query_position
+    section 4.1, D.3, D.4 recipe and sizes (Table 8)     Config
 
     symbol       here
     b_i          reference of layer i, detached                 reference
-    b'_i         the same box with its graph: u_i               forward_twice_reference
+    b'_i         the same box with its graph                    updated; a layer on: forward_twice_reference
     b_i^(pred)   the box that is predicted and charged          pred_boxes
     lambda_1,2   noise of positives < scale, of negatives in [scale, 2 scale)   dn_box_noise
 
-B images, Nq queries, C channels, N objects in the fullest image, G groups, R copies of the objects, P = R N slots.
+B images, Nq queries, C channels, T objects in the batch, N in its fullest image, G groups,
+R copies of the objects (2 G, or G without negatives), P = R N slots.
 
 Departs
- 1. Box noise scale 1.0, as in every published run; the authors' configuration file says 0.4.
+ 1. Box noise scale 1.0, as D.3 and every published run have it; Table 8 and the authors' configuration file say 0.4.
  2. Noise moves each corner coordinate on its own, so negatives may turn inside out and collapse (code; the paper draws
     nested squares).
- 3. Groups follow the fullest image of the batch, and unused slots are charged as background (code).
+ 3. Groups follow the fullest image of the batch, and unused slots are charged as background (code; D.1: per image).
  4. The box head runs on the state for the next reference and on its LayerNorm for the prediction (code).
- 5. At most `max_slots` denoising slots: first groups, then objects (a random choice per image) are left out. The authors
-    have no cap, and 2 dn_number groups whatever the crowd when dn_number < 50.
+ 5. At most MAX_SLOTS denoising slots (2 dn_number if that is more): first groups, then objects, a random choice per
+    image, are left out; the authors have no cap. A dn_number below 50 means 2 dn_number groups whatever the crowd (code).
  6. Proposals are capped at the number of tokens, so that images of any size work.
- 7. `denoising="plain"` leaves out the negatives and keeps the corner noise (DN-DETR moves centres and sizes).
+ 7. Coordinates are embedded in the order y, x, w, h (code; DAB-DETR, Eq. 1: x, y, w, h).
+ 8. The encoder's loss covers the selected proposals only, with their classes (code; the paper names the place, not more).
+ 9. "static" and "pure" query selection rebuild rows of Table 4: how they start is ours.
+10. `denoising="plain"` leaves out the negatives and keeps the corner noise (DN-DETR moves centres and sizes).
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -49,7 +53,7 @@ from matcher import SetLoss, Weights, count_boxes
 
 EPS = 1e-3         # of every inverse sigmoid; 1e-5 in Deformable DETR
 GIOU_EPS = 1e-6    # added to union and enclosing area; 0 in Deformable DETR
-MAX_SLOTS = 400    # denoising slots per image, unless more pairs are asked for
+MAX_SLOTS = 400    # denoising slots per image
 
 
 @dataclass
@@ -61,7 +65,7 @@ class Config:
     drop_path: float = 0.0                 # of the last block of a Swin, ViT or FocalNet, rising to it from 0
     num_feature_levels: int = 4            # 4: C3..C5 and one coarser; 5: C2..C5 and one coarser
     denoising: str = "contrastive"         # none, plain or contrastive
-    dn_number: int = 100                   # pairs per image, spread over groups
+    dn_number: int = 100                   # pairs per image, spread over groups; below 50 see denoising_groups
     dn_label_noise: float = 0.5            # twice the share of relabelled queries
     dn_box_noise: float = 1.0
     query_selection: str = "mixed"         # static, pure or mixed
@@ -134,17 +138,17 @@ class DINO(nn.Module):
         if cfg.query_selection != "static":
             self.enc_output, self.enc_output_norm = nn.Linear(C, C), nn.LayerNorm(C)
         if cfg.query_selection != "pure":
-            self.tgt_embed = nn.Embedding(cfg.num_queries, C)
+            self.tgt_embed = nn.Embedding(cfg.num_queries, C)              # before init_transformer: Xavier, as the authors'
         self.ref_point_head = MLP(2 * C, C, C)
         self.decoder = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_layers))
         self.decoder_norm = nn.LayerNorm(C)
         init_transformer(self)
         classes, boxes = class_head(C, num_classes), box_head(C)
-        self.class_embed = nn.ModuleList([classes] * cfg.decoder_layers)   # one pair of heads for all layers (D.3.3)
+        self.class_embed = nn.ModuleList([classes] * cfg.decoder_layers)   # one pair of heads for all layers (D.3)
         self.bbox_embed = nn.ModuleList([boxes] * cfg.decoder_layers)
         if cfg.query_selection == "static":
-            self.anchor_embed = nn.Embedding(cfg.num_queries, 4)
-            nn.init.uniform_(self.anchor_embed.weight)
+            self.anchor_embed = nn.Embedding(cfg.num_queries, 4)           # before the sigmoid; uniform boxes (DAB-DETR)
+            self.anchor_embed.weight.data = inverse_sigmoid(torch.rand(cfg.num_queries, 4), EPS)
         else:
             self.enc_out_class_embed, self.enc_out_bbox_embed = deepcopy(classes), deepcopy(boxes)
         if cfg.denoising != "none":
@@ -255,24 +259,25 @@ def draw_noise(copies: int, objects: int, num_classes: int, device) -> Noise:
 
 def denoising_groups(number: int, fullest: int, copies: int) -> int:
     """Appendix D.1: as many groups as fit `number` pairs into the fullest image, at least 1; below 50 pairs the authors
-    make 2 `number` groups whatever the crowd. Never more than fit `max_slots`. `copies`: slots per object and group."""
+    make 2 `number` groups whatever the crowd. Never more than fit MAX_SLOTS, or 2 `number` slots if that is more.
+    `copies`: slots per object and group."""
     if fullest == 0:
         return 1
     groups = number // fullest if number >= 50 else 2 * number
-    return max(1, min(groups, max_slots(number, copies) // (copies * fullest)))
-
-
-def max_slots(number: int, copies: int) -> int:
-    return max(MAX_SLOTS, number * copies)
+    return max(1, min(groups, max(MAX_SLOTS, 2 * number) // (copies * fullest)))
 
 
 def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes: int, cfg: Config, num_queries: int,
                       draw=None) -> Denoising:
     """Section 3.3: every object is copied into G groups, as a positive (noise below the scale) and, if contrastive, a
     negative (between one and two scales) query. Object j of an image in copy e has slot e N + j, so a group is
-    [N positives | N negatives]; unused slots hold zeros and the box (0.5, 0.5, 0.5, 0.5)."""
+    [N positives | N negatives]; unused slots hold zeros and the box (0.5, 0.5, 0.5, 0.5).
+
+    To use it elsewhere: put content and reference (boxes, not their logits) in front of your own queries, give attn_mask to
+    the self-attention, cut the first P outputs off every layer and charge them with `Criterion.denoising`; in training
+    only. Of cfg it reads denoising and dn_*; a batch without objects has P = 0."""
     per_object = 2 if cfg.denoising == "contrastive" else 1
-    chosen = [choose_objects(len(t["labels"]), max_slots(cfg.dn_number, per_object) // per_object) for t in targets]
+    chosen = [choose_objects(len(t["labels"]), MAX_SLOTS // per_object) for t in targets]
     labels = torch.cat([t["labels"][c] for t, c in zip(targets, chosen)])          # (T,)
     boxes = torch.cat([t["boxes"][c] for t, c in zip(targets, chosen)])            # (T, 4)
     N = max(len(c) for c in chosen)

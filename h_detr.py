@@ -5,16 +5,16 @@ group of queries is matched to the objects repeated K times. All weights are sha
 48.7 AP in 12 epochs, where the same detector without the group reaches 47.0.
 
     paper                                             here
-    section 3.2 hybrid branch: two query groups       HDETR.propose, group_mask, HDETR.forward
-    section 3.2 one-to-many matching, Eq. 2-3         Criterion.one_to_many, repeat_objects
-    section 4.1 mixed query selection                 HDETR.propose
-    section 4.1 look forward twice                    HDETR.decode
-    Table 1, section 4.1 recipe                       Config
+    section 3.2.1 hybrid branch: two query groups     HDETR.propose, group_mask, HDETR.forward
+    section 3.2.1 one-to-many matching, Eq. 1-2       Criterion, Criterion.one_to_many, repeat_objects
+    section 4.2, Table 8 mixed query selection        HDETR.propose (from DINO)
+    section 4.2, Table 8 look forward twice           HDETR.decode (from DINO)
+    Tables 1, 8 and 14 recipe                         Config
 
     symbol     here
     n, T       num_queries, num_queries_one2many
     K, lambda  k_one2many, lambda_one2many
-    Q, Q^      proposals of rank 0..n-1 and n..n+T-1
+    Q, Q^      queries of the proposals of rank 0..n-1 and n..n+T-1
 
 B images, S tokens, Nq queries (n, in training n + T), C channels. `num_queries_one2many=0` is the baseline without the
 branch. Boxes and `padding` are those of `deformable_detr`.
@@ -25,7 +25,10 @@ Departs
  3. Half of the position network's output is never used, its first half is the query position (code).
  4. Proposals are capped at the number of tokens, so that images of any size work; the one-to-many group shrinks first.
  5. A batch without any object, in the training loop: the one-to-many background loss is divided by K, not by 1.
- 6. Hybrid epoch and hybrid layer, the paper's other two schemes, are left out: Table 6 finds them no better and slower.
+ 6. Hybrid epoch and hybrid layer, the paper's other two schemes, are left out: in Table 6 they stay within 0.4 AP of the
+    branch and take longer.
+ 7. Mixed query selection (DINO, Zhang et al. 2023) as this code has it: proposals are ranked by class 0 and a query's position is made
+    once; DINO ranks by the best class and renews the position in every layer.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -51,7 +54,7 @@ class Config:
     num_feature_levels: int = 4
     num_queries: int = 300                 # n, one-to-one; all there is at test time
     num_queries_one2many: int = 1500       # T, in training; 0: no hybrid branch (47.0 AP)
-    k_one2many: int = 6                    # K copies of every object; below 3 the branch hurts (Table 9)
+    k_one2many: int = 6                    # K copies of every object; below 3 it hurts (Table 9); copies beyond T find no query
     lambda_one2many: float = 1.0
     dim: int = 256
     num_heads: int = 8
@@ -101,7 +104,7 @@ VARIANTS = {
 
 
 class HDETR(nn.Module):
-    """Figure 2 (b) of the paper. `backbone` maps images to [C2, C3, C4, C5] and lists their widths in `backbone.channels`."""
+    """Figure 3 of the paper, left. `backbone` maps images to [C2, C3, C4, C5] and lists their widths in `backbone.channels`."""
 
     def __init__(self, backbone: nn.Module, cfg: Config, num_classes: int):
         super().__init__()
@@ -172,14 +175,14 @@ class HDETR(nn.Module):
 
 
 def group_mask(n: int, content: Tensor) -> Tensor | None:
-    """Section 3.2: the first n of all queries (B, Nq, C) and the rest never see each other: (Nq, Nq) True = blocked; None
+    """Section 3.2.1: the first n of all queries (B, Nq, C) and the rest never see each other: (Nq, Nq) True = blocked; None
     when there is no rest."""
     many = torch.arange(content.shape[1], device=content.device) >= n              # (Nq,)
     return many[:, None] != many if content.shape[1] > n else None
 
 
 class Criterion(deformable_detr.Criterion):
-    """Eq. 3: the two-stage set loss of the one-to-one group plus lambda times that of the one-to-many group."""
+    """Section 3.2.1: the one-to-one group's two-stage set loss (Eq. 1) plus lambda times the one-to-many group's (Eq. 2)."""
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)

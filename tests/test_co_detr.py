@@ -11,9 +11,9 @@ import co_detr
 import dino
 import recordings
 from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
-from co_detr import (ATSS_SIDES, BACKGROUND, RPN_SIDES, SMALL, VARIANTS, Candidates, CoDETR, Config, Criterion, Objects,
-                     Pyramid, atss_assign, atss_targets, best_proposals, build, choose_rows, detect, grid_anchors,
-                     hide_padding, max_iou_assign, param_groups, quality_focal_loss, region_detections, rpn_targets,
+from co_detr import (ATSS_SIDES, BACKGROUND, IGNORED, NINE_SIDES, SMALL, VARIANTS, Candidates, CoDETR, Config, Criterion,
+                     Objects, Pyramid, atss_assign, best_proposals, build, choose_rows, detect, grid_anchors, keep_apart,
+                     max_iou_assign, param_groups, quality_focal_loss, region_detections, retinanet_assign, rpn_targets,
                      sample, valid_anchors)
 from matcher import Weights, focal_loss, match_cost
 from recordings import GivenMaps, batch, close, tensor
@@ -54,15 +54,15 @@ def objects_of(rec, case, sizes, labels=True):
 
 # --------------------------------------------------------------------------------------- parts against the recordings
 
-@pytest.mark.parametrize("name, sides", [("atss5", ATSS_SIDES), ("atss6", ATSS_SIDES), ("rpn5", RPN_SIDES),
-                                         ("rpn6", RPN_SIDES)])
+@pytest.mark.parametrize("name, sides", [("atss5", ATSS_SIDES), ("atss6", ATSS_SIDES), ("rpn5", NINE_SIDES),
+                                         ("rpn6", NINE_SIDES)])
 def test_anchors_and_their_validity_equal_the_authors(recorded, name, sides):
     rec = recorded("anchors")
     pyramid = pyramid_of(rec[f"{name}/sizes"], rec[f"{name}/strides"].tolist())
     for level, anchors in enumerate(grid_anchors(pyramid, sides, "cpu")):
         close(anchors, rec[f"{name}/anchors{level}"], 1e-4, f"level {level}")
-    for level, valid in enumerate(valid_anchors(pyramid, t(rec[f"{name}/pad_shape"]), len(sides))):
-        assert torch.equal(valid, t(rec[f"{name}/valid{level}"]))
+    for level, valid in enumerate(valid_anchors(pyramid, t(rec[f"{name}/pad_shape"])[None], len(sides))):
+        assert torch.equal(valid[0], t(rec[f"{name}/valid{level}"]))
 
 
 @pytest.mark.parametrize("case", ["random5", "random5b", "no_gt", "outside", "overlapping", "tiny_gt", "random6", "no_gt6",
@@ -125,7 +125,7 @@ def test_proposals_equal_the_authors(recorded):
     pyramid = pyramid_of([m.shape[-2:] for m, _ in maps], rec["rpn/strides"].tolist())
     logits = torch.cat([co_detr.by_anchor(m, 1)[..., 0] for m, _ in maps], 1)
     deltas = torch.cat([co_detr.by_anchor(d, 4) for _, d in maps], 1)
-    found = best_proposals(logits, deltas, grid_anchors(pyramid, RPN_SIDES, "cpu"), t(rec["rpn/img_shapes"]), 60, 50)
+    found = best_proposals(logits, deltas, grid_anchors(pyramid, NINE_SIDES, "cpu"), t(rec["rpn/img_shapes"]), 60, 50)
     for i, boxes in enumerate(found):
         close(boxes, rec[f"rpn/im{i}/proposals"][:, :4], 1e-3, f"image {i}")
 
@@ -151,14 +151,15 @@ def test_atss_losses_equal_the_authors(recorded, case):
     maps = [[x.requires_grad_() for x in levels(rec, f"{case}/{name}")] for name in ("cls", "reg", "cen")]
     pyramid = pyramid_of([m.shape[-2:] for m in maps[0]], rec["strides"].tolist())
     objects = objects_of(rec, case, rec["image_sizes"])
-    targets = atss_targets(pyramid, grid_anchors(pyramid, ATSS_SIDES, "cpu"), objects, 11)
+    head = co_detr.DenseHead(32, 11, 5, ATSS_SIDES, atss_assign, True)
+    targets = head.targets(pyramid, grid_anchors(pyramid, ATSS_SIDES, "cpu"), objects)
     for i in range(2):
         assert torch.equal(targets["labels"][i], t(rec[f"{case}/target_labels{i}"]))
         close(targets["anchors"][i], rec[f"{case}/target_anchors{i}"], 1e-4, "anchors")
         close(targets["boxes"][i], rec[f"{case}/target_boxes{i}"], 1e-4, "boxes")
     assert torch.equal(targets["weights"].float(), t(rec[f"{case}/label_weights"]))
     logits, deltas, centerness = (torch.cat([co_detr.by_anchor(x, k) for x in m], 1) for m, k in zip(maps, (11, 4, 1)))
-    terms = Criterion(Config()).atss(logits, deltas, centerness[..., 0], **targets)
+    terms = Criterion(Config()).dense(logits, deltas, centerness[..., 0], **targets)
     for term, name in (("cls", "cls"), ("giou", "bbox"), ("centerness", "centerness")):
         theirs = rec[f"{case}/loss_{name}"].sum()
         assert 4 * terms[term].item() == pytest.approx(float(theirs), rel=1e-5, abs=1e-5), term
@@ -175,7 +176,7 @@ def test_rpn_losses_equal_the_authors(recorded, first_k, case):
     maps = [[x.requires_grad_() for x in levels(rec, f"{case}/{name}")] for name in ("cls", "reg")]
     pyramid = pyramid_of([m.shape[-2:] for m in maps[0]], rec["strides"].tolist())
     objects = objects_of(rec, case, rec["image_sizes"], labels=False)
-    targets = rpn_targets(pyramid, torch.cat(grid_anchors(pyramid, RPN_SIDES, "cpu")), objects, 256)
+    targets = rpn_targets(pyramid, grid_anchors(pyramid, NINE_SIDES, "cpu"), objects, 256)
     assert torch.equal(targets["sampled"], t(rec[f"{case}/label_weights"]) > 0)
     assert torch.equal(targets["positive"], (t(rec[f"{case}/target_labels"]) == 0) & targets["sampled"])
     close(targets["to_object"], rec[f"{case}/target_deltas"], 1e-5, "deltas")
@@ -252,8 +253,8 @@ def test_customised_queries_and_their_losses_equal_the_authors(recorded, first_k
     positive = chosen.labels < 11
     close(chosen.targets[positive], rec[at + "targets"][positive.numpy()], 1e-5, "targets")
     assert torch.equal(positive, t(rec[at + "box_weights"])[..., 0] > 0)
-    if padding == "zero" and hide_padding(weights) is not None:   # rows of queries that exist: the same mask
-        assert torch.equal(hide_padding(weights)[:, 0][weights > 0], t(rec[at + "attn_mask_per_image"])[weights > 0])
+    if padding == "zero" and keep_apart([weights]) is not None:   # rows of queries that exist: the same mask
+        assert torch.equal(keep_apart([weights])[:, 0][weights > 0], t(rec[at + "attn_mask_per_image"])[weights > 0])
     for form, ours in (("deformable", dict(loss_class=2.0, quality_focal=False)), ("dino", {})):
         scores, boxes = (t(rec[at + f"dec_{name}"]).requires_grad_() for name in ("scores", "boxes"))
         layers = [{"pred_logits": a, "pred_boxes": b} for a, b in zip(scores, boxes)]
@@ -395,7 +396,8 @@ def test_tiny_models_equal_the_authors_forward_and_backward(recorded, monkeypatc
     if cfg.detector == "dino":
         draws = [t(rec[k]) for k in sorted(rec) if k.startswith(f"{case}/dn_draw")]
         monkeypatch.setattr(dino, "draw_noise", recorded_noise(draws))
-        monkeypatch.setattr(co_detr, "hide_padding", lambda weights: None)   # their Co-DINO ignores its own mask
+        monkeypatch.setattr(co_detr, "keep_apart",   # their Co-DINO hides heads from each other, but not padding
+                            lambda weights: keep_apart([torch.ones_like(w) for w in weights]))
     images, padding, targets = recorded_batch(rec, case)
     outputs = model.train()(images, padding, targets)
     if case == "plain":
@@ -517,7 +519,7 @@ BOTH = ["", "co_deformable_small"]
 
 
 @pytest.mark.parametrize("variant", BOTH)
-@pytest.mark.parametrize("heads", ["none", "atss", "rcnn", "atss,rcnn"])
+@pytest.mark.parametrize("heads", ["none", "atss", "rcnn", "retinanet", "retinanet,rcnn,atss"])
 @pytest.mark.parametrize("objects", [(3, 0), (0, 0), (14, 1)])
 def test_every_parameter_gets_a_finite_gradient(variant, heads, objects):
     cfg, model, criterion = small(variant, aux_heads=heads)
@@ -525,8 +527,9 @@ def test_every_parameter_gets_a_finite_gradient(variant, heads, objects):
     losses = criterion(model(images, padding, targets), targets)
     sum(losses.values()).backward()
     assert [n for n, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
-    assert {n.split(".")[0] for n in losses} & {"rpn", "rcnn", "atss"} == {
-        *(["atss"] if "atss" in heads else []), *(["rpn", "rcnn"] if "rcnn" in heads else [])}
+    named = set(heads.split(",")) - {"none"}
+    assert {n.split(".")[0] for n in losses} & {"rpn", "rcnn", "atss", "retinanet"} == named | (
+        {"rpn"} if "rcnn" in heads else set())
 
 
 @pytest.mark.parametrize("variant", BOTH)
@@ -563,18 +566,20 @@ def test_at_test_time_the_plain_detector_remains(variant):
 @pytest.mark.parametrize("variant", BOTH)
 def test_heads_teach_the_encoder(variant):
     """Section 3.2: the loss of every head and of its queries reaches the encoder and the backbone."""
-    for prefix in ("rpn.", "rcnn.", "atss.", "rcnn.queries.", "atss.queries."):
-        cfg, model, criterion = small(variant)
-        images, padding, targets = batch((64, 96), (48, 64), objects=(3, 2))
-        losses = criterion(model(images, padding, targets), targets)
-        sum(v for k, v in losses.items() if k.startswith(prefix)).backward()
+    cfg, model, criterion = small(variant, aux_heads="rcnn,atss,retinanet")
+    images, padding, targets = batch((64, 96), (48, 64), objects=(3, 2))
+    losses = criterion(model(images, padding, targets), targets)
+    for prefix in ("rpn.", "rcnn.", "atss.", "retinanet.", "rcnn.queries.", "atss.queries.", "retinanet.queries."):
+        model.zero_grad()
+        sum(v for k, v in losses.items() if k.startswith(prefix)).backward(retain_graph=True)
         assert model.detector.encoder[0].linear1.weight.grad.abs().sum() > 0, prefix
         assert model.detector.backbone.conv1.weight.grad.abs().sum() > 0, prefix
 
 
 def test_groups_of_customised_queries_do_not_meet(monkeypatch):
-    """Separate passes: other queries of one head leave the other head's losses and the detector's as they were."""
-    cfg, model, criterion = small(backbone_norm="group", dn_number=1, dn_label_noise=0.0, dn_box_noise=0.0)
+    """Other queries of one head leave the other heads' losses and the detector's as they were, to the bit."""
+    cfg, model, criterion = small(backbone_norm="group", dn_number=1, dn_label_noise=0.0, dn_box_noise=0.0,
+                                  aux_heads="rcnn,atss,retinanet")
     images, padding, targets = batch((64, 96), (48, 64), objects=(3, 2))
     monkeypatch.setattr(co_detr, "draw", lambda n, k: torch.arange(n)[:k])
     first = criterion(model(images, padding, targets), targets)
@@ -582,6 +587,62 @@ def test_groups_of_customised_queries_do_not_meet(monkeypatch):
     second = criterion(model(images, padding, targets), targets)
     changed = {k for k in first if first[k] != second[k]}
     assert changed and all(k.startswith("atss.queries.") for k in changed)
+
+
+@pytest.mark.parametrize("variant", BOTH)
+def test_one_decoder_pass_for_all_heads_is_a_pass_for_each(variant, monkeypatch):
+    cfg, model, _ = small(variant, aux_heads="rcnn,atss,retinanet", backbone_norm="group")
+    calls, decode = [], model.detector.decode
+    monkeypatch.setattr(model.detector, "decode", lambda *args: calls.append(args) or decode(*args))
+    images, padding, targets = batch((64, 96), (48, 64), objects=(3, 1))
+    co = model(images, padding, targets)["co_outputs"]
+    assert len(calls) == 2                                                         # the detector's, and this one
+    memory, joined, _ = calls[1]
+    start = 0
+    for head in model.heads:
+        part = co[f"{head}.queries"]
+        end = start + part["labels"].shape[1]
+        alone = decode(memory, type(joined)(*(x if x is None else x[:, start:end] for x in joined)),
+                       keep_apart([part["weights"]]))[0]
+        for ours, layer in zip(part["layers"], alone):
+            for name in layer:
+                torch.testing.assert_close(ours[name], layer[name], rtol=1e-5, atol=1e-6)
+        start = end
+    assert start == joined.content.shape[1]
+
+
+def test_retinanet_assignment_by_hand():
+    anchors = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 20], [0, 0, 10, 22], [0, 0, 10, 24.9], [0, 0, 10, 26], [50, 50, 90, 90]])
+    boxes = torch.tensor([[0, 0, 10, 10], [50, 50, 60, 60], [200, 200, 210, 210]]).float()
+    assert retinanet_assign(anchors, [6], boxes).tolist() == [0, 0, IGNORED, IGNORED, BACKGROUND, 1]   # IoU 0.0625 is rescued
+    assert retinanet_assign(anchors, [6], boxes[:0]).tolist() == [BACKGROUND] * 6
+
+
+def test_ignored_and_invalid_anchors_cost_nothing():
+    _, model, criterion = small(aux_heads="retinanet")
+    head = model.retinanet
+    pyramid = pyramid_of([(8, 8), (4, 4)], [8, 16])
+    objects = [Objects(torch.tensor([2, 4]), torch.tensor([[5.0, 7, 40, 44], [20, 20, 60, 50]]), torch.tensor([40, 56]))]
+    targets = head.targets(pyramid, grid_anchors(pyramid, NINE_SIDES, "cpu"), objects)
+    weights, anchors = targets["weights"][0], torch.cat(grid_anchors(pyramid, NINE_SIDES, "cpu"))
+    valid = torch.cat(valid_anchors(pyramid, objects[0].size[None], 9), 1)[0]
+    ignored = valid & ~weights
+    iou = co_detr.box_iou(anchors, objects[0].boxes)[0].amax(1)
+    assert ignored.any() and (~valid).any() and ((iou >= 0.4) & (iou < 0.5))[ignored].all() and not weights[~valid].any()
+    assert (targets["labels"][0, ~weights] == 5).all() and not targets["boxes"][0, ~weights].any()
+    logits, deltas = torch.randn(1, len(anchors), 5), torch.randn(1, len(anchors), 4)
+    first = criterion.dense(logits, deltas, None, **targets)
+    logits[0, ~weights], deltas[0, targets["labels"][0] == 5] = 9.0, 9.0
+    second = criterion.dense(logits, deltas, None, **targets)
+    assert first == second and first.keys() == {"cls", "giou"}
+
+
+def test_candidates_of_one_cell_share_its_feature():
+    """Nine anchors a cell: row 9 c + i reads feature c."""
+    c = Candidates(torch.rand(36, 4), torch.full((36,), 5), torch.rand(36, 4), torch.arange(4.0)[:, None].expand(4, 8))
+    c.labels[[0, 10, 35]] = 1
+    chosen, _ = choose_rows([c], torch.ones(1, 4), 5, Config(aux_negatives=False))
+    assert chosen.features[0, :3, 0].tolist() == [0, 1, 3]
 
 
 def test_content_of_co_dinos_queries_is_coordinates_only():
@@ -610,7 +671,7 @@ def test_images_with_fewer_positives_get_negatives_then_hidden_rows():
     images = [image(20, 100), image(3, 100), image(3, 4)]
     chosen, weights = choose_rows(images, torch.ones(3, 4), 5, Config())
     assert (chosen.labels < 5).sum(1).tolist() == [20, 3, 3] and weights.sum(1).tolist() == [20, 20, 7]
-    mask = hide_padding(weights)
+    mask = keep_apart([weights])
     assert not mask[:2].any() and mask[2, 0, :, 7:].sum() == 20 * 13 - 13
     assert choose_rows(images[1:], torch.ones(2, 4), 5, Config())[1].shape == (2, 9)
     assert choose_rows(images, torch.ones(3, 4), 5, Config(aux_queries=12))[1].shape == (3, 12)
@@ -626,7 +687,7 @@ def test_hidden_rows_change_nothing_for_the_others():
     weights = torch.ones(2, 12)
     weights[:, 9:] = 0
     few = model.detector.decode(memory, model.aux_queries["atss"](boxes[:, :9], features[:, :9]))[0][-1]
-    all_rows = model.detector.decode(memory, model.aux_queries["atss"](boxes, features), hide_padding(weights))[0][-1]
+    all_rows = model.detector.decode(memory, model.aux_queries["atss"](boxes, features), keep_apart([weights]))[0][-1]
     assert torch.allclose(few["pred_boxes"], all_rows["pred_boxes"][:, :9], atol=1e-6)
     assert all_rows["pred_boxes"].isfinite().all()
 
@@ -663,9 +724,9 @@ def test_tiny_and_thin_images(size, variant):
     assert detect(model.eval()(images, padding), torch.tensor([size]), 10_000)[0]["scores"].isfinite().all()
 
 
-@pytest.mark.parametrize("head", ["atss", "rcnn"])
+@pytest.mark.parametrize("head", ["atss", "rcnn", "retinanet"])
 def test_each_head_can_detect_on_its_own(head):
-    cfg, model, _ = small(eval_head=head)
+    cfg, model, _ = small(eval_head=head, aux_heads="rcnn,atss,retinanet")
     found = detect(model.eval()(*batch((64, 96), (48, 64))[:2]), torch.tensor([[128, 192], [48, 64]]), 20)
     for image, (h, w) in zip(found, ((128, 192), (48, 64))):
         assert len(image["scores"]) == 20 and (image["scores"].diff() <= 0).all()
@@ -673,7 +734,7 @@ def test_each_head_can_detect_on_its_own(head):
 
 
 def test_misspelt_heads_name_the_choices():
-    with pytest.raises(ValueError, match="none, atss, rcnn or atss,rcnn"):
+    with pytest.raises(ValueError, match="none or some of rcnn, atss, retinanet"):
         small(aux_heads="atss,fcos")
     with pytest.raises(ValueError, match="eval_head detr or one of"):
         small(aux_heads="atss", eval_head="rcnn")

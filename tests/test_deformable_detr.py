@@ -170,6 +170,17 @@ def test_padding_an_image_further_hardly_moves_its_boxes():
     assert best["labels"] == still["labels"] and best["query"] == still["query"]
 
 
+@pytest.mark.parametrize("variant", ALL)
+def test_under_autocast_boxes_keep_float32_from_reference_to_detection(variant):
+    """In bfloat16 a coordinate near 1 is rounded to 1/256: 5 pixels of 1333."""
+    _, model, _ = small(**ALL[variant])
+    images, padding, _ = batch((64, 96))
+    with torch.autocast("cpu", torch.bfloat16):
+        out = model.eval()(images, padding)
+    assert {out["anchors"].dtype, out["pred_boxes"].dtype, detect(out, torch.tensor([[64, 96]]), 3)[0]["boxes"].dtype} == {
+        torch.float32}
+
+
 def test_first_boxes_are_a_point_and_a_fixed_size():
     """A.3: at the start width and height are sigmoid(-2) in every layer, and the centre is the reference point."""
     _, model, _ = small()

@@ -25,25 +25,45 @@ def test_costs_and_matches_equal_the_authors(golden, case, model):
         expected = rec[f"{case}_cost_{model}"][image, :, start:start + n]
         np.testing.assert_allclose(cost[0, image, :, :n].numpy(), expected, rtol=1e-4, atol=1e-5)
         start += n
-    check_matches({k.replace(f"_{model}", "_x"): v for k, v in rec.items()}, hungarian([cost], counts)[0][0], "x",
+    check_matches({k.replace(f"_{model}", "_x"): v for k, v in rec.items()}, hungarian([cost], [counts])[0][0], "x",
                   f"{case}_")
 
 
 def test_the_assignment_is_the_brute_force_optimum():
     cost = torch.randn(1, 1, 5, 3, generator=torch.Generator().manual_seed(0))
-    query, index = hungarian([cost], [3])[0][0][0]
+    query, index = hungarian([cost], [[3]])[0][0][0]
     best = min(itertools.permutations(range(5), 3), key=lambda p: sum(cost[0, 0, q, j] for j, q in enumerate(p)))
     assert [int(query[index == j]) for j in range(3)] == list(best)
 
 
 def test_more_objects_than_queries_match_every_query_once():
-    query, index = hungarian([torch.rand(1, 1, 3, 7)], [7])[0][0][0]
+    query, index = hungarian([torch.rand(1, 1, 3, 7)], [[7]])[0][0][0]
     assert sorted(query.tolist()) == [0, 1, 2] and len(set(index.tolist())) == 3
+
+
+def test_groups_with_different_objects_are_matched_each_to_its_own():
+    prediction = {"pred_logits": torch.randn(1, 9, 4), "pred_boxes": torch.rand(1, 9, 4)}
+    targets = [{"labels": torch.tensor([0, 3]), "boxes": torch.rand(2, 4)}]
+    many = [{"labels": t["labels"].repeat(3), "boxes": t["boxes"].repeat(3, 1)} for t in targets]
+    set_loss = SetLoss(COST, COST)
+    together = set_loss.match(([prediction], targets), ([prediction], many))
+    for matches, objects in zip(together, (targets, many)):
+        (query, index), = matches[0]
+        (expected, to), = set_loss.match(([prediction], objects))[0][0]
+        assert len(query) == len(objects[0]["labels"]) and torch.equal(query, expected) and torch.equal(index, to)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_cost_that_is_not_finite_is_avoided(value):
+    cost = torch.zeros(1, 1, 3, 2)
+    cost[0, 0, 1] = value
+    query, _ = hungarian([cost], [[2]])[0][0][0]
+    assert query.tolist() == [0, 2]
 
 
 def test_focal_sum_equals_the_hand_computed_figure():
     logits = torch.tensor([[-4.59512, 0.0, 2.0]])
-    assert torch.isclose(focal_loss(logits, torch.tensor([1]), None, None).sum(), torch.tensor(1.280881), atol=1e-5)
+    assert torch.isclose(focal_loss(logits, torch.tensor([1])).sum(), torch.tensor(1.280881), atol=1e-5)
 
 
 def predictions(rec, case, name, grad):

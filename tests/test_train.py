@@ -732,7 +732,8 @@ def test_two_ranks_compute_the_gradients_of_one(tmp_path, model):
 
 
 @pytest.mark.parametrize("model, changes", [*((model, {}) for model in MODELS), *(
-    ("co_detr", {"detector": detector, "aux_heads": heads}) for detector in ("dino", "h_detr") for heads in ("atss", "rcnn"))])
+    ("co_detr", {"detector": detector, "aux_heads": heads}) for detector in ("dino", "h_detr")
+    for heads in ("atss", "rcnn", "retinanet"))])
 def test_one_rank_empty(tmp_path, model, changes):
     """No object on one rank: no hang, a finite loss, and the same gradient for every parameter on both."""
     assert forked(2, rank_step, config(model, **changes), tmp_path, True) == [0, 0]

@@ -2,6 +2,8 @@
 the recorded sampling points against the module's own output, the slots of the denoising queries."""
 import importlib
 import json
+import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -246,3 +248,10 @@ def test_every_command_explains_itself_and_refuses_abbreviations(capsys):
     with pytest.raises(SystemExit) as stopped:
         visualize.main(["scenes", "--ou", "x.jpg"])
     assert stopped.value.code == 2
+
+
+def test_the_python_lines_of_the_readme_run(checkpoint, picture, capsys):
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    lines = re.search(r"```python\n(.*?)```", readme, re.S)[1]
+    exec(lines.replace("runs/dino/best.pt", str(checkpoint)).replace("photo.jpg", str(picture)), {})
+    assert re.match(r"\w+ 0\.\d\d \[", capsys.readouterr().out)
