@@ -27,8 +27,8 @@ Departs
  5. A batch without any object, in the training loop: the one-to-many background loss is divided by K, not by 1.
  6. Hybrid epoch and hybrid layer, the paper's other two schemes, are left out: in Table 6 they stay within 0.4 AP of the
     branch and take longer.
- 7. Mixed query selection (DINO, Zhang et al. 2023) as this code has it: proposals are ranked by class 0 and a query's position is made
-    once; DINO ranks by the best class and renews the position in every layer.
+ 7. Mixed query selection (DINO, Zhang et al. 2023) as this code has it: proposals are ranked by class 0, and a query's position
+    is made once; DINO ranks by the best class and renews the position in every layer.
 """
 from copy import deepcopy
 from dataclasses import dataclass
