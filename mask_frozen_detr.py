@@ -484,7 +484,7 @@ def match(outputs: dict, targets: list[dict], cfg: Config) -> list[tuple[Tensor,
     """The detector's own Hungarian matching: per image query and object indices, on the host."""
     logits, boxes = (at_least_float32(outputs[name])[None] for name in ("pred_logits", "pred_boxes"))
     cost = match_cost(logits, boxes, targets, Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou))
-    return hungarian([cost], [len(t["labels"]) for t in targets])[0][0]
+    return hungarian([cost], [[len(t["labels"]) for t in targets]])[0][0]
 
 
 def draw_points(n: int, count: int, device) -> Tensor:
