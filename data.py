@@ -759,6 +759,12 @@ def build_datasets(data, cfg, seed, load_masks=False, overfit=0, num_train=NUM_T
     return train, val
 
 
+def to_device(targets, device):
+    """Every tensor of a list of targets, without waiting for it."""
+    return [{key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in target.items()}
+            for target in targets]
+
+
 def batches(dataset, indices, workers=0, pin_memory=False):
     """-> DataLoader: (images, padding, targets), see collate, for each list of places in the data set. Touches no global
     random state. The order of an epoch is train.py's, stream("order", seed, epoch)."""

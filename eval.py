@@ -15,6 +15,7 @@ The way of one detection: `detect` gives corner boxes in pixels of the original 
 """
 import argparse
 import contextlib
+import difflib
 import glob
 import importlib
 import io
@@ -36,6 +37,7 @@ import checkpoints
 import data
 
 SMALL_AREA = 32 ** 2     # px^2 of the original image: COCO's border between small and medium objects
+MATCHED_IMAGES = 200     # validation images whose matching training follows from evaluation to evaluation
 _TRUTHS = weakref.WeakKeyDictionary()   # data set -> its COCO, made once: training evaluates after every epoch
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}   # segm_cls: masks ranked without their own score
@@ -212,7 +214,21 @@ def _cell(value, width=8):
     return f"{'-':>{width}}" if value == -1 else f"{value:>{width}.3f}"
 
 
-# ---- ATD -------------------------------------------------------------------------------------------------------------
+# ---- matching and ATD ------------------------------------------------------------------------------------------------
+
+def assignments(model, criterion, dataset, device, **common):
+    """The object that each query is matched to, -1 for none, in the first validation images -> (images, Nq) int16.
+
+    DN-DETR's instability (Li et al. 2022, section 4) is the number of queries per image whose object changes between
+    evaluations."""
+    rows = []
+    for outputs, targets in predict(model, dataset, range(min(len(dataset), MATCHED_IMAGES)), device, **common):
+        for query, index in criterion.match(outputs, data.to_device(targets, device)):
+            row = torch.full((outputs["pred_logits"].shape[1],), -1, dtype=torch.int16)
+            row[query] = index.to(torch.int16)
+            rows.append(row)
+    return torch.stack(rows)
+
 
 def anchor_distances(anchors, boxes):
     """L1 distance (n,) between initial anchors (n, 2 or 4) and the boxes (n, 4) they were matched to, both normalised
@@ -239,8 +255,7 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
     for outputs, targets in predict(model, dataset, range(len(dataset)), device, batch_size, amp, workers):
         if "anchors" not in outputs:
             raise ValueError("expected outputs['anchors'], where each query starts; this model gives none")
-        targets = [{key: value.to(device) if isinstance(value, torch.Tensor) else value
-                    for key, value in target.items()} for target in targets]
+        targets = data.to_device(targets, device)
         anchors = outputs["anchors"].float()                                                     # (B, Nq, 2 or 4)
         for b, (query, matched) in enumerate(criterion.match(outputs, targets)):
             boxes = targets[b]["boxes"][matched.to(device)]                                      # (n, 4)
@@ -383,6 +398,14 @@ class Flags(argparse.ArgumentParser):
 
     def __init__(self, **options):
         super().__init__(allow_abbrev=False, **options)
+
+    def parse_args(self, args=None, namespace=None):
+        given, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
+            self.error(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+        return given
 
     def parse_known_args(self, args=None, namespace=None):
         args = sys.argv[1:] if args is None else args

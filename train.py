@@ -18,7 +18,6 @@ import argparse
 import contextlib
 import copy
 import dataclasses
-import difflib
 import functools
 import importlib
 import inspect
@@ -52,12 +51,11 @@ from backbones import load_backbone_weights
 from data import NUM_TRAIN, NUM_VAL
 from deformable_attn import BuildError, ms_deform_attn
 from eval import COLUMNS as AP_COLUMNS
-from eval import KINDS, Flags, evaluate, predict
+from eval import KINDS, Flags, assignments, evaluate
 
 LOG_EVERY = 10          # steps between lines of log.jsonl, and between waits for the device
 BAD_LIMIT = 3           # steps in a row without a finite loss before the run stops
 SAME_REQUEST = 2.0      # seconds in which several signals mean one
-MATCHED_IMAGES = 200    # validation images whose matching is followed from evaluation to evaluation
 MAY_CHANGE = {"model", "out", "resume", "device", "workers", "threads", "eval_every", "save_every",   # by --resume
               "accum", "amp", "recompute", "compile", "deterministic"}
 PARTS = r"(^|\.|_)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+\.)?blocks\.\d+))$"   # of --recompute, --compile
@@ -73,7 +71,7 @@ class Run:
     preset: str = ""                 # paper or small; empty: small on generated scenes, paper with --data
     data: str = ""                   # COCO-layout folder; empty: generated scenes
     out: str = ""                    # run folder; empty: runs/MODEL
-    resume: str = ""                 # continue the run in --out (no value needed), or this checkpoint
+    resume: str = ""                 # continue the run in --out (no value needed), in this folder, or from this checkpoint
     init: str = ""                   # start from these weights: by name and shape, class rows by class name
     overfit: int = 0                 # train and evaluate on this many images, without augmentation
     check_data: str = ""             # only examine this folder
@@ -142,10 +140,10 @@ def train(run: Run, cfg) -> dict:
         print(report(run, cfg, plan, device, train_set, val_set, model, notes, now))
     log, record = Log(out, now, plan, cfg, run), {}
 
-    def save(name: str = "last.pt") -> None:
+    def save() -> None:
         state = whole_state(run, cfg, train_set, model, average, optimizer, now, gather(checkpoints.random_state(), world))
         if rank == 0:
-            checkpoints.save(out / name, state, keep_previous=True)
+            checkpoints.save(out / "last.pt", state, keep_previous=True)
 
     with Stop() as stop, progress_bar(cfg, plan, now) as bar:
         for epoch in range(now.epoch, cfg.epochs):
@@ -166,8 +164,7 @@ def train(run: Run, cfg) -> dict:
                     if saving or stopping:
                         save()
                     if stopping:
-                        if rank == 0:
-                            tqdm.write(f"stopped by signal {stopping} at step {now.step}, saved; go on with --resume")
+                        log.say(f"stopped by signal {stopping} at step {now.step}, saved; go on with --resume")
                         sys.exit(128 + stopping)
                     clock = time.perf_counter()
             save()   # before evaluating: a run killed from here on evaluates again when it is resumed
@@ -182,7 +179,7 @@ def train(run: Run, cfg) -> dict:
                         visualize.predictions(average.model, paper.detect, val_set, cfg, device, out / "predictions.png")
             now.epoch, now.batch = epoch + 1, 0
             if run.overfit and record.get("AP", 0.0) >= OVERFIT_AP:
-                tqdm.write(f"--overfit {run.overfit}: AP {record['AP']:.3f}, data and installation can learn")
+                log.say(f"--overfit {run.overfit}: AP {record['AP']:.3f}, data and installation can learn")
                 break
     return record
 
@@ -201,7 +198,7 @@ def step(net, model, criterion, optimizer, average, batches: list, clip: float, 
     optimizer.zero_grad(set_to_none=True)
     losses = {}
     for i, (images, padding, targets) in enumerate(batches):
-        targets = to_device(targets, device)
+        targets = data.to_device(targets, device)
         with net.no_sync() if world > 1 and i + 1 < len(batches) else contextlib.nullcontext():
             with torch.autocast(device.type, torch.bfloat16, enabled=amp):
                 outputs = net(images.to(device, non_blocking=True), padding.to(device, non_blocking=True), targets)
@@ -222,11 +219,6 @@ def step(net, model, criterion, optimizer, average, batches: list, clip: float, 
         live.copy_(torch.where(finite, live, old))
     average.update(finite, number)
     return [[t["index"] for t in targets] for _, _, targets in batches], losses, norm, finite
-
-
-def to_device(targets: list[dict], device) -> list[dict]:
-    return [{key: value.to(device, non_blocking=True) if torch.is_tensor(value) else value for key, value in t.items()}
-            for t in targets]
 
 
 def batch_statistics(model) -> list[Tensor]:
@@ -381,21 +373,6 @@ def evaluation(model, criterion, paper, dataset, cfg, plan: Plan, run: Run, now:
     return record
 
 
-def assignments(model, criterion, dataset, device, **common) -> Tensor:
-    """The object that each query is matched to, -1 for none, in the first validation images -> (images, Nq) int16.
-
-    DN-DETR's instability (Li et al. 2022, section 4) is the number of queries per image whose object changes between
-    evaluations."""
-    rows = []
-    for outputs, targets in predict(model, dataset, range(min(len(dataset), MATCHED_IMAGES)), device, **common):
-        targets = to_device(targets, device)
-        for query, index in criterion.match(outputs, targets):
-            row = torch.full((outputs["pred_logits"].shape[1],), -1, dtype=torch.int16)
-            row[query] = index.to(torch.int16)
-            rows.append(row)
-    return torch.stack(rows)
-
-
 # ---------------------------------------------------------------------------------------------- what is kept
 
 def whole_state(run, cfg, dataset, model, average, optimizer, now: Progress, rngs: list) -> dict:
@@ -476,6 +453,10 @@ class Log:
                 path.with_suffix(".tmp").write_text("".join(kept))
                 os.replace(path.with_suffix(".tmp"), path)
 
+    def say(self, text: str) -> None:
+        if self.plan.rank == 0:
+            tqdm.write(text)
+
     def write(self, record: dict, name: str = "log.jsonl") -> None:
         if self.plan.rank == 0:
             with open(self.out / name, "a") as file:
@@ -502,10 +483,10 @@ class Log:
                         "loss": loss, "grad_norm": norm, "losses": dict(zip(names, means))})
             bar.set_postfix_str(f"epoch {now.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
         warm = now.step - self.start >= 2 * LOG_EVERY or now.batch == self.plan.steps   # the first steps are slow
-        if warm and not self.told and self.plan.rank == 0:
+        if warm and not self.told:
             self.told, seconds = True, self.plan.steps * self.plan.total / speed
-            tqdm.write(f"expected  {speed:.1f} images/s: {duration(seconds)} an epoch, {duration(seconds * self.epochs)} in all "
-                       f"without evaluations; memory at most {peak_memory(self.run.device)} so far")
+            self.say(f"expected  {speed:.1f} images/s: {duration(seconds)} an epoch, {duration(seconds * self.epochs)} in all "
+                     f"without evaluations; memory at most {peak_memory(self.run.device)} so far")
         self.seconds = now.seconds
 
     def bad_step(self, number: int, indices: list, losses: list[str], in_a_row: int, model, dataset) -> None:
@@ -521,8 +502,7 @@ class Log:
         self.write(record, "nan_report.jsonl")
         where = f"first in {record['module']}" if record["module"] else "every module's output is finite when run again"
         named = ", ".join(record["losses"][:6]) + (", ..." if len(record["losses"]) > 6 else "")
-        if self.plan.rank == 0:
-            tqdm.write(f"step {number}: {named} not finite on images {record['images']} ({where}); skipped, nothing changed")
+        self.say(f"step {number}: {named} not finite on images {record['images']} ({where}); skipped, nothing changed")
         if in_a_row >= BAD_LIMIT:
             raise FloatingPointError(f"expected finite losses and gradients, got {in_a_row} bad steps in a row, the last on "
                                      f"images {record['images']} ({where}). {self.out / 'nan_report.jsonl'} names all: look at "
@@ -545,7 +525,7 @@ def first_bad_module(model, dataset, indices: list[list[int]], amp: bool) -> str
                 torch.compiler.set_stance("force_eager"), torch.autocast(device.type, torch.bfloat16, enabled=amp):
             for micro in indices:
                 images, padding, targets = data.collate([dataset[i] for i in micro])
-                model(images.to(device), padding.to(device), to_device(targets, device))
+                model(images.to(device), padding.to(device), data.to_device(targets, device))
     finally:
         for handle in handles:
             handle.remove()
@@ -710,7 +690,9 @@ def parser_of(hint, default):
         hint = next(kind for kind in typing.get_args(hint) if kind is not type(None))
     if hint is bool:
         def boolean(text: str) -> bool:
-            return {"true": True, "false": False, "1": True, "0": False}[text.lower()]
+            if text.lower() not in ("true", "false", "1", "0"):
+                raise ValueError(text)   # argparse names flag and text
+            return text.lower() in ("true", "1")
         return boolean
     if isinstance(default, tuple):
         def comma_list(text: str) -> tuple:
@@ -738,16 +720,6 @@ def add_flags(parser, cls, small: dict) -> None:
         group.add_argument(f"--{item.name}", **options)
 
 
-def read_flags(parser, argv: list[str], strict: bool = True) -> dict:
-    """The flags given; hyphens and underscores are the same, unknown flags are refused with the nearest known one."""
-    given, unknown = parser.parse_known_args(argv)
-    if unknown and strict:
-        known = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-        parser.error(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
-    return vars(given)
-
-
 def recipe(paper, run: Run) -> dict:
     """The paper file's values for this preset and variant, before flags."""
     return {**dataclasses.asdict(paper.Config()), **(getattr(paper, "SMALL", {}) if run.preset == "small" else {}),
@@ -760,12 +732,12 @@ def parse(argv: list[str]) -> tuple[Run, object]:
     checkpoint and refuses flags that contradict it."""
     first = Flags(add_help=False)
     add_flags(first, Run, {})
-    peek = Run(**read_flags(first, argv, strict=False))
+    peek = Run(**vars(first.parse_known_args(argv)[0]))
     base, values = Run(), {}
     if peek.resume:
-        path = Path(peek.resume)
-        if peek.resume == "auto":
-            path = checkpoints.newest(peek.out or f"runs/{peek.model}")
+        path = Path(peek.resume if peek.resume != "auto" else peek.out or f"runs/{peek.model}")
+        if peek.resume == "auto" or path.is_dir():
+            path = checkpoints.newest(path)
         state = checkpoints.load(path)
         base = dataclasses.replace(Run(**state["run"]), resume=str(path), init="", out=str(path.parent))
         values = state["config"]
@@ -775,7 +747,7 @@ def parse(argv: list[str]) -> tuple[Run, object]:
                    epilog="defaults in brackets; in parentheses those of --preset small")
     add_flags(parser, Run, {})
     add_flags(parser, paper.Config, small)
-    given = read_flags(parser, argv)
+    given = vars(parser.parse_args(argv))
     known = {item.name for item in dataclasses.fields(Run)}
     run_given = {name: value for name, value in given.items() if name in known}
     cfg_given = {name: value for name, value in given.items() if name not in known}

@@ -270,6 +270,7 @@ def test_resuming_demands_the_saved_settings(tmp_path, capsys):
     resumed, cfg = train.parse(["--resume", "--out", out])
     assert resumed.model == "deformable_detr" and resumed.resume == os.path.join(out, "last.pt") and cfg.epochs == 1
     assert train.parse(["--resume", os.path.join(out, "last.pt")])[0].out == out
+    assert train.parse(["--resume", out])[0].resume == resumed.resume
     with pytest.raises(SystemExit):
         train.parse(["--resume", "--out", out, "--lr", "0.5"])
     assert "lr 0.5" in capsys.readouterr().err
@@ -651,6 +652,7 @@ def test_threads_do_not_spin():
     (["--preset", "big"], "paper or small"),
     (["--variant", "6scale"], "5scale"),
     (["--epochs", "many"], "invalid int"),
+    (["--amp", "maybe"], "invalid boolean value: 'maybe'"),
 ])
 def test_wrong_flags_are_refused_by_name(argv, words, capsys):
     with pytest.raises(SystemExit):
