@@ -134,12 +134,11 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     weights nor options of a released file tell, such as `dc5`; `detector`: where the frozen one of a mask network lies now."""
     state = load(path)
     if "model_name" not in state:
-        state = released(state, path)
+        state = released(state, path, variant)
+    elif variant:
+        raise ValueError(f"--variant is for released weights, {path} knows its own settings: leave it out")
     paper = importlib.import_module(state["model_name"])
-    if variant not in ("", *paper.VARIANTS):
-        raise ValueError(f"expected --variant to be one of {', '.join(paper.VARIANTS)}, got {variant!r}")
-    moved = {"detector": detector} if detector else {}
-    cfg = make_config(paper, {**state["config"], **paper.VARIANTS.get(variant, {}), **moved})
+    cfg = make_config(paper, {**state["config"], **({"detector": detector} if detector else {})})
     model, _ = paper.build(cfg, len(state["class_names"]))
     model.load_state_dict(state.get("ema", state["model"]))
     meta = {key: value for key, value in state.items() if key not in ("model", "ema", "optimizer", "rng")}
@@ -439,7 +438,7 @@ def from_transformers(state: dict) -> dict:
     return to_authors(ours, "deformable_detr" + ("_two_stage" if two_stage else "_refine" if refine else ""))
 
 
-def released(state: dict, path: str | Path) -> dict:
+def released(state: dict, path: str | Path, variant: str = "") -> dict:
     """A released file (its `model` or `state_dict` entry, or a bare state dict) as a checkpoint of ours, with the 91 COCO
     columns of the DETR family or the 80 classes of Co-DETR, unless the file names other classes. What no tensor shows
     comes from the options in the file, or in the config.json beside `transformers`' weights."""
@@ -453,6 +452,8 @@ def released(state: dict, path: str | Path) -> dict:
     family, overrides = recognise(weights)
     weights = from_authors(weights, family)
     paper = importlib.import_module(FAMILIES[family].model_name)
+    if variant not in ("", *paper.VARIANTS):
+        raise ValueError(f"expected --variant to be one of {', '.join(paper.VARIANTS)}, got {variant!r}")
     known = OPTIONS | (TWO_STAGE_OPTIONS if overrides.get("two_stage") else {})
     fields = {field.name for field in dataclasses.fields(paper.Config)}
     overrides |= {ours: options[theirs] for theirs, ours in known.items() if theirs in options and ours in fields}
@@ -460,7 +461,7 @@ def released(state: dict, path: str | Path) -> dict:
     names = name_columns(columns, options.get("id2label", dict(enumerate(state.get("meta", {}).get("CLASSES", ())))))
     print(f"{path}: recognised as {source} {family}, {len(weights)} tensors, {columns} class columns")
     return {"format": FORMAT, "model_name": paper.__name__, "variant": "",
-            "config": {**overrides, "backbone_weights": "imagenet"}, "class_names": names,
+            "config": {**paper.VARIANTS.get(variant, {}), **overrides, "backbone_weights": "imagenet"}, "class_names": names,
             "category_ids": COCO_IDS if names == COCO_NAMES else list(range(columns)), "model": weights, "epoch": 0, "step": 0}
 
 

@@ -217,6 +217,20 @@ def test_row_zero_of_the_objectness_head_stays_row_zero():
     assert fitted["label_enc.weight"][:, 0].tolist() == [100 + cat, -1, 191] and "1 of 2 classes" in skipped[-1]
 
 
+def test_rows_of_the_region_head_follow_their_classes():
+    """Co-DETR: background is the last row of the region head's classes, and every class has four rows of box offsets."""
+    def rows(count, start=0):
+        return {"detector.level_embed": torch.ones(1), "detector.class_embed.0.weight": start + torch.arange(count),
+                "roi.cls.bias": start + torch.arange(count + 1), "roi.reg.bias": start + torch.arange(4 * count),
+                "atss.cls.bias": start + torch.arange(count), "atss.reg.bias": start + torch.arange(4)}
+    fitted, _ = checkpoints.fit(rows(3), ["a", "b", "c"], rows(2, -100), ["c", "new"])
+    assert fitted["detector.class_embed.0.weight"].tolist() == fitted["atss.cls.bias"].tolist() == [2, -99]
+    assert fitted["roi.cls.bias"].tolist() == [2, -99, 3] and fitted["atss.reg.bias"].tolist() == [0, 1, 2, 3]
+    assert fitted["roi.reg.bias"].tolist() == [8, 9, 10, 11, -96, -95, -94, -93]
+    kept = checkpoints.select_classes(rows(3), [2, 0])
+    assert kept["roi.cls.bias"].tolist() == [2, 0, 3] and kept["roi.reg.bias"].tolist() == [8, 9, 10, 11, 0, 1, 2, 3]
+
+
 def test_the_same_classes_in_another_order_are_put_right():
     state = {"class_embed.0.bias": torch.tensor([1.0, 2.0]), "other": torch.ones(2)}
     fitted, _ = checkpoints.fit(state, ["a", "b"], {"class_embed.0.bias": torch.zeros(2), "other": torch.zeros(2)}, ["b", "a"])

@@ -1,14 +1,20 @@
 """Released weights from the file to the figure: photos as the authors' evaluation sees them, classes by name, settings."""
+import argparse
+import importlib
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import checkpoints
 import data
 import deformable_detr
 import eval as evaluation
+import hashed
+import train
 
 
 @pytest.mark.parametrize("job, photo", [(0, 2), *(pytest.param(job, photo, marks=pytest.mark.slow)
@@ -40,3 +46,110 @@ def test_a_photo_on_disk_becomes_the_authors_detections(golden, recipe, shared, 
     np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=1e-5)
     assert found["labels"].tolist() == expected["labels"].tolist()
     np.testing.assert_allclose(found["boxes"], expected["boxes"], rtol=0, atol=0.01)
+
+
+# ---- small models in the authors' layout
+
+SMALL = dict(dim=32, ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries=5)
+
+
+def released_file(path, family, **options):
+    """A narrow transformer on ResNet-50 with hashed weights for 91 classes, saved as the authors save theirs."""
+    paper = importlib.import_module(checkpoints.FAMILIES[family].model_name)
+    with torch.device("meta"):
+        model, _ = paper.build(replace(paper.Config(), num_heads=options.get("nheads", 8), **SMALL,
+                                       **checkpoints.FAMILIES[family].overrides), 91)
+    names = checkpoints.to_authors(model.state_dict(), family)
+    weights = {name: hashed.weight(name, x.shape, 5, checkpoints.FAMILIES[family].tied) for name, x in names.items()}
+    torch.save({"model": weights, "args": argparse.Namespace(**options), "epoch": 11}, path)
+    return checkpoints.from_authors(weights, family)
+
+
+def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, capsys):
+    """No flag but the file and the data: 91 columns become the 80 in use, and the settings are printed."""
+    released_file(tmp_path / "released.pth", "dino", num_select=25, dilation=False)
+    (tmp_path / "coco/annotations").mkdir(parents=True)
+    (tmp_path / "coco/val2017").mkdir()
+    Image.new("RGB", (600, 12), "grey").save(tmp_path / "coco/val2017/1.png")
+    (tmp_path / "coco/annotations/instances_val2017.json").write_text(json.dumps({
+        "images": [{"id": 1, "file_name": "1.png", "width": 600, "height": 12}],
+        "categories": [{"id": i, "name": name} for i, name in zip(checkpoints.COCO_IDS, checkpoints.COCO_NAMES)],
+        "annotations": [{"id": 1, "image_id": 1, "category_id": 18, "bbox": [5, 2, 90, 8], "area": 720, "iscrowd": 0}]}))
+    evaluation.main(["--checkpoint", str(tmp_path / "released.pth"), "--data", str(tmp_path / "coco"), "--device", "cpu"])
+    said = capsys.readouterr().out
+    for part in ("recognised as released dino", "keeping the 80 class columns", "short side 800 px but long side at most 1333 px",
+                 "the 25 best (query, class) pairs"):
+        assert part in said
+    assert json.loads((tmp_path / "eval.json").read_text())["images"] == 1
+
+
+def test_settings_are_those_of_the_family():
+    co = importlib.import_module("co_detr")
+    said = evaluation.settings(co.Config())
+    assert "short side 800" in said and "the 300 best" in said and "soft-NMS from IoU 0.8" in said
+    assert "NMS" not in evaluation.settings(replace(co.Config(), **co.VARIANTS["co_deformable"]))
+    assert "the 100 best" in evaluation.settings(deformable_detr.Config())
+
+
+def test_options_beside_the_weights_tell_what_no_shape_shows(tmp_path):
+    released_file(tmp_path / "a.pth", "deformable_detr_two_stage", num_queries=7, nheads=4, dilation=True, lr=2e-4)
+    _, cfg, _ = checkpoints.load_model(tmp_path / "a.pth")
+    assert (cfg.num_queries, cfg.num_heads, cfg.dilation, cfg.lr) == (7, 4, True, deformable_detr.Config().lr)
+    released_file(tmp_path / "b.pth", "deformable_detr", num_queries=5)
+    _, cfg, _ = checkpoints.load_model(tmp_path / "b.pth", variant="dc5")
+    assert cfg.dilation and cfg.num_feature_levels == 4   # what shapes show stays
+    with pytest.raises(ValueError, match="expected --variant to be one of single_scale, dc5, refine, two_stage, got 'dc6'"):
+        checkpoints.load_model(tmp_path / "b.pth", variant="dc6")
+
+
+def arguments(tmp_path, model, *more):
+    return ["--model", model, "--init", str(tmp_path / "released.pth"), "--preset", "small", "--backbone", "resnet50",
+            "--backbone_weights", "imagenet", "--num_feature_levels", "4", "--num_heads", "8", "--ema", "0",
+            *(word for name, value in SMALL.items() for word in (f"--{name}", str(value))), *more]
+
+
+def started(tmp_path, model, class_names, *more):
+    """What `train.py --init` starts from, and its report."""
+    run, cfg = train.parse(arguments(tmp_path, model, *more))
+    fresh, _ = importlib.import_module(model).build(cfg, len(class_names))
+    report = train.start_weights(run, cfg, fresh, class_names)
+    return fresh.state_dict(), "\n".join(report)
+
+
+def check_rows(ours, theirs):
+    """The 80 classes of COCO in the rows of their names, everything else as it was."""
+    assert ours.keys() == theirs.keys()
+    for name, value in ours.items():
+        expected = theirs[name]
+        if name.startswith(("class_embed", "enc_out_class_embed", "label_enc")):
+            expected = expected[checkpoints.COCO_IDS + [91] * name.startswith("label_enc")]
+        assert torch.equal(value, expected), name
+
+
+def test_training_starts_from_the_rows_of_the_80_classes(tmp_path):
+    theirs = released_file(tmp_path / "released.pth", "dino")
+    ours, report = started(tmp_path, "dino", checkpoints.COCO_NAMES)
+    check_rows(ours, theirs)
+    assert "80 of 80 classes found by name" in report
+
+
+def test_training_on_other_classes_keeps_all_but_their_rows(tmp_path):
+    theirs = released_file(tmp_path / "released.pth", "deformable_detr_two_stage")
+    ours, report = started(tmp_path, "deformable_detr", ["platelet", "dog"], "--with_box_refine", "true", "--two_stage", "true")
+    assert "1 of 2 classes found by name" in report
+    for name, value in ours.items():
+        if not name.startswith("class_embed"):
+            assert torch.equal(value, theirs[name]), name
+    dog, objectness = 18, "class_embed.2.weight"
+    assert torch.equal(ours["class_embed.0.weight"][1], theirs["class_embed.0.weight"][dog])
+    assert torch.equal(ours[objectness][0], theirs[objectness][0]) and not ours[objectness][1].equal(theirs[objectness][dog])
+
+
+@pytest.mark.slow
+def test_a_training_step_on_photos_from_a_released_file(shared, tmp_path):
+    """The whole way, at learning rate 0, so that what it saves is what it started from."""
+    theirs = released_file(tmp_path / "released.pth", "dino")
+    train.main(arguments(tmp_path, "dino", "--data", str(shared / "data" / "coco_mini"), "--out", str(tmp_path / "run"),
+                         "--overfit", "2", "--batch_size", "2", "--epochs", "1", "--lr", "0", "--lr_backbone", "0",
+                         "--device", "cpu"))
+    check_rows(checkpoints.load(tmp_path / "run" / "last.pt")["model"], theirs)
