@@ -429,10 +429,11 @@ def validation_set(folder, cfg, meta):
 
 
 def settings(cfg):
-    """How images go in and detections come out, in words: what the authors' evaluation does, by family."""
+    """How images go in and detections come out, in words; for released weights as in the authors' evaluation."""
+    multiple = f" up to a multiple of {cfg.size_divisor}" if getattr(cfg, "size_divisor", 1) > 1 else ""
     nms = f", soft-NMS from IoU {cfg.soft_nms}" if getattr(cfg, "soft_nms", 0) else ""
     return (f"in: RGB, short side {cfg.eval_size} px but long side at most {cfg.max_size} px (bilinear), ImageNet mean and deviation, "
-            f"zeros to the right and below\nout: the {cfg.top_k} best (query, class) pairs{nms}")
+            f"zeros to the right and below{multiple}\nout: the {cfg.top_k} best (query, class) pairs{nms}")
 
 
 def fit_classes(model, paper, cfg, meta, dataset):

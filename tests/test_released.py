@@ -88,6 +88,8 @@ def test_settings_are_those_of_the_family():
     said = evaluation.settings(co.Config())
     assert "short side 800" in said and "the 300 best" in said and "soft-NMS from IoU 0.8" in said
     assert "NMS" not in evaluation.settings(replace(co.Config(), **co.VARIANTS["co_deformable"]))
+    said = evaluation.settings(replace(co.Config(), **co.VARIANTS["vit_l"]))
+    assert "short side 1280 px but long side at most 2048 px" in said and "multiple of 32" in said and "the 1000 best" in said
     assert "the 100 best" in evaluation.settings(deformable_detr.Config())
 
 
