@@ -67,7 +67,7 @@ def released_file(path, family, **options):
 
 def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, capsys):
     """No flag but the file and the data: 91 columns become the 80 in use, and the settings are printed."""
-    released_file(tmp_path / "released.pth", "dino", num_select=25, dilation=False)
+    released_file(tmp_path / "released.pth", "dino", num_select=250, dilation=False)
     (tmp_path / "coco/annotations").mkdir(parents=True)
     (tmp_path / "coco/val2017").mkdir()
     Image.new("RGB", (600, 12), "grey").save(tmp_path / "coco/val2017/1.png")
@@ -78,7 +78,7 @@ def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, c
     evaluation.main(["--checkpoint", str(tmp_path / "released.pth"), "--data", str(tmp_path / "coco"), "--device", "cpu"])
     said = capsys.readouterr().out
     for part in ("recognised as released dino", "keeping the 80 class columns", "short side 800 px but long side at most 1333 px",
-                 "the 25 best (query, class) pairs"):
+                 "the 250 best (query, class) pairs"):
         assert part in said
     assert json.loads((tmp_path / "eval.json").read_text())["images"] == 1
 
