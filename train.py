@@ -222,8 +222,9 @@ def step(net, model, criterion, optimizer, average, batches: list, clip: float, 
 
 
 def batch_statistics(model) -> list[Tensor]:
-    """Buffers that a forward pass in training mode changes."""
-    return [b for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for b in m.buffers()]
+    """Buffers that a forward pass changes: not those of a frozen part, which stays in evaluation mode."""
+    return [b for m in model.modules() if isinstance(m, torch.nn.modules.batchnorm._BatchNorm) and m.training
+            for b in m.buffers()]
 
 
 def average_over_ranks(tensors: list[Tensor], world: int) -> None:

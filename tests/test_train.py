@@ -484,6 +484,15 @@ def test_average_follows_parameters_and_batch_statistics():
     assert len(average.kept) == 6, "weight, bias; weight, bias, mean, variance"
 
 
+def test_statistics_of_a_frozen_part_are_not_among_those_that_change():
+    """Averaged over ranks, its bytes could change by rounding."""
+    model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.BatchNorm1d(2))
+    model[0].eval()
+    changed = train.batch_statistics(model)
+    model(torch.rand(4, 2))
+    assert [b is kept for b, kept in zip(model[1].buffers(), changed, strict=True)] == [True] * 3
+
+
 def test_schedules():
     cfg = config("dino", epochs=10, lr_drop=6, warmup=0.1)
     at = lambda schedule, step: train.lr_factor(dataclasses.replace(cfg, schedule=schedule), step, 100)
