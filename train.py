@@ -51,7 +51,7 @@ from backbones import load_backbone_weights
 from data import NUM_TRAIN, NUM_VAL
 from deformable_attn import BuildError, ms_deform_attn
 from eval import COLUMNS as AP_COLUMNS
-from eval import KINDS, Flags, assignments, evaluate
+from eval import KINDS, Flags, assignments, evaluate, prepare_cpu
 
 LOG_EVERY = 10          # steps between lines of log.jsonl, and between waits for the device
 BAD_LIMIT = 3           # steps in a row without a finite loss before the run stops
@@ -829,4 +829,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    prepare_cpu()
     main()

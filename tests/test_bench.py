@@ -91,9 +91,59 @@ def test_the_ladder_trains_what_is_missing(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "runs" / "co_dino_atss_0" / "output.txt").read_text() == "trained"
 
 
-def test_the_published_step_of_a_model_is_timed(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """The small preset in place of the published one, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    small = dataclasses.replace(deformable_detr.Config(), **deformable_detr.SMALL)
-    monkeypatch.setattr(deformable_detr, "Config", lambda: small)
-    bench.published(argparse.Namespace(models=["deformable_detr"], size=(64, 96), batch=2, repeats=1, device="cpu"))
-    assert capsys.readouterr().out.count("| deformable_detr |") == 2
+    cfg = dataclasses.replace(deformable_detr.Config(), **deformable_detr.SMALL)
+    monkeypatch.setattr(deformable_detr, "Config", lambda: cfg)
+
+
+def test_inference_is_timed_by_model_and_variant(small, capsys):
+    bench.inference(argparse.Namespace(models=["deformable_detr", "deformable_detr:two_stage"], size=(64, 96), repeats=1, device="cpu"))
+    printed = capsys.readouterr().out
+    assert "| deformable_detr  |" in printed and "| deformable_detr two_stage |" in printed
+
+
+@pytest.mark.slow
+def test_recomputing_saves_memory_in_the_table(small, capsys):
+    """From end to end, every figure from a process of its own."""
+    bench.memory(argparse.Namespace(models=["deformable_detr"], preset="small", batches=[32], amp=False, size=None, repeats=1,
+                                    threads=1, device="cpu"))
+    rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| deformable_detr")]
+    assert [row[3].strip() for row in rows] == ["no", "yes"] and 0.3 < float(rows[1][6]) < 0.9 * float(rows[0][6])
+
+
+def test_a_training_step_costs_time_and_memory(small, monkeypatch):
+    monkeypatch.setattr(bench, "prepare_cpu", lambda: None)     # it holds for the whole process
+    args = argparse.Namespace(preset="small", amp=False, threads=1, repeats=1, device="cpu")
+    ms, gib = bench.step_cost("deformable_detr", 2, True, args)
+    assert ms > 1 and 0.1 < gib < 100
+
+
+def test_images_and_scores_are_timed(small, capsys):
+    bench.loading(argparse.Namespace(data="", images=4, workers=[0, 1], device="cpu"))
+    assert capsys.readouterr().out.count(" published preset |") == 2
+    bench.scoring(argparse.Namespace(images=3, repeats=1, device="cpu"))
+    assert "| 3 | 300 |" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_package_transformers_gets_the_same_weights_and_is_timed(tmp_path, monkeypatch, capsys):
+    """At a fraction of the size; the logits agree, and every pass ran."""
+    pytest.importorskip("transformers")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(bench, "prepare_cpu", lambda: None)     # it holds for the whole process
+    bench.transformers(argparse.Namespace(size=(64, 96), batch=1, repeats=1, device="cpu",
+                                          types=["float32", "bfloat16"]))
+    printed = capsys.readouterr().out
+    assert printed.count("| ours | yes |") == 4 and printed.count("| transformers | no |") == 4
+    assert float(printed.split("difference of the logits: ")[1].split(". ")[0]) < 1e-4
+
+
+def test_bench_alone_makes_every_table(monkeypatch):
+    started = []
+    monkeypatch.setattr(bench.sys, "argv", ["bench.py"])
+    monkeypatch.setattr(bench.subprocess, "run", lambda words, check: started.append(words[-1]))
+    bench.main()
+    assert started[:3] == ["kernel", "step", "inference"] and started[-3:] == ["memory", "loading", "scoring"]

@@ -3,6 +3,9 @@ import dataclasses
 import importlib
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -432,3 +435,21 @@ def test_iof_iob_by_hand():
     assert (curve["IoF"][57], curve["IoB"][57]) == pytest.approx((0.5, 0.5))
     assert curve["IoF-IoB"] == pytest.approx(3 / 4)   # of four pairs, one is the wrong way round
     assert not evaluation.score_counts(scores, torch.zeros(0, 4), (1, 3))[1].any()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="pages are counted as Linux does")
+def test_the_cpu_settings_keep_float32_sums_and_the_pages_of_large_tensors():
+    """In a process of its own: they hold for all of it. Half precision would be off by 1e-3."""
+    program = """
+import resource, torch, eval
+eval.prepare_cpu()
+x, w = torch.randn(500, 256), torch.randn(128, 256)
+exact = x.double() @ w.double().T
+assert ((torch.nn.functional.linear(x, w) - exact).abs().max() / exact.abs().max()) < 5e-6
+torch.empty(1 << 24).fill_(1)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+torch.empty(1 << 24).fill_(1)
+assert resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before < 100
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(evaluation.__file__).parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
