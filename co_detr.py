@@ -12,6 +12,7 @@ whose objects are known. At test time all of it is gone: the plain detector rema
     section 3.3 Eq. 4 customised positive queries     choose_rows, CustomisedQueries
     section 3.3 Eq. 5-6 losses                        Criterion.queries, Criterion.__call__
     section 4.3 Co-DINO: quality focal loss, NMS      quality_focal_loss, detect
+    section 3.4 discriminability, IoF-IoB, conflict   CoDETR.confidences, and `eval.py --analyze`
     Table 11 each head alone                          CoDETR.head_detections
 
     symbol                here
@@ -305,14 +306,30 @@ class CoDETR(nn.Module):
         pyramid, sizes, k = self.pyramid(memory), memory.image_sizes, self.cfg.top_k
         if self.cfg.eval_head != "rcnn":
             return getattr(self, self.cfg.eval_head).detect(pyramid, sizes, k)
+        return [region_detections(*part, k) for part in zip(*self.all_regions(memory, pyramid), sizes)]
+
+    def all_regions(self, memory: Memory, pyramid: Pyramid) -> tuple:
+        """The two-stage head on all proposals: per image logits (P, N + 1), deltas (P, N, 4) and proposals (P, 4)."""
         logits, deltas = self.rpn(pyramid.maps)
         pre = min(self.cfg.rpn_pre_nms, TEST_PRE_NMS)
-        proposals = best_proposals(logits, deltas, grid_anchors(pyramid, NINE_SIDES, logits.device), sizes, pre,
+        proposals = best_proposals(logits, deltas, grid_anchors(pyramid, NINE_SIDES, logits.device), memory.image_sizes, pre,
                                    self.cfg.rpn_proposals)
         counts = [len(p) for p in proposals]
         logits, deltas = self.roi(self.pool(memory, torch.cat(proposals), counts))
-        parts = zip(logits.split(counts), deltas.split(counts), proposals, sizes)
-        return [region_detections(*part, k) for part in parts]
+        return logits.split(counts), deltas.split(counts), proposals
+
+    def confidences(self, memory: Memory) -> dict[str, Tensor]:
+        """Section 3.4, Eq. 9: the sum over all predictions and classes of each head's probabilities, the detector's first:
+        what a head is sure of, as a function of the encoder's tokens."""
+        layers, _ = self.detector.decode(memory, self.detector.propose(memory)[0])
+        found = {"detr": layers[-1]["pred_logits"].sigmoid().sum()}
+        pyramid = self.pyramid(memory) if self.heads else None
+        for head in self.heads:
+            if head == "rcnn":
+                found[head] = sum(logits.softmax(-1)[:, :-1].sum() for logits in self.all_regions(memory, pyramid)[0])
+            else:
+                found[head] = getattr(self, head)(pyramid.maps)[0].sigmoid().sum()
+        return found
 
 
 def check_choices(cfg: Config, heads: list[str]):

@@ -6,6 +6,7 @@
     compare_curves    AP against training time of several runs
     sampling_points   where one query looks: its sampling points per decoder layer and head (Deformable DETR, figure 6)
     anchors           initial anchors against final boxes (DINO, sections 3.3 and 3.4)
+    analysis          what `eval.py --analyze` measured, several checkpoints side by side (Co-DETR, section 3.4)
     noised_boxes      the denoising queries of one batch and their attention mask (DINO, section 3.3)
     scenes            a contact sheet of the generated data with its ground truth
     strip             detections in a row, or the same scenes by several models side by side
@@ -36,8 +37,8 @@ from PIL import Image, ImageDraw, ImageFont
 import checkpoints
 import data
 from boxes import box_cxcywh_to_xyxy
-from deformable_attn import MSDeformAttn, sampling_locations
-from eval import Flags, above, detect_image, infer, validation_set
+from eval import (Flags, above, decoder_attention, detect_image, discriminability, encoder_norms, infer, recorded_looks,
+                  validation_set)
 
 LEVEL_COLOURS = ("#e6194b", "#ffb000", "#22b14c", "#1e90ff", "#a040ff")   # finest level first
 MIN_SIDE = 480   # px: smaller images are enlarged by a whole factor, so that labels can be read
@@ -271,38 +272,14 @@ def compare_curves(run_dirs: list, out="compare_curves.png", kind="bbox", labels
 
 # ---- inside the model ------------------------------------------------------------------------------------------------
 
-@torch.no_grad()
-def sampled(model, run):
-    """Calls run() and records where the decoder's deformable attentions look -> (what run gave, one {reference
-    (B, Nq, L, 2|4), locations (B, Nq, M, L, K, 2), weights (B, Nq, M, L, K)} per decoder layer).
-
-    Both are computed again from each module's inputs, as equation 3 of Deformable DETR says."""
-    records = []
-
-    def record(module, inputs):
-        query, reference, _, shapes, *_ = inputs
-        M, L, K = module.num_heads, module.num_levels, module.num_points
-        offsets = module.sampling_offsets(query).unflatten(-1, (M, L, K, 2)).float()             # (B, Nq, M, L, K, 2)
-        weights = module.attention_weights(query).unflatten(-1, (M, L * K)).float().softmax(-1)  # (B, Nq, M, L K)
-        records.append({"reference": reference, "weights": weights.unflatten(-1, (L, K)),
-                        "locations": sampling_locations(reference, offsets, shapes)})
-
-    hooks = [module.register_forward_pre_hook(record) for name, module in model.named_modules()
-             if isinstance(module, MSDeformAttn) and "decoder" in name]
-    try:
-        return run(), records
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 def sampling_points(checkpoint, image, out="sampling_points.jpg", rank=0, device="cpu"):
     """Where the query of the `rank`-th best detection looks: a row per decoder layer, a column per head; the area of a
     point is its attention weight, its colour its level. White: the layer's reference; dashed: the detected box.
     checkpoint, image: files."""
     model, detect, cfg, meta = load(checkpoint, device)
     picture = data.read_image(image)
-    outputs, records = sampled(model, lambda: infer(model, picture, cfg, device))
+    with recorded_looks(model) as records:
+        outputs = infer(model, picture, cfg, device)
     size = torch.tensor([picture.size[::-1]], device=device)
     det = detect(outputs, size, max(cfg.top_k, rank + 1))[0]
     query, box = int(det["query"][rank]), det["boxes"][rank].cpu().numpy()
@@ -391,6 +368,62 @@ def _draw_anchor(axis, anchor, rgb, linewidth, **style):
         axis.plot(*anchor, "o", color=rgb, markersize=2 + 2 * linewidth, **style)
     else:
         _outline(axis, box_cxcywh_to_xyxy(anchor), rgb, linewidth=linewidth, **style)
+
+
+def analysis(analysis, out="analysis.png", folder=None, n=3, device="cpu"):
+    """What `eval.py --analyze` wrote to its json: the IoF-IoB curves of encoder and decoder and the heads' conflicts, and for
+    n validation images, a column each, the discriminability maps of every checkpoint. Brighter: higher."""
+    analyses = json.loads(Path(analysis).read_text())
+    matrices = [(name, a["conflict"]) for name, a in analyses.items() if "conflict" in a]
+    rows = 1 + 2 * len(analyses)
+    columns = max(2 + len(matrices), n + 1)
+    figure = plt.figure(figsize=(3.1 * columns, 3.3 + 2.1 * (rows - 1)))
+    grid = figure.add_gridspec(rows, columns, height_ratios=[1.5] + [1] * (rows - 1))
+    for column, part in enumerate(("encoder", "decoder")):
+        _plot_iof_iob(figure.add_subplot(grid[0, column]), part, analyses)
+    for column, (name, found) in enumerate(matrices, start=2):
+        _plot_conflict(figure.add_subplot(grid[0, column]), name, found)
+    for number, (name, a) in enumerate(analyses.items()):
+        for column, (picture, maps) in enumerate(_discriminability_maps(a["checkpoint"], folder, n, device)):
+            for row, (part, scores) in enumerate(maps.items(), start=1 + 2 * number):
+                axis = figure.add_subplot(grid[row, column])
+                axis.imshow(picture)
+                axis.imshow(scores, cmap="inferno", alpha=0.75, vmin=0, vmax=1, extent=(0, picture.width, picture.height, 0))
+                axis.set(xticks=[], yticks=[], ylabel=f"{name}\n{part}" if column == 0 else "")
+    return _save(figure, out, dpi=80)
+
+
+def _plot_iof_iob(axis, part, analyses):
+    for number, (name, a) in enumerate(analyses.items()):
+        if part in a:
+            axis.plot(a[part]["IoB"], a[part]["IoF"], color=f"C{number}", label=f"{name}: {a[part]['area']:.3f}")
+    axis.plot((0, 1), (1, 0), color=GREY, linewidth=0.8, linestyle=":")
+    axis.set(title=part, xlabel="IoB", ylabel="IoF", xlim=(0, 1), ylim=(0, 1))
+    axis.legend(loc="lower left", frameon=False, fontsize=8)
+
+
+def _plot_conflict(axis, name, found):
+    axis.imshow(found["S"], cmap="Blues")
+    for i, row in enumerate(found["S"]):
+        for j, value in enumerate(row):
+            dark = value > 0.6 * max(map(max, found["S"]))
+            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
+    ticks = range(len(found["heads"]))
+    axis.set(title=f"{name}: KL(row || column)", xticks=ticks, yticks=ticks)
+    axis.set_xticklabels(found["heads"], fontsize=8)
+    axis.set_yticklabels(found["heads"], fontsize=8)
+
+
+def _discriminability_maps(checkpoint, folder, n, device):
+    """Yields n images of the validation set and {"encoder", "decoder"}: (h, w) maps on their pixels."""
+    model, _, cfg, meta = load(checkpoint, device)
+    dataset = validation_set(folder, cfg, meta)
+    for index in spread(len(dataset), n):
+        picture = dataset.image(index)
+        with recorded_looks(model) as looks:
+            memory = infer(model, picture, cfg, device)["memory"]
+        levels = {"encoder": encoder_norms(memory), "decoder": decoder_attention(memory, looks)}
+        yield picture, {part: discriminability(scores, memory)[0].cpu().numpy() for part, scores in levels.items()}
 
 
 def noised_boxes(pictures, targets, denoising, out, group=0):
@@ -529,12 +562,14 @@ def checkpoint_noised_boxes(checkpoint, out="noised_boxes.jpg", folder=None, n=3
 
 COMMANDS = {"detections": checkpoint_detections, "predictions": checkpoint_predictions, "curves": curves,
             "compare_curves": compare_curves, "sampling_points": sampling_points, "anchors": anchors,
-            "noised_boxes": checkpoint_noised_boxes, "scenes": scenes, "strip": strip, "citations": citations}
+            "analysis": analysis, "noised_boxes": checkpoint_noised_boxes, "scenes": scenes, "strip": strip,
+            "citations": citations}
 HELP = {"checkpoint": "best.pt of a run, or released weights", "image": "picture to look at",
         "out": "picture to write, .png or .jpg", "folder": "COCO-layout folder instead of the checkpoint's own data",
         "score_threshold": "least score shown", "rank": "which detection's query, 0 the best", "device": "cpu or cuda",
         "n": "number of images", "side": "longer side of each picture, px", "run_dir": "run folder",
-        "run_dirs": "run folders", "labels": "their names in the legend", "kind": "bbox or segm"}
+        "analysis": "analysis.json that eval.py --analyze wrote", "run_dirs": "run folders",
+        "labels": "their names in the legend", "kind": "bbox or segm"}
 
 
 def main(argv=None):

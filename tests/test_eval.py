@@ -316,7 +316,9 @@ def test_atd_by_hand_for_anchors_that_are_boxes_and_points():
     assert (figures["objects"], figures["small_objects"], figures["coordinates"]) == (2, 1, "xywh")
     points = evaluation.analyze(Fixed(2), model, One(), "cpu", k=2)
     assert points["ATD"] == pytest.approx(0.1) and points["coordinates"] == "xy"   # both centres are 0.1 away
-    assert "points" in evaluation.analysis_text(points) and "points" not in evaluation.analysis_text(figures)
+    table = evaluation.analysis_table({"box": figures, "point": points})
+    assert re.search(r"ATD\(1\) +0.3000 +0.1000\n", table) and "point: |x| + |y| of anchors that are points" in table
+    assert "points" not in evaluation.analysis_table({"box": figures}) and "IoF-IoB enc" not in table
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -333,6 +335,13 @@ def write_checkpoint(path, name="dino", class_names=data.SCENE_CLASSES, **run):
         "class_names": list(class_names), "category_ids": list(range(1, len(class_names) + 1)), "epoch": 1, "step": 5,
         "run": {"data": "", "seed": 0, "overfit": 0, "num_val": 6} | run})
     return path
+
+
+def two_checkpoints(folder):
+    """A Co-DETR and a DINO in folders of these names."""
+    for name in ("co_detr", "dino"):
+        (folder / name).mkdir()
+        yield write_checkpoint(folder / name / "best.pt", name)
 
 
 @pytest.fixture(scope="module", params=["dino", "deformable_detr"])
@@ -416,14 +425,19 @@ def test_hyphens_and_underscores_are_the_same_and_abbreviations_are_refused(caps
 
 # ---- Co-DETR, section 3.4 --------------------------------------------------------------------------------------------
 
-def test_discriminability_is_the_mean_of_normalised_norms():
+def memory_of(tokens, shapes, padding=None):
+    """A Memory of B images from tokens (B, S, C)."""
     from deformable_detr import Memory
+    padding = torch.zeros(tokens.shape[:2], dtype=torch.bool) if padding is None else padding
+    return Memory(tokens, None, padding, shapes, None, [], torch.tensor([[2, 2]]), (2, 2))
+
+
+def test_discriminability_is_the_mean_of_normalised_norms():
     fine = torch.tensor([[0.0, 3.0], [4.0, 1.0]]).flatten()[None, :, None] * torch.tensor([0.6, 0.8])   # norms 0 3 4 1
     coarse = torch.tensor([[[3.0, 4.0]]])
-    memory = Memory(torch.cat((fine, coarse), 1), None, torch.tensor([[False] * 3 + [True, False]]), [(2, 2), (1, 1)], None,
-                    [], torch.tensor([[2, 2]]), (2, 2))
+    memory = memory_of(torch.cat((fine, coarse), 1), [(2, 2), (1, 1)], torch.tensor([[False] * 3 + [True, False]]))
     expected = (torch.tensor([[0.0, 0.75], [1.0, 0.0]]) + 1) / 2
-    assert torch.allclose(evaluation.discriminability(memory)[0], expected)
+    assert torch.allclose(evaluation.discriminability(evaluation.encoder_norms(memory), memory)[0], expected)
 
 
 def test_iof_iob_by_hand():
@@ -433,7 +447,7 @@ def test_iof_iob_by_hand():
     curve = evaluation.iof_iob(counts)
     assert (curve["IoF"][0], curve["IoB"][0], curve["IoF"][-1], curve["IoB"][-1]) == pytest.approx((1, 0, 0, 1), abs=1e-6)
     assert (curve["IoF"][57], curve["IoB"][57]) == pytest.approx((0.5, 0.5))
-    assert curve["IoF-IoB"] == pytest.approx(3 / 4)   # of four pairs, one is the wrong way round
+    assert curve["area"] == pytest.approx(3 / 4)   # of four pairs, one is the wrong way round
     assert not evaluation.score_counts(scores, torch.zeros(0, 4), (1, 3))[1].any()
 
 
@@ -455,3 +469,54 @@ assert faults[-1] < 1000, faults
 """
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(evaluation.__file__).parent, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_attention_is_spread_over_the_four_tokens_around_a_point():
+    """Levels of 2 x 4 and 1 x 1 tokens. A look between the first two tokens of the second row, a quarter of the way; one at a
+    token that is padding; one at the single token of level 2."""
+    memory = memory_of(torch.zeros(1, 9, 8), [(2, 4), (1, 1)], torch.arange(9)[None] == 7)
+    places = torch.tensor([[[0.75 / 4, 0.75]], [[0.5, 0.5]]]).view(1, 1, 1, 2, 1, 2)              # (B, Nq, M, L, K, 2)
+    looks = [{"locations": places, "weights": torch.tensor([0.6, 0.4]).view(1, 1, 1, 2, 1)},
+             {"locations": torch.tensor([3.5 / 4, 0.75, 0.5, 0.5]).view(1, 1, 1, 2, 1, 2),
+              "weights": torch.ones(1, 1, 1, 2, 1)}]
+    found = evaluation.decoder_attention(memory, looks)
+    assert torch.allclose(found, torch.tensor([[0, 0, 0, 0, 0.45, 0.15, 0, 0, 1.4]]), atol=1e-6)
+
+
+def test_grad_cam_by_hand_level_by_level():
+    """Two levels of two tokens and of one, two channels; the mean gradient weighs the channels of each level."""
+    memory = memory_of(torch.tensor([[[1.0, 2], [3, -5], [4, 1]]]), [(1, 2), (1, 1)])
+    gradient = torch.tensor([[[1.0, 1], [3, 1], [0, 2]]])                                        # means (2, 1) and (0, 2)
+    assert torch.allclose(evaluation.grad_cam(memory, gradient), torch.tensor([[4.0, 1, 2]]) / 7, atol=1e-6)
+    assert torch.allclose(evaluation.grad_cam(memory, -gradient), torch.ones(1, 3) / 3)          # nothing speaks for it
+
+
+def test_conflict_is_the_divergence_of_grad_cam_maps():
+    class Heads(torch.nn.Module):
+        """The first head is sure of channel 0, the second of channel 1."""
+        def confidences(self, memory):
+            return {"detr": memory.tokens[..., 0].sum(), "atss": memory.tokens[..., 1].sum()}
+
+    memory = memory_of(torch.tensor([[[3.0, 1], [1, 3]], [[2.0, 2], [1, 1]]]), [(1, 2)])
+    heads, S = evaluation.head_divergences(Heads(), memory)
+    expected = 0.75 * np.log(0.75 / 0.25) + 0.25 * np.log(0.25 / 0.75)
+    expected = torch.tensor([[[0, expected], [expected, 0]], [[0.0, 0], [0, 0]]]).float()
+    assert heads == ["detr", "atss"] and torch.allclose(S, expected, atol=1e-6)
+    S = torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]])
+    assert evaluation.conflict(list("abc"), S)["average"] == pytest.approx([11 / 4, 14 / 4, 17 / 4])
+
+
+def test_checkpoints_are_analysed_side_by_side(tmp_path, capsys):
+    """A Co-DETR with two heads beside a DINO: curves of encoder and decoder, conflicts of the first alone."""
+    first, second = two_checkpoints(tmp_path)
+    evaluation.main(["--checkpoint", str(first), "--batch_size", "3", "--analyze", str(second), "--out", str(tmp_path)])
+    printed = capsys.readouterr().out
+    assert re.search(r"co_detr +dino\n", printed) and re.search(r"IoF-IoB decoder +0\.\d+ +0\.\d+", printed)
+    assert re.search(r"conflict of heads +\d+\.\d+ +-\n", printed) and re.search(r"detr +rcnn +atss +average", printed)
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert list(found) == ["co_detr", "dino"] and found["dino"]["checkpoint"] == str(second)
+    S = np.array(found["co_detr"]["conflict"]["S"])
+    assert S.shape == (3, 3) and (np.diag(S) == 0).all() and (S[~np.eye(3, dtype=bool)] > 0).all()
+    for part in ("encoder", "decoder"):
+        curve = found["dino"][part]
+        assert len(curve["IoF"]) == 101 and 0 < curve["area"] < 1 and (np.diff(curve["IoF"]) <= 1e-6).all()

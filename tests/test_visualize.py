@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from test_eval import write_checkpoint
+from test_eval import two_checkpoints, write_checkpoint
 
 import checkpoints
 import data
@@ -137,7 +137,8 @@ def test_recorded_sampling_points_reproduce_the_output_of_every_decoder_layer(ch
         hooks.append(module.register_forward_hook(lambda module, inputs, output: calls.append((module, inputs, output))))
     images, padding = torch.randn(2, 3, 48, 80), torch.zeros(2, 48, 80, dtype=torch.bool)
     padding[1, 32:] = True
-    _, records = visualize.sampled(model, lambda: model(images, padding))
+    with visualize.recorded_looks(model) as records:
+        model(images, padding)
     assert len(records) == len(calls) == cfg.decoder_layers
     for record, (module, (query, _, tokens, shapes, mask), output) in zip(records, calls):
         value = module.value_proj(tokens).masked_fill(mask[..., None], 0).unflatten(-1, (cfg.num_heads, -1))
@@ -255,3 +256,15 @@ def test_the_python_lines_of_the_readme_run(checkpoint, picture, capsys):
     lines = re.search(r"```python\n(.*?)```", readme, re.S)[1]
     exec(lines.replace("runs/dino/best.pt", str(checkpoint)).replace("photo.jpg", str(picture)), {})
     assert re.match(r"\w+ 0\.\d\d \[", capsys.readouterr().out)
+
+
+def test_what_was_analysed_is_drawn_for_two_checkpoints(tmp_path):
+    first, second = two_checkpoints(tmp_path)
+    curve = {"IoF": [1.0, 0.5, 0.0], "IoB": [0.0, 0.5, 1.0], "area": 0.5}
+    (tmp_path / "analysis.json").write_text(json.dumps({
+        "a": {"checkpoint": str(first), "encoder": curve, "decoder": curve,
+              "conflict": {"heads": ["detr", "atss"], "S": [[0.0, 1.0], [2.0, 0.0]], "average": [1.5, 1.5]}},
+        "b": {"checkpoint": str(second), "encoder": curve, "decoder": curve}}))
+    out = tmp_path / "analysis.png"
+    visualize.main(["analysis", "--analysis", str(tmp_path / "analysis.json"), "--out", str(out), "--n", "2"])
+    assert Image.open(out).width > 500
