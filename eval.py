@@ -39,6 +39,7 @@ import data
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locations
 
 SMALL_AREA = 32 ** 2     # px^2 of the original image: COCO's border between small and medium objects
+SCORE_STEPS = 10_000     # of discriminability: normalised tokens differ little in length, so coarse steps would hide a curve
 MATCHED_IMAGES = 200     # validation images whose matching training follows from evaluation to evaluation
 _TRUTHS = weakref.WeakKeyDictionary()   # data set -> its COCO, made once: training evaluates after every epoch
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -255,7 +256,7 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
     `iof_iob` gives, "conflict": what `conflict` gives}; small: a box of less than 32^2 px in the original image. ValueError
     for a model without `outputs["anchors"]`."""
     distances, areas, divergences, heads = [], [], [], []
-    counts = {"encoder": torch.zeros(2, 100), "decoder": torch.zeros(2, 100)}
+    counts = {"encoder": torch.zeros(2, SCORE_STEPS), "decoder": torch.zeros(2, SCORE_STEPS)}
     with recorded_looks(model) as looks:
         for outputs, targets in predict(model, dataset, range(len(dataset)), device, batch_size, amp, workers):
             if "anchors" not in outputs:
@@ -344,26 +345,27 @@ def discriminability(scores, memory):
 
 def score_counts(scores, boxes, size):
     """Pixels of one image by score: scores (H, W) in [0, 1], boxes (n, 4) normalised cxcywh, size (h, w) without padding
-    -> (2, 100), background and foreground, in steps of 0.01. OUR CHOICE: foreground is the union of the boxes, and pixels are
-    counted over the whole data set."""
+    -> (2, SCORE_STEPS), background and foreground. OUR CHOICE: foreground is the union of the boxes, and pixels are counted
+    over the whole data set."""
     h, w = size
     foreground = torch.zeros(h, w, dtype=torch.bool, device=scores.device)
     for cx, cy, bw, bh in boxes.tolist():
         foreground[max(0, round((cy - bh / 2) * h)):round((cy + bh / 2) * h),
                    max(0, round((cx - bw / 2) * w)):round((cx + bw / 2) * w)] = True
-    step = (scores[:h, :w] * 100).long().clamp(0, 99)
-    return torch.bincount((step + 100 * foreground).flatten(), minlength=200).view(2, 100).float().cpu()
+    step = (scores[:h, :w] * SCORE_STEPS).long().clamp(0, SCORE_STEPS - 1)
+    return torch.bincount((step + SCORE_STEPS * foreground).flatten(), minlength=2 * SCORE_STEPS).view(2, -1).float().cpu()
 
 
 def iof_iob(counts):
-    """Co-DETR, Eq. 8, from pixel counts (2, 100) of a whole data set: above threshold S lies the share IoF(S) of the
+    """Co-DETR, Eq. 8, from pixel counts (2, SCORE_STEPS) of a whole data set: above threshold S lies the share IoF(S) of the
     foreground, below it the share IoB(S) of the background. A curve further up and right tells them apart better; the
     area under it is the chance that a foreground pixel scores higher than a background pixel.
-    -> {"IoF": 101 numbers, "IoB": 101 numbers, "area": number}, for thresholds 0, 0.01, ..., 1"""
-    share = counts / counts.sum(1, keepdim=True).clamp(min=1)                                     # (2, 100)
-    below = torch.cat((torch.zeros(2, 1), share.cumsum(1)), 1)                                   # (2, 101)
-    iob, iof = below[0], 1 - below[1]
-    return {"IoF": iof.tolist(), "IoB": iob.tolist(), "area": float(torch.trapezoid(iof, iob))}
+    -> {"IoB": 0, 0.01, ..., 1, "IoF": 101 numbers there, "area": number}"""
+    share = counts / counts.sum(1, keepdim=True).clamp(min=1)                                     # (2, steps)
+    iob, below = torch.cat((torch.zeros(2, 1), share.double().cumsum(1)), 1)                     # (steps + 1,) each
+    grid = np.linspace(0, 1, 101)
+    return {"IoB": grid.tolist(), "IoF": np.interp(grid, iob, 1 - below).tolist(),
+            "area": float(torch.trapezoid(1 - below, iob))}
 
 
 @torch.enable_grad()

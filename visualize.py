@@ -372,13 +372,13 @@ def _draw_anchor(axis, anchor, rgb, linewidth, **style):
 
 def analysis(analysis, out="analysis.png", folder=None, n=3, device="cpu"):
     """What `eval.py --analyze` wrote to its json: the IoF-IoB curves of encoder and decoder and the heads' conflicts, and for
-    n validation images, a column each, the discriminability maps of every checkpoint. Brighter: higher."""
+    n validation images, a column each, the discriminability maps of every checkpoint. Brighter: higher within the map."""
     analyses = json.loads(Path(analysis).read_text())
     matrices = [(name, a["conflict"]) for name, a in analyses.items() if "conflict" in a]
     rows = 1 + 2 * len(analyses)
     columns = max(2 + len(matrices), n + 1)
-    figure = plt.figure(figsize=(3.1 * columns, 3.3 + 2.1 * (rows - 1)))
-    grid = figure.add_gridspec(rows, columns, height_ratios=[1.5] + [1] * (rows - 1))
+    figure = plt.figure(figsize=(3 * columns, 3 + 2.6 * (rows - 1)))
+    grid = figure.add_gridspec(rows, columns)
     for column, part in enumerate(("encoder", "decoder")):
         _plot_iof_iob(figure.add_subplot(grid[0, column]), part, analyses)
     for column, (name, found) in enumerate(matrices, start=2):
@@ -388,7 +388,7 @@ def analysis(analysis, out="analysis.png", folder=None, n=3, device="cpu"):
             for row, (part, scores) in enumerate(maps.items(), start=1 + 2 * number):
                 axis = figure.add_subplot(grid[row, column])
                 axis.imshow(picture)
-                axis.imshow(scores, cmap="inferno", alpha=0.75, vmin=0, vmax=1, extent=(0, picture.width, picture.height, 0))
+                axis.imshow(scores, cmap="inferno", alpha=0.75, extent=(0, picture.width, picture.height, 0))
                 axis.set(xticks=[], yticks=[], ylabel=f"{name}\n{part}" if column == 0 else "")
     return _save(figure, out, dpi=80)
 

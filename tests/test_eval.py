@@ -445,8 +445,8 @@ def test_iof_iob_by_hand():
     scores = torch.tensor([[0.1, 0.6, 0.55, 0.9]])
     counts = evaluation.score_counts(scores, torch.tensor([[0.75, 0.5, 0.5, 1.0]]), (1, 4))
     curve = evaluation.iof_iob(counts)
-    assert (curve["IoF"][0], curve["IoB"][0], curve["IoF"][-1], curve["IoB"][-1]) == pytest.approx((1, 0, 0, 1), abs=1e-6)
-    assert (curve["IoF"][57], curve["IoB"][57]) == pytest.approx((0.5, 0.5))
+    assert (curve["IoB"][0], curve["IoB"][75], curve["IoB"][-1]) == pytest.approx((0, 0.75, 1))
+    assert (curve["IoF"][25], curve["IoF"][75]) == pytest.approx((1, 0.5))   # below 0.55; between 0.55 and 0.6 half is gone
     assert curve["area"] == pytest.approx(3 / 4)   # of four pairs, one is the wrong way round
     assert not evaluation.score_counts(scores, torch.zeros(0, 4), (1, 3))[1].any()
 
