@@ -561,6 +561,7 @@ def test_vit_images_are_filled_up_to_a_multiple_of_32_and_boxes_stay(tiny):
         ours = model.eval()(images, padding)
         wider = model(F.pad(images, (0, 24, 0, 16)), F.pad(padding, (0, 24, 0, 16), value=True))
     assert cfg.size_divisor == 32 and ours["memory"].padded_size == (96, 128)
+    assert model.strides == [4, 8, 16, 32, 64, 128]
     assert torch.equal(ours["pred_boxes"], wider["pred_boxes"])
 
 
