@@ -3,6 +3,7 @@
     python bench.py             every table that this machine can make, one after the other
     python bench.py inference   one of them: kernel, step, inference, transformers, memory, loading or scoring
     python bench.py ladder      trains: what each part of each paper brings
+    python bench.py masks       trains: what each part of the mask network brings; mask_cost: what it costs
 
 Each command prints a table and writes it, with date, device, versions and its own command line, to runs/bench/NAME.md.
 A figure is the median of repeated runs. Implementations take turns within one process, so that their ratio survives a
@@ -535,14 +536,18 @@ def ladder(args):
 
 
 def ladder_run(name: str, seed: int, args) -> dict:
-    """One training run in a process of its own -> the record of its last evaluation, with `step_ms`."""
+    """One row of the ladder -> the record of its last evaluation, with `step_ms`."""
     _, model, changes = LADDER[name]
-    out = Path(args.out) / f"{name}_{seed}"
+    return run_row(Path(args.out) / f"{name}_{seed}", {"model": model, "seed": seed, **changes}, args)
+
+
+def run_row(out: Path, flags: dict, args) -> dict:
+    """One training run of args.epochs in a process of its own, unless `out` holds it already -> the record of its last
+    evaluation, with `step_ms`."""
     log = out / "log.jsonl"
     lines = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if not lines or lines[-1]["kind"] != "eval" or lines[-1]["epoch"] < args.epochs:
-        flags = {"model": model, "out": out, "seed": seed, "epochs": args.epochs, "threads": args.threads,
-                 "eval_every": args.epochs, **changes}
+        flags = {"out": out, "epochs": args.epochs, "threads": args.threads, "eval_every": args.epochs, **flags}
         words = ["--resume", "--out", str(out)] if (out / "last.pt").exists() else [
             word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
         out.mkdir(parents=True, exist_ok=True)
@@ -550,7 +555,7 @@ def ladder_run(name: str, seed: int, args) -> dict:
             subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words], check=True, stdout=output,
                            stderr=output)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-    print(f"{name}, seed {seed}: AP {lines[-1]['bbox']['AP']:.3f}", file=sys.stderr)
+    print(f"{out.name}: AP {lines[-1].get('segm', lines[-1]['bbox'])['AP']:.3f}", file=sys.stderr)
     steps = [line for line in lines if line["kind"] == "step"]
     return lines[-1] | {"step_ms": statistics.median(1e3 * (b["train_seconds"] - a["train_seconds"]) / (b["step"] - a["step"])
                                                      for a, b in zip(steps, steps[1:]))}
@@ -575,6 +580,103 @@ def ladder_plot(scores: dict[str, list[float]], path: Path):
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
     print(f"saved to {path}")
+
+
+# ---- What each part of the mask network brings, and costs -----------------------------------------------------------
+
+FAMILIES = ("none", "deformable", "swin", "convnext")
+MASKS = {   # row, also its folder: the paper's ablation it belongs to, and what changes in mask_frozen_detr's small preset
+    "default": ("", {}),
+    "image_baseline": ("baselines", {"variant": "image_baseline"}), "box_baseline": ("baselines", {"variant": "box_baseline"}),
+    "gt_boxes": ("regions from the ground truth", {"roi_box": "gt"}),
+    "roi_8": ("size of a region", {"roi_size": 8}), "roi_32": ("size of a region", {"roi_size": 32}),
+    **{f"image_{kind}": ("image encoder", {"image_encoder": kind}) for kind in FAMILIES if kind != "deformable"},
+    "image_2_layers": ("image encoder", {"image_layers": 2}),
+    **{f"box_{kind}": ("box encoder", {"box_encoder": kind}) for kind in FAMILIES if kind != "deformable"},
+    "box_2_layers": ("box encoder", {"box_layers": 2}),
+    **{f"width_{width}": ("channel mapper", {"channel_dim": width}) for width in (32, 128)},
+    **{f"query_{kind}": ("query encoder", {"query_encoder": kind}) for kind in ("none", "obj2obj", "both")},
+    "query_both_ffn": ("query encoder", {"query_encoder": "both", "query_ffn": True}),
+    "dense_loss": ("loss", {"point_loss": False}), "no_mask_scoring": ("mask scoring", {"mask_scoring": False}),
+}
+
+
+def masks(args):
+    """Trains rows of MASKS on the same frozen detector, same number of steps: the paper's ablation tables, reduced and with
+    our own figures. Resumable as the ladder. Left out: what a small detector with one encoder layer and 48 channels of
+    stride 4 cannot vary (which layer is tapped, no neck), and the rows on schedule, batch, jitter and fine-tuning."""
+    import checkpoints
+    rows = []
+    for name in args.rows:
+        part, changes = MASKS[name]
+        run = run_row(Path(args.out) / name, {"model": "mask_frozen_detr", "detector": args.detector, **changes}, args)
+        weights = checkpoints.load(Path(args.out) / name / "best.pt")["model"]
+        parameters = sum(value.numel() for key, value in weights.items() if key != "_extra_state")
+        scores = [run["segm"][key] for key in ("AP", "AP75", "APs", "APl")] + [run["segm_cls"]["AP"], run["bbox"]["AP"]]
+        rows.append([part, name, *(f"{score:.3f}" for score in scores), f"{parameters / 1e6:.2f}", f"{run['step_ms']:.0f}"])
+    report("masks", args, ["ablation", f"row, {args.epochs} epochs", "mask AP", "AP75", "small", "large", "by class score",
+                           "box AP", "M parameters", "ms a step"], rows)
+
+
+def mask_cost(args):
+    """What each part of the mask network costs at its default sizes: parameters, multiply-adds and milliseconds for one image
+    with 100 detections, and memory kept for the backward pass of one image with 7 objects."""
+    from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
+    import dino
+    import mask_frozen_detr as paper
+
+    @register_flop_formula(torch.ops.nanodetr.ms_deform_attn)
+    def looks(value, shapes, points, *rest, out_shape=None, **options):            # four corners for every look and channel
+        return 2 * 4 * out_shape[0] * out_shape[1] * out_shape[2] * points[3] * points[4]
+
+    detector, _ = dino.build(dino.Config(), 80)
+    model = paper.MaskFrozenDETR(paper.Frozen(detector, dino.detect), paper.Config()).to(args.device)
+    image = torch.randn(1, 3, *args.size, device=args.device)
+    padding = torch.zeros(1, *args.size, dtype=torch.bool, device=args.device)
+    outputs, _ = model.frozen(image, padding)
+    memory, C, r = outputs["memory"], model.cfg.channel_dim, model.cfg.roi_size
+    fine = torch.randn(1, *memory.features[0].shape[-2:], model.frozen.dim, device=args.device)
+
+    def parts(n):
+        region, queries = torch.randn(n, r, r, C, device=args.device), torch.randn(n, C, device=args.device)
+        states, probabilities = torch.randn(n, model.frozen.dim, device=args.device), torch.rand(n, r, r, device=args.device)
+        return {"neck": ([model.neck], lambda: model.neck(memory.features[0])),
+                "image encoder": ([model.image_encoder], lambda: paper.encode(model.image_encoder, memory).tokens),
+                "channel and query mapper": ([model.channel_mapper, model.query_mapper],
+                                             lambda: model.channel_mapper(fine).sum() + model.query_mapper(states).sum()),
+                "box encoder": ([model.box_encoder], lambda: paper.encode(model.box_encoder, paper.as_memory(region)).tokens),
+                "box to object": ([model.query_encoder],
+                                  lambda: model.query_encoder.from_region(queries, paper.as_memory(region))),
+                "mask scoring": ([model.score_head], lambda: model.score_head(probabilities, region))}
+
+    @torch.no_grad()
+    def milliseconds_of(function):
+        def run():
+            function()
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+        return statistics.median([1e3 * clock(run) for _ in range(args.repeats + 1)][1:])
+
+    def kept_for_backward(function):
+        kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
+
+        def keep(tensor):
+            kept[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            result = function()   # alive until everything is counted
+        return result is not None and sum(t.untyped_storage().nbytes() for where, t in kept.items() if where not in weights)
+
+    rows = []
+    for (name, (modules, full)), (_, (_, seven)) in zip(parts(100).items(), parts(7).items()):
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            full()
+        parameters = sum(p.numel() for module in modules for p in module.parameters())
+        rows.append([name, f"{parameters:,}", f"{counter.get_total_flops() / 2e9:.1f}", f"{milliseconds_of(full):.0f}",
+                     f"{kept_for_backward(seven) / 2 ** 20:.0f}"])
+    rows.append(["frozen detector (DINO, ResNet-50)", f"{sum(p.numel() for p in detector.parameters()):,}", "",
+                 f"{milliseconds_of(lambda: model.frozen(image, padding)):.0f}", "0"])
+    report("mask_cost", args, [f"part, {args.size[0]}x{args.size[1]}", "parameters", "GMACs", "ms", "MiB for backward"], rows)
 
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
@@ -637,6 +739,13 @@ def main():
     sub.add_argument("--jobs", type=int, default=1, help="training runs at a time, --threads each")
     sub.add_argument("--out", default="runs/ladder")
     sub.add_argument("--plot", default="runs/bench/ladder.png")
+    sub = command(masks)
+    sub.add_argument("--detector", default="runs/dino/best.pt", help="small detector that all rows share (%(default)s)")
+    sub.add_argument("--rows", nargs="+", default=list(MASKS), choices=MASKS, metavar="ROW", help=", ".join(MASKS))
+    sub.add_argument("--epochs", type=int, default=1, help="500 steps each")
+    sub.add_argument("--out", default="runs/masks")
+    sub = command(mask_cost, repeats=3)
+    sub.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.run is not transformers:            # which times the package as it comes first

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 import bench
+import checkpoints
 import deformable_detr
+import mask_frozen_detr
+import dino
 import train
 from deformable_attn import ms_deform_attn_torch
 
@@ -147,3 +150,52 @@ def test_bench_alone_makes_every_table(monkeypatch):
     monkeypatch.setattr(bench.subprocess, "run", lambda words, check: started.append(words[-1]))
     bench.main()
     assert started[:3] == ["kernel", "step", "inference"] and started[-3:] == ["memory", "loading", "scoring"]
+
+
+@pytest.mark.parametrize("row", bench.MASKS)
+def test_every_row_of_the_mask_tables_is_a_training_run(row):
+    _, changes = bench.MASKS[row]
+    flags = [word for flag, value in changes.items() for word in (f"--{flag}", str(value))]
+    default = train.parse(["--model", "mask_frozen_detr"])[1]
+    assert (train.parse(["--model", "mask_frozen_detr", *flags])[1] == default) == (row == "default")
+
+
+def test_mask_tables_are_read_from_finished_runs(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name, ap in (("default", 0.5), ("roi_8", 0.4)):
+        (tmp_path / name).mkdir()
+        lines = [{"kind": "step", "step": step, "train_seconds": step / 10} for step in (1, 2)]
+        lines.append({"kind": "eval", "epoch": 1, "bbox": {"AP": 0.8}, "segm": dict.fromkeys(("AP", "AP75", "APs", "APl"), ap),
+                      "segm_cls": {"AP": ap - 0.1}})
+        (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        checkpoints.save(tmp_path / name / "best.pt", {"model": {"a": torch.zeros(30_000), "_extra_state": torch.zeros(32)}})
+    bench.masks(argparse.Namespace(rows=["default", "roi_8"], epochs=1, threads=1, out=str(tmp_path), detector="d", device="cpu"))
+    printed = capsys.readouterr().out
+    assert "|  | default | 0.500 | 0.500 | 0.500 | 0.500 | 0.400 | 0.800 | 0.03 | 100 |" in printed
+    assert "| size of a region | roi_8 | 0.400 |" in printed
+
+
+def test_the_parts_of_the_mask_network_are_counted_and_timed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for paper in (dino, mask_frozen_detr):
+        small = dataclasses.replace(paper.Config(), **paper.SMALL)
+        monkeypatch.setattr(paper, "Config", lambda small=small: small)
+    bench.mask_cost(argparse.Namespace(size=(64, 96), repeats=1, device="cpu"))
+    printed = capsys.readouterr().out
+    rows = {name: cells for name, *cells in (row[2:].split(" | ") for row in printed.splitlines() if row.startswith("| "))}
+    assert rows["neck"][0] == "6,400" and len(rows) == 8
+    assert all(float(cells[1]) >= 0 and float(cells[2]) >= 0 and float(cells[3].rstrip(" |")) > 0
+               for part, cells in rows.items() if part not in ("part, 64x96", "frozen detector (DINO, ResNet-50)"))
+
+
+def test_the_box_encoder_keeps_within_its_budget():
+    """63.3 billion multiply-adds for 100 regions at the default sizes, the looks of the attention included."""
+    from torch.utils.flop_counter import FlopCounterMode
+    cfg = mask_frozen_detr.Config()
+    sizes = mask_frozen_detr.Sizes(cfg.channel_dim, cfg.num_heads, 1, cfg.num_points, cfg.box_ffn_dim)
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        layers = mask_frozen_detr.blocks(cfg.box_encoder, cfg.box_layers, sizes)
+        region = torch.randn(100, cfg.roi_size, cfg.roi_size, cfg.channel_dim)
+        mask_frozen_detr.encode(layers, mask_frozen_detr.as_memory(region))
+    looks = cfg.box_layers * 100 * cfg.roi_size ** 2 * cfg.num_points * 4 * cfg.channel_dim
+    assert counter.get_total_flops() / 2 + looks == pytest.approx(63.3e9, rel=1e-3)
