@@ -742,7 +742,7 @@ def main():
     sub = command(masks)
     sub.add_argument("--detector", default="runs/dino/best.pt", help="small detector that all rows share (%(default)s)")
     sub.add_argument("--rows", nargs="+", default=list(MASKS), choices=MASKS, metavar="ROW", help=", ".join(MASKS))
-    sub.add_argument("--epochs", type=int, default=1, help="500 steps each")
+    sub.add_argument("--epochs", type=int, default=1, help="400 steps each")
     sub.add_argument("--out", default="runs/masks")
     sub = command(mask_cost, repeats=3)
     sub.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))

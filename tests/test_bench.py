@@ -11,8 +11,8 @@ import torch
 import bench
 import checkpoints
 import deformable_detr
-import mask_frozen_detr
 import dino
+import mask_frozen_detr
 import train
 from deformable_attn import ms_deform_attn_torch
 
