@@ -8,6 +8,10 @@ ViT (Dosovitskiy et al. 2021) EVA-02's ViT-L with windows and a simple feature p
 FocalNet (Yang et al. 2022)   the large model, with 3 or 4 focal levels
 
 All map images (B, 3, H, W) to [C2, C3, C4, C5] at strides 4 to 32 and list their widths in `channels`; ViT adds stride 64.
+
+    backbone = build_backbone("swin_t", "imagenet")
+    print(load_backbone_weights(backbone, "swin_t", "imagenet"))
+    c2, c3, c4, c5 = backbone(images)
 """
 import functools
 import math

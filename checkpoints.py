@@ -181,13 +181,13 @@ class Family(NamedTuple):
     duplicated: tuple = ()
 
 
-FAMILIES = {
+FAMILIES = {   # no list of released names was seen of DINO on Swin and FocalNet and of H-DETR on Swin: unverified
     "deformable_detr": Family("deformable_detr", {}, True),   # single-scale too; DC5 has the same names: --dilation
     "deformable_detr_refine": Family("deformable_detr", {"with_box_refine": True}, False, ("bbox_embed",)),
     "deformable_detr_two_stage": Family("deformable_detr", {"with_box_refine": True, "two_stage": True}, False,
                                         ("bbox_embed", "class_embed")),
-    "dino": Family("dino", {}, True, ("bbox_embed", "class_embed")),   # 4-scale and 5-scale; Swin and FocalNet unverified,
-    "h_detr": Family("h_detr", {}, False, ("bbox_embed", "class_embed")),   # as Swin here: no list of their names was seen
+    "dino": Family("dino", {}, True, ("bbox_embed", "class_embed")),   # 4-scale and 5-scale
+    "h_detr": Family("h_detr", {}, False, ("bbox_embed", "class_embed")),
     "co_dino": Family("co_detr", {}, False),
     "co_deformable": Family("co_detr", {"detector": "h_detr", "quality_focal": False, "soft_nms": 0.0, "loss_class": 2.0,
                                         "top_k": 100}, False),
@@ -290,10 +290,13 @@ def recognise_co_detr(state: dict) -> tuple[str, dict]:
     for part in ("encoder", "decoder"):
         found[f"{part}_layers"] = count_layers(state, part)
     found["num_queries"] = shape[HEAD + "query_embed.weight" if family == "co_dino" else "query_head.query_embedding.weight"][0]
+    if "roi_head.0.bbox_head.shared_fcs.0.weight" not in shape:
+        raise ValueError("expected a released Co-DETR file with its training heads, got one without roi_head.0: the detector "
+                         "alone is not recognised; give the file as it was released")
     found["roi_dim"] = shape["roi_head.0.bbox_head.shared_fcs.0.weight"][0]
     found["roi_convs"] = sum(bool(re.match(r"roi_head\.0\.bbox_head\.shared_convs\.\d+\.conv\.", key)) for key in shape)
-    variant = {("vit_l", 1500): "vit_l", ("swin_l", 900): f"{family}_swin_l_900q"}.get(
-        (found.get("backbone"), found["num_queries"]))   # no shape shows the sizes of images and how many detections are kept
+    variant = {("co_dino", "vit_l", 1500): "vit_l", ("co_deformable", "swin_l", 900): "co_deformable_swin_l_900q"}.get(
+        (family, found.get("backbone"), found["num_queries"]))   # no shape shows the sizes of images and how many detections are kept
     variants = importlib.import_module("co_detr").VARIANTS
     return family, FAMILIES[family].overrides | variants.get(variant, {}) | found
 
@@ -484,12 +487,15 @@ def coco_columns() -> list[str]:
 
 def class_rows(key: str) -> bool:
     """Whether rows of this tensor belong to classes."""
-    return "class_embed" in key or key.startswith(("label_enc.", "detector.label_enc.", "roi.cls.", "roi.reg.", "atss.cls."))
+    return "class_embed" in key or key.startswith(("label_enc.", "detector.label_enc.", "roi.cls.", "roi.reg.", "atss.cls.",
+                                                   "retinanet.cls."))
 
 
 def rows_of(key: str, length: int, classes: list[int], count: int) -> list[int]:
     """Where a tensor of `length` rows for `count` classes holds these classes: one row each, four in the region head's
-    boxes; a row more at the end, for padding or background, goes along."""
+    boxes, one for each of RetinaNet's anchors; a row more at the end, for padding or background, goes along."""
+    if key.startswith("retinanet.cls."):
+        return [anchor * count + i for anchor in range(length // count) for i in classes]
     if key.startswith("roi.reg."):
         return [4 * i + side for i in classes for side in range(4)] if length == 4 * count else list(range(length))
     return classes + [count] * (length == count + 1)
@@ -544,10 +550,11 @@ def fit(state: dict, names: list[str], into: dict, into_names: list[str]) -> tup
     result, skipped = dict(into), []
     where = {name: i for i, name in enumerate(names)}
     shared = [(i, where[name]) for i, name in enumerate(into_names) if name in where]
+    one_box = "roi.convs.0.0.weight" in into   # of this region head, whatever the class: its rows are sides, not classes
     for key, fresh in into.items():
         if key not in state:
             skipped.append(f"{key}: not in the checkpoint")
-        elif class_rows(key) and state[key].shape[1:] == fresh.shape[1:] and names != into_names:
+        elif class_rows(key) and not (one_box and key.startswith("roi.reg.")) and state[key].shape[1:] == fresh.shape[1:] and names != into_names:
             pairs = [(0, 0)] if key.startswith(objectness_head(into)) else shared
             new, old = (rows_of(key, len(table[key]), [pair[i] for pair in pairs], len(classes))
                         for i, (table, classes) in enumerate(((into, into_names), (state, names))))
@@ -557,11 +564,10 @@ def fit(state: dict, names: list[str], into: dict, into_names: list[str]) -> tup
             skipped.append(f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(fresh.shape)} here")
         else:
             result[key] = state[key]
+    if all(value is into[key] for key, value in result.items()):
+        raise ValueError(f"expected a checkpoint of the same paper file, got nothing that fits the model (first: {skipped[0]})")
     unused = [key for key in state if key not in into]
     skipped += [f"{key}: only in the checkpoint" for key in unused]
     if names != into_names:
         skipped.append(f"class rows: {len(shared)} of {len(into_names)} classes found by name, the rest start fresh")
-    if len(skipped) >= len(into):
-        raise ValueError(f"nothing of this checkpoint fits the model (first: {skipped[0]}): give a checkpoint of the same "
-                         "paper file")
     return result, skipped

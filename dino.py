@@ -352,6 +352,9 @@ def build(cfg: Config, num_classes: int) -> tuple[DINO, Criterion]:
     """Model with random weights, and its criterion."""
     backbone = build_backbone(cfg.backbone, cfg.backbone_weights, cfg.backbone_norm, maps=num_maps(cfg.num_feature_levels),
                               drop_path=cfg.drop_path)
+    if len(backbone.channels) != 4:
+        raise ValueError(f"expected a backbone of four maps, got {cfg.backbone} with {len(backbone.channels)}: choose a ResNet, "
+                         "Swin or FocalNet")
     return DINO(backbone, cfg, num_classes), Criterion(cfg)
 
 

@@ -33,6 +33,7 @@ import torch.nn.functional as F
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from torch.nn.utils.rnn import pad_sequence
 
 import checkpoints
 import data
@@ -230,7 +231,7 @@ def assignments(model, criterion, dataset, device, **common):
             row = torch.full((outputs["pred_logits"].shape[1],), -1, dtype=torch.int16)
             row[query] = index.to(torch.int16)
             rows.append(row)
-    return torch.stack(rows)
+    return pad_sequence(rows, batch_first=True, padding_value=-1)   # small images have fewer queries
 
 
 def anchor_distances(anchors, boxes):

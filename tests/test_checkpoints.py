@@ -237,9 +237,29 @@ def test_the_same_classes_in_another_order_are_put_right():
     assert fitted["class_embed.0.bias"].tolist() == [2, 1]
 
 
-def test_weights_of_which_nothing_fits_are_refused():
-    with pytest.raises(ValueError, match="nothing of this checkpoint fits"):
+def test_weights_of_which_nothing_fits_are_refused_and_a_larger_model_is_not():
+    with pytest.raises(ValueError, match="nothing that fits"):
         checkpoints.fit({"a": torch.ones(1)}, [], {"b": torch.ones(1)}, [])
+    fitted, skipped = checkpoints.fit({"a": torch.ones(1), "more": torch.ones(1), "most": torch.ones(1)}, [],
+                                      {"a": torch.zeros(1)}, [])
+    assert fitted["a"] == 1 and len(skipped) == 2
+
+
+def test_rows_of_every_anchor_of_retinanet_follow_their_classes():
+    def state(count, start=0):
+        return {"detector.level_embed": torch.zeros(1, 2), "detector.class_embed.0.weight": torch.zeros(count, 1),
+                "retinanet.cls.bias": start + torch.arange(9 * count)}
+    fitted, _ = checkpoints.fit(state(2), ["a", "b"], state(2, -100), ["b", "a"])
+    assert fitted["retinanet.cls.bias"].tolist() == [2 * anchor + i for anchor in range(9) for i in (1, 0)]
+
+
+def test_one_box_for_all_classes_is_no_class_row():
+    """ViT-L's region head has four rows of box deltas, as many as a head for a single class."""
+    def state(count, value):
+        return {"detector.level_embed": torch.zeros(1, 2), "detector.class_embed.0.weight": torch.full((count, 1), value),
+                "roi.convs.0.0.weight": torch.full((1,), value), "roi.reg.bias": torch.full((4,), value)}
+    fitted, _ = checkpoints.fit(state(80, 1.0), checkpoints.COCO_NAMES, state(1, 0.0), ["cell"])
+    assert fitted["roi.reg.bias"].tolist() == [1, 1, 1, 1] and fitted["detector.class_embed.0.weight"].tolist() == [[0]]
 
 
 # ---- files

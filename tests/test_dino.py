@@ -322,3 +322,8 @@ def test_a_misspelt_choice_names_the_choices():
         small(denoising="contrast")
     with pytest.raises(ValueError, match="static, pure, mixed"):
         small(query_selection="mix")
+
+
+def test_a_backbone_whose_maps_would_go_unread_is_refused():
+    with pytest.raises(ValueError, match="four maps, got vit_l with 5"), torch.device("meta"):
+        build(Config(backbone="vit_l", num_feature_levels=5), 3)

@@ -520,3 +520,10 @@ def test_checkpoints_are_analysed_side_by_side(tmp_path, capsys):
     for part in ("encoder", "decoder"):
         curve = found["dino"][part]
         assert len(curve["IoF"]) == 101 and 0 < curve["area"] < 1 and (np.diff(curve["IoF"]) <= 1e-6).all()
+
+
+def test_matchings_of_images_with_different_numbers_of_queries_fill_one_table(monkeypatch):
+    batches = [({"pred_logits": torch.zeros(1, n, 2)}, [{"labels": torch.zeros(1, dtype=torch.int64)}]) for n in (4, 2)]
+    monkeypatch.setattr(evaluation, "predict", lambda *args, **kwargs: iter(batches))
+    criterion = type("Criterion", (), {"match": lambda self, outputs, targets: [(torch.tensor([1]), torch.tensor([0]))]})()
+    assert evaluation.assignments(None, criterion, range(2), "cpu").tolist() == [[-1, 0, -1, -1], [-1, 0, -1, -1]]
