@@ -2,7 +2,7 @@
 
 The idea: one-to-one matching gives the encoder few positives to learn from. So in training, classic one-to-many heads
 (ATSS, Faster R-CNN) read the encoder's output and teach it, and the positives they find become extra decoder queries
-whose objects are known. At test time all of it is gone: the plain detector remains, byte for byte. 52.1 AP in 12 epochs.
+whose objects are known. At test time all of it is gone and the detector alone remains. 52.1 AP in 12 epochs.
 
     paper                                             here
     Figure 4, section 3.2 the heads read the encoder  CoDETR.collaborate, CoDETR.pyramid
@@ -14,11 +14,12 @@ whose objects are known. At test time all of it is gone: the plain detector rema
     section 4.3 Co-DINO: quality focal loss, NMS      quality_focal_loss, detect
     section 3.4 discriminability, IoF-IoB, conflict   CoDETR.confidences, and `eval.py --analyze`
     Table 11 each head alone                          CoDETR.head_detections
+    Table 4 recipes                                   Config, VARIANTS
 
     symbol                here
     K heads A_i           aux_heads: "atss" is K = 1, "atss,rcnn" K = 2, "atss,rcnn,retinanet" K = 3
     F_1..J, F_J+1         CoDETR.pyramid: the encoder's levels and one coarser, as maps
-    B_i^pos, P_i^pos      reference and labels of `choose_rows`
+    B_i^pos, P_i^pos      boxes and labels of `choose_rows`
     lambda_1, lambda_2    lambda_queries, lambda_heads
 
 B images, C channels, N classes, L decoder layers, A anchors (or sampled regions) of an image, n objects of an image, M
@@ -27,7 +28,8 @@ customised queries. Boxes inside the heads are corners in pixels of the network 
 Departs
  1. Images whose head found fewer positives than the fullest get random negatives as queries (code; the paper: positives
     only, `aux_negatives=False`). Where these run out too, rows without weight fill up, hidden from the others: the
-    authors' code drops the loss of the whole batch there.
+    authors' code drops the loss of the whole batch there. Anchors in padding, and those that RetinaNet ignores, are among
+    these negatives, as boxes of size 0 (ATSS: code).
  2. Customised queries carry the encoder's feature, as in Eq. 4, in Co-Deformable-DETR; in Co-DINO coordinates only (code).
  3. The embedding that tells the heads apart is one number per head, added to all channels: a slip of the authors' code
     that the released weights need.
@@ -38,10 +40,13 @@ Departs
  7. One decoder pass for the queries of all heads, hidden from each other; the code makes a pass for each. The numbers are
     the same, and the memory, most of the cost, is projected once.
  8. RetinaNet (in the paper, not in its code) has ATSS's convolutions, box coder and weights, and its own anchors and rule.
- 9. GIoU and IoU carry no epsilon; denoising below 50 pairs follows dino.py. Coordinates are embedded after a clamp at
-    1e-5 in both forms, although Co-DINO's other inverse sigmoids have 1e-3 (code).
- 8. ViT-L: the rate rises from 0 (code: from 1 %), the average follows `train.Average`, the longest training image has 2048
-    pixels, as at test time (code: 2400).
+ 9. GIoU and IoU carry no epsilon; denoising and the cap of proposals at the number of tokens follow dino.py. Coordinates
+    are embedded after a clamp at 1e-5 in both forms, although Co-DINO's other inverse sigmoids have 1e-3 (code).
+10. DINO as this paper's code has it differs from dino.py: see `make_detector`.
+11. ViT-L: the rate rises from 0 (code: from 1 %) and falls after epoch 7 (code; paper: 8), the average follows
+    `train.Average`, the longest training image has 2048 pixels, as at test time (code: 2400).
+12. A head alone keeps as many boxes as the detector, `top_k` (code: 100).
+13. Left out: large-scale jitter and copy-paste (54.8 and 60.7 AP), mask heads, test-time augmentation.
 """
 import re
 from copy import deepcopy
@@ -63,7 +68,7 @@ from matcher import SetLoss, Weights, at_least_float32, count_boxes, focal_loss,
 
 IGNORED, BACKGROUND = -2, -1        # assignments; from 0 on: the object's index
 SPREAD = (0.1, 0.1, 0.2, 0.2)       # of the box deltas of ATSS and RoI head; the RPN's have 1
-HEADS = ("rcnn", "atss", "retinanet")
+HEADS = ("rcnn", "atss", "retinanet")   # in the order of head_embed's rows, however aux_heads lists them
 ATSS_SIDES = ((8.0, 8.0),)          # width and height of anchors, in strides
 NINE_SIDES = tuple((4 * 2 ** (i / 3) / ratio ** 0.5, 4 * 2 ** (i / 3) * ratio ** 0.5)   # of the RPN and of RetinaNet
                    for ratio in (0.5, 1, 2) for i in range(3))
@@ -151,10 +156,10 @@ VARIANTS = {
     "co_deformable_swin_l_900q": {**CO_DEFORMABLE_SWIN, "backbone": "swin_l", "drop_path": 0.6, "num_queries": 900,
                                   "top_k": 300, "epochs": 36, "lr_drop": 30},                 # 58.5 AP
     "swin_l": dict(backbone="swin_l", drop_path=0.3),                                         # 58.9 AP
-    # 64.1 AP when it starts from weights trained on Objects365
-    "swin_l_o365": dict(backbone="swin_l", drop_path=0.3, lr=1e-4, lr_backbone=1e-5, epochs=16, lr_drop=8,
+    # 64.1 AP when it starts from weights trained on Objects365; on how many images a step is not known
+    "swin_l_o365": dict(backbone="swin_l", drop_path=0.3, dn_box_noise=0.4, lr=1e-4, lr_backbone=1e-5, epochs=16, lr_drop=8,
                         train_sizes=tuple(range(480, 1537, 32)), max_size=2048, eval_size=1280, size_divisor=32),
-    # 65.4 AP when it starts from weights trained on Objects365; its longest training images have 2400 pixels
+    # 65.4 AP when it starts from weights trained on Objects365; see Departs 11
     "vit_l": dict(backbone="vit_l", drop_path=0.4, num_queries=1500, dn_number=300, dn_box_noise=0.4, roi_convs=4, top_k=1000,
                   lr=5e-5, layer_decay=0.8, weight_decay=0.01, batch_size=64, lr_drop=7, warmup=0.0225, ema=0.9999,
                   train_sizes=tuple(range(480, 1537, 32)), max_size=2048, eval_size=1280, size_divisor=32),
@@ -237,7 +242,7 @@ class CoDETR(nn.Module):
         scales = memory.image_sizes[:, [1, 0, 1, 0]]                               # (B, 4)
         chosen, weights = zip(*(choose_rows(candidates[head], scales, self.num_classes, self.cfg) for head in self.heads))
         queries = [self.customise(i, rows) for i, rows in enumerate(chosen)]
-        joined = Queries(*(None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*queries)))   # (B, K M, C)
+        joined = Queries(*(None if parts[0] is None else torch.cat(parts, 1) for parts in zip(*queries)))   # (B, sum of M, C)
         layers, _ = self.detector.decode(memory, joined, keep_apart(weights))
         counts = [w.shape[1] for w in weights]
         layers = [{name: x.split(counts, 1) for name, x in layer.items()} for layer in layers]
@@ -452,10 +457,10 @@ def retinanet_assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tenso
 
 
 @torch.no_grad()
-def max_iou_assign(boxes: Tensor, objects: Tensor, positive: float, negative: float, rescue: float = 2.0) -> Tensor:
+def max_iou_assign(boxes: Tensor, objects: Tensor, positive: float, negative: float, rescue: float = torch.inf) -> Tensor:
     """Faster R-CNN's rule (Ren et al. 2015, section 3.1.2): boxes (A, 4), objects (n, 4), corners -> (A,) object from an
     IoU of `positive` on, BACKGROUND below `negative`, else IGNORED. The best boxes of an object become its positives from
-    an IoU of `rescue` on; a later object wins."""
+    an IoU of `rescue` on, if it is given; a later object wins."""
     assigned = torch.full(boxes.shape[:1], BACKGROUND, device=boxes.device)
     if not len(objects) or not len(boxes):
         return assigned
@@ -683,10 +688,11 @@ def choose_rows(candidates: list[Candidates], scales: Tensor, num_classes: int, 
         rows = positive[draw(len(positive), M).to(positive.device)]
         rows = torch.cat((rows, negative[draw(len(negative), M - len(rows)).to(rows.device)]))
         fill = (0, 0, 0, M - len(rows))
+        per_cell = max(1, len(c.labels) // max(1, len(c.features)))                # anchors that share a feature
         chosen.append((F.pad(box_xyxy_to_cxcywh(c.boxes[rows]) / scale, fill),
                        F.pad(c.labels[rows], fill[2:], value=num_classes),
                        F.pad(box_xyxy_to_cxcywh(c.targets[rows]) / scale, fill),
-                       F.pad(c.features[rows // max(1, len(c.labels) // max(1, len(c.features)))], fill)))
+                       F.pad(c.features[rows // per_cell], fill)))
         weights.append(F.pad(torch.ones_like(rows, dtype=c.boxes.dtype), fill[2:]))
     return Candidates(*(torch.stack(part) for part in zip(*chosen))), torch.stack(weights)
 
@@ -727,7 +733,7 @@ class CustomisedQueries(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 def quality_focal_loss(logits: Tensor, labels: Tensor, boxes: Tensor, target_boxes: Tensor) -> Tensor:
-    """Generalised focal loss (Li et al. 2020, Eq. 7) per query and class: the target of a positive is the IoU of its box.
+    """Quality focal loss (Li et al. 2020, Eq. 2) per query and class: the target of a positive is the IoU of its box.
     logits (..., K), labels (...) K = background, boxes and target_boxes (..., 4) cxcywh -> (..., K)."""
     one_hot = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)
     iou, _ = paired_iou(box_cxcywh_to_xyxy(boxes.detach()), box_cxcywh_to_xyxy(target_boxes))

@@ -2,11 +2,11 @@
 
 The idea: a trained detector already knows where every object is and what it is. Freeze all of it and train a small network
 on top that cuts each predicted box out of a feature map, looks closer, and asks the object's query which cells belong to
-it. Boxes and their AP stay as they were; masks cost minutes or hours instead of days. Neither code nor weights of the
-authors are public, nor could we read more than the abstract, the equations and the recipe: see Departs.
+it. Boxes and their AP stay as they were; masks cost minutes or hours beside what the detector cost. Neither code nor weights
+of the authors are public, and we know the equations and the recipe from a published reading note only: see Departs.
 
     paper                                            here
-    Figure 1, the frozen detector                    Frozen
+    the frozen detector                              Frozen, load_frozen
     baseline, F = C1 + interp(F_e(E))                MaskFrozenDETR.feature_map
     image-level mask  sigma(q_i F^T)                 whole_image
     box-level mask  R_i = RoIAlign(F, b_i)           MaskFrozenDETR.look_closer, boxes.roi_align
@@ -28,15 +28,20 @@ B images, C = channel_dim, n regions, P points. Boxes named xyxy are corners in 
 
 Departs. What the paper says is not known to us on these points; each is our choice.
  1. Sizes: channel_dim 128, two blocks each, hidden width 1024, GroupNorm(32), Swin windows of 8, box-to-object attention alone.
- 2. Training: each object is learned by the query that the detector's own matching cost gives it, within the box that the
+ 2. Training: each object is learned by the query that matching with costs 2, 5, 2 gives it, within the box that the
     query predicts, as at test time; in a crowd a random `train_regions` objects of an image stand for all.
  3. The points that are kept are the least certain ones, as in PointRend (read as "random", oversampling would do nothing);
     binary cross-entropy and dice 5 each, squared error of the IoU 1; 12544 points, 3 times oversampled, 75 % kept.
  4. The IoU to predict is that with the whole object, not with its part inside the box, and the head ends in a sigmoid.
- 5. RoIAlign and pasting count from the middle of a cell and undo each other; coordinates are never rounded.
+ 5. RoIAlign and pasting count from the middle of a cell and undo each other; coordinates are never rounded. Towards the
+    border of its box a mask fades over half a cell.
  6. The baselines keep neck and mappers: nothing else in them could learn.
- 7. Of five feature levels the one of stride 8 is E. DINO's query is the normalised state that its class head reads.
- 8. Six whole epochs instead of 88,500 steps; the learning rate falls to a tenth after 90 % and again after 95 %.
+ 7. Of five feature levels the one of stride 8 is E, of a single one that one. DINO's query is the normalised state that its
+    class head reads.
+ 8. Six whole epochs instead of 88,500 steps; the learning rate falls to a tenth after 90 % and again after 95 %; the
+    gradient's norm is cut at 0.1.
+ 9. The scoring head's layers are those of the one other implementation that could be found, and its gradient runs on into
+    mask and region. Regions are the detector's own detections, after its soft-NMS if it has one.
 """
 from dataclasses import dataclass
 from hashlib import sha256
@@ -146,7 +151,7 @@ class Regions(NamedTuple):
 
 
 class MaskFrozenDETR(nn.Module):
-    """Figure 1 of the paper. The detector is no submodule: neither optimiser, average, state dict nor train() reaches it."""
+    """The mask network. The detector is no submodule: neither optimiser, average, state dict nor train() reaches it."""
 
     def __init__(self, frozen: "Frozen", cfg: Config):
         super().__init__()
@@ -279,7 +284,7 @@ class MaskFrozenDETR(nn.Module):
 # --------------------------------------------------------------------------------------------- the frozen detector
 
 class Frozen:
-    """A trained detector (section 2 of the paper) that never changes. No module, so that nothing that walks over modules
+    """A trained detector that never changes. No module, so that nothing that walks over modules
     finds it; copies of the mask network share it."""
 
     def __init__(self, model: nn.Module, detect, enc_layer: int = 0, class_names: list[str] | None = None):
@@ -342,7 +347,8 @@ def whole_image(regions: Regions, features: Tensor, memory: Memory) -> Regions:
 
 
 def stride_eight(memory: Memory) -> Memory:
-    """Only E, the level of stride 8: the first, or the second where the first is as fine as C1 (five-scale detectors)."""
+    """Only E, the level of stride 8: the first, or the second where the first is as fine as C1 (five-scale
+    detectors), or all there is."""
     level = int(len(memory.shapes) > 1 and tuple(memory.shapes[0]) == tuple(memory.features[0].shape[-2:]))
     counts = [H * W for H, W in memory.shapes]
     tokens, positions, padding = (x.split(counts, 1)[level] for x in (memory.tokens, memory.positions, memory.padding))
@@ -481,7 +487,7 @@ class ScoreHead(nn.Module):
 # ------------------------------------------------------------------------------------------------------------ losses
 
 def match(outputs: dict, targets: list[dict], cfg: Config) -> list[tuple[Tensor, Tensor]]:
-    """The detector's own Hungarian matching: per image query and object indices, on the host."""
+    """Hungarian matching of the detector's queries: per image query and object indices, on the host."""
     logits, boxes = (at_least_float32(outputs[name])[None] for name in ("pred_logits", "pred_boxes"))
     cost = match_cost(logits, boxes, targets, Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou))
     return hungarian([cost], [[len(t["labels"]) for t in targets]])[0][0]
