@@ -414,6 +414,10 @@ def test_objects_meet_the_queries_of_the_cheapest_assignment():
     assert torch.equal(r.xyxy, box_cxcywh_to_xyxy(out["pred_boxes"][r.image, r.query]).clamp(0, 1))
 
 
+def test_regions_end_at_the_border_of_the_image():
+    assert mfd.inside(torch.tensor([[0.1, 0.5, 0.4, 0.2]]))[0].tolist() == pytest.approx([0.0, 0.4, 0.3, 0.6])
+
+
 def test_a_crowd_is_represented_by_some_of_its_objects():
     cfg, masks, criterion = network(train_regions=2)
     images, padding, targets = scene((64, 96), (48, 64), objects=(5, 1))
