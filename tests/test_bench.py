@@ -111,10 +111,10 @@ def test_inference_is_timed_by_model_and_variant(small, capsys):
 @pytest.mark.slow
 def test_recomputing_saves_memory_in_the_table(small, capsys):
     """From end to end, every figure from a process of its own."""
-    bench.memory(argparse.Namespace(models=["deformable_detr"], preset="small", batches=[32], amp=False, size=None, repeats=1,
+    bench.memory(argparse.Namespace(models=["deformable_detr"], preset="small", batches=[64], amp=False, size=None, repeats=1,
                                     threads=1, device="cpu"))
     rows = [line.split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("| deformable_detr")]
-    assert [row[3].strip() for row in rows] == ["no", "yes"] and 0.3 < float(rows[1][6]) < 0.9 * float(rows[0][6])
+    assert [row[3].strip() for row in rows] == ["no", "yes"] and 0.3 < float(rows[1][6]) < float(rows[0][6]) - 0.05
 
 
 def test_a_training_step_costs_time_and_memory(small, monkeypatch):
@@ -137,7 +137,7 @@ def test_the_package_transformers_gets_the_same_weights_and_is_timed(tmp_path, m
     pytest.importorskip("transformers")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(bench, "prepare_cpu", lambda: None)     # it holds for the whole process
-    bench.transformers(argparse.Namespace(size=(64, 96), batch=1, repeats=1, device="cpu",
+    bench.transformers(argparse.Namespace(size=(192, 256), batch=1, repeats=1, device="cpu",     # 1020 tokens, 300 proposals
                                           types=["float32", "bfloat16"]))
     printed = capsys.readouterr().out
     assert printed.count("| ours | yes |") == 4 and printed.count("| transformers | no |") == 4
