@@ -322,7 +322,7 @@ def inference(args):
     rows = []
     for name, variant in (model.partition(":")[::2] for model in args.models):
         paper = importlib.import_module(name)
-        cfg = dataclasses.replace(paper.Config(), **(paper.VARIANTS[name] if variant else {}))
+        cfg = dataclasses.replace(paper.Config(), **(paper.VARIANTS[variant] if variant else {}))
         model = paper.build(cfg, 80)[0].to(args.device).eval()
         images, padding, _ = (x.to(args.device) if torch.is_tensor(x) else x for x in random_batch(args.size, 1))
         cells = []
