@@ -1,12 +1,12 @@
 """Every speed and memory figure of this repository.
 
     python bench.py             every table that this machine can make, one after the other
-    python bench.py inference   one of them: kernel, step, inference, transformers, memory, loading or scoring
+    python bench.py inference   one of them: kernel, step, inference, transformers, mask_cost, memory, loading or scoring
     python bench.py ladder      trains: what each part of each paper brings
-    python bench.py masks       trains: what each part of the mask network brings; mask_cost: what it costs
+    python bench.py masks       trains: what each part of the mask network brings
 
 Each command prints a table and writes it, with date, device, versions and its own command line, to runs/bench/NAME.md.
-A figure is the median of repeated runs. Implementations take turns within one process, so that their ratio survives a
+A figure is the median of repeated runs. In the kernel and step tables implementations take turns within one process, so that their ratio survives a
 busy machine better than the milliseconds do.
 """
 import argparse
@@ -649,13 +649,7 @@ def mask_cost(args):
                                   lambda: model.query_encoder.from_region(queries, paper.as_memory(region))),
                 "mask scoring": ([model.score_head], lambda: model.score_head(probabilities, region))}
 
-    @torch.no_grad()
-    def milliseconds_of(function):
-        def run():
-            function()
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-        return statistics.median([1e3 * clock(run) for _ in range(args.repeats + 1)][1:])
+    milliseconds_of = lambda function: median_ms(torch.no_grad()(function), args.device, args.repeats)
 
     def kept_for_backward(function):
         kept, weights = {}, {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -681,7 +675,7 @@ def mask_cost(args):
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
-TABLES = (kernel, step, inference, transformers, memory, loading, scoring)     # what `python bench.py` alone makes
+TABLES = (kernel, step, inference, transformers, mask_cost, memory, loading, scoring)     # what `python bench.py` alone makes
 
 
 def main():
