@@ -6,8 +6,8 @@
     python bench.py masks       trains: what each part of the mask network brings
 
 Each command prints a table and writes it, with date, device, versions and its own command line, to runs/bench/NAME.md.
-A figure is the median of repeated runs. In the kernel and step tables implementations take turns within one process, so that their ratio survives a
-busy machine better than the milliseconds do.
+A figure is the median of repeated runs. In the tables kernel and step implementations take turns within one process, so
+that their ratio survives a busy machine better than the milliseconds do.
 """
 import argparse
 import contextlib
