@@ -499,7 +499,7 @@ def test_schedules():
     assert [at("step", s) for s in (0, 49, 99, 599, 600, 999)] == pytest.approx([0.01, 0.5, 1, 1, 0.1, 0.1])
     assert at("cosine", 500) == pytest.approx(0.505) and at("cosine", 999) == pytest.approx(0.01, abs=1e-4)
     assert at("flat", 999) == 1
-    with pytest.raises(ValueError, match="step, cosine or flat"):
+    with pytest.raises(ValueError, match="step, drops, cosine or flat"):
         at("linear", 0)
 
 
