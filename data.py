@@ -17,6 +17,7 @@ index). The number of workers changes nothing. Annotations lie in flat arrays: a
 """
 
 import argparse
+import atexit
 import colorsys
 import contextlib
 import copy
@@ -25,6 +26,7 @@ import io
 import itertools
 import json
 import math
+import multiprocessing
 import signal
 import struct
 import sys
@@ -779,6 +781,16 @@ def ignore_signals(worker):
     finish a step and save, and ends them itself."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
+
+
+@atexit.register
+def end_workers():
+    """Of a loop that was broken off: at exit Python asks them to end by the signal they ignore, and would wait for ever."""
+    left = [process for process in multiprocessing.active_children() if process.daemon]
+    if left:
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)   # PyTorch's would report their deaths as an error
+    for process in left:
+        process.kill()
 
 
 # -------------------------------------------------------------------------------------------- the data doctor

@@ -2,6 +2,9 @@
 import json
 import os
 import random
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -480,6 +483,14 @@ def test_truncated_jpeg(tmp_path, capfd):
     truncate(root / "train2017" / "4.jpg")
     with pytest.raises(RuntimeError, match="at most 1 unreadable images of 6, got 2"):
         train[4]
+
+
+def test_a_program_that_breaks_off_reading_ends_with_its_workers():
+    """They ignore the signal by which Python ends its children."""
+    program = ("import data; scenes = data.Shapes('train', 8); loader = iter(data.batches(scenes, [[0], [1], [2]], 1)); next(loader); "
+               "keep = [loader, loader.__next__]; keep.append(keep); import gc; gc.freeze(); raise ValueError('broken off')")
+    done = subprocess.run([sys.executable, "-c", program], cwd=Path(data.__file__).parent, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: broken off"
 
 
 def test_bad_images_in_workers_stop_the_run_too(tmp_path):
