@@ -510,7 +510,8 @@ def citations(out="citations.png"):
         return imports[name].union(*map(below, imports[name]))
 
     papers = [name for name, text in sources.items() if "\nclass Config:" in text and "\ndef build(" in text]
-    shown = sorted(set(papers).union(*map(below, papers)))
+    shown = sorted(set(papers).union(*map(below, papers)) - {"checkpoints"})   # which reads files and knows every paper
+    imports = {name: imports[name] & set(shown) for name in shown}
     height = {}
     for name in sorted(shown, key=lambda name: len(below(name))):
         height[name] = 1 + max((height[other] for other in imports[name]), default=-1)
@@ -519,13 +520,17 @@ def citations(out="citations.png"):
         row = sorted((name for name in shown if height[name] == level), key=lambda name: (name in papers, name))
         place |= {name: (i - (len(row) - 1) / 2, level) for i, name in enumerate(row)}
     figure, axis = plt.subplots(figsize=(7, 4.2))
+    boxes = {}
     for name, (x, y) in place.items():
         title = sources[name].strip('"').partition(":")[0]
         text = f"{title}\n{name}.py" if name in papers else f"{name}.py"
-        axis.text(x, y, text, ha="center", va="center", fontsize=9, zorder=3,
-                  bbox=dict(boxstyle="round,pad=0.5", facecolor="#dcebff" if name in papers else "#f0f0f0", edgecolor=GREY))
+        boxes[name] = axis.text(x, y, text, ha="center", va="center", fontsize=9, zorder=3,
+                                bbox=dict(boxstyle="round,pad=0.5", facecolor="#dcebff" if name in papers else "#f0f0f0",
+                                          edgecolor=GREY))
+    for name in shown:
         for other in imports[name] - set().union(*map(below, imports[name])):
-            axis.annotate("", place[other], (x, y), arrowprops=dict(arrowstyle="-|>", color=GREY, shrinkA=16, shrinkB=17))
+            patches = dict(patchA=boxes[name].get_bbox_patch(), patchB=boxes[other].get_bbox_patch())
+            axis.annotate("", place[other], place[name], zorder=1, arrowprops=dict(arrowstyle="-|>", color=GREY, **patches))
     axis.set(xlim=(-1.7, 1.7), ylim=(-0.4, max(height.values()) + 0.4))
     axis.axis("off")
     return _save(figure, out)
