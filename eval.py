@@ -574,14 +574,16 @@ def run_names(paths):
     return names if len(set(names)) == len(paths) else [str(path) for path in paths]
 
 
-def analyze_files(paths, args, **common):
-    """`analyze` for each checkpoint on its own data or on --data -> {name: figures and "checkpoint"}."""
-    analyses = {}
+def analyze_files(model, cfg, meta, dataset, args, **common):
+    """`analyze` for --checkpoint, which is open already, and for those of --analyze, each on its own data or on --data
+    -> {name: figures and "checkpoint"}."""
+    analyses, paths = {}, [args.checkpoint, *args.analyze]
     for name, path in zip(run_names(paths), paths):
-        model, cfg, meta = checkpoints.load_model(path, args.device, args.variant)
-        paper, dataset = importlib.import_module(meta["model_name"]), validation_set(args.data, cfg, meta)
-        model = fit_classes(model, paper, cfg, meta, dataset)
-        _, criterion = paper.build(cfg, len(dataset.class_names))
+        if analyses:
+            model, cfg, meta = checkpoints.load_model(path, args.device, args.variant)
+            dataset = validation_set(args.data, cfg, meta)
+            model = fit_classes(model, importlib.import_module(meta["model_name"]), cfg, meta, dataset)
+        _, criterion = importlib.import_module(meta["model_name"]).build(cfg, len(dataset.class_names))
         analyses[name] = {"checkpoint": str(path), **analyze(model, criterion, dataset, args.device, args.k, **common)}
     return analyses
 
@@ -635,7 +637,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     if args.analyze is not None:
         try:
-            analyses = analyze_files([args.checkpoint, *args.analyze], args, **common)
+            analyses = analyze_files(model, cfg, meta, dataset, args, **common)
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"eval.py: {error}")
         print("\n" + analysis_table(analyses))
