@@ -284,8 +284,8 @@ class MaskFrozenDETR(nn.Module):
 # --------------------------------------------------------------------------------------------- the frozen detector
 
 class Frozen:
-    """A trained detector that never changes. No module, so that nothing that walks over modules
-    finds it; copies of the mask network share it."""
+    """A trained detector that never changes. No module, so that nothing that walks over modules finds it; copies of the mask
+    network share it."""
 
     def __init__(self, model: nn.Module, detect, enc_layer: int = 0, class_names: list[str] | None = None):
         self.model, self.detect, self.class_names = model.eval().requires_grad_(False), detect, class_names
