@@ -292,7 +292,7 @@ def test_masks_without_a_score_of_their_own_are_ranked_by_their_mean_inside():
     half = torch.full((1, 64, 64), 0.2)
     half[:, :, :32] = 0.9
     box = torch.tensor([[0.0, 0.0, 64.0, 64.0]])
-    masks, certainty = paste(torch.cat((half, torch.full((1, 64, 64), 0.4))), box.expand(2, 4), 64, 64)
+    masks, certainty = paste(torch.cat((half, torch.full((1, 64, 64), 0.4))).logit(), box.expand(2, 4), 64, 64)
     assert masks[0, :, :32].all() and not masks[0, :, 32:].any() and not masks[1].any()
     assert certainty.tolist() == pytest.approx([0.9, 0.0])
 
@@ -334,6 +334,12 @@ def test_a_box_half_outside_the_image_does_not_wrap_and_an_empty_one_covers_noth
     expected = torch.zeros(3, 16, 20, dtype=torch.bool)
     expected[0, :5, :4], expected[1, 12:, 16:] = True, True
     assert torch.equal(masks, expected)
+
+
+def test_an_edge_lies_where_the_interpolated_logit_changes_sign():
+    """Cells of logits -1 and 9, middles at x = 5 and 15: the sign changes at 6; probabilities would say 8.1."""
+    masks, _ = paste(torch.tensor([[[-1.0, 9.0]]]), torch.tensor([[0.0, 0.0, 20.0, 4.0]]), 4, 20)
+    assert not masks[0, :, :6].any() and masks[0, :, 6:].all()
 
 
 # ------------------------------------------------------------------------------------------------ losses
