@@ -512,13 +512,14 @@ LADDER = {   # row, also its folder: title, paper file, what changes in that fil
     "dino": ("DINO", "dino", {}),
 } | {f"co_{base}_{heads.replace(',', '_')}": (f"{title}, heads: {heads}", "co_detr", {**variant, "aux_heads": heads})
      for base, title, variant in (("deformable", "Co-Deformable-DETR", {"variant": "co_deformable_small"}), ("dino", "Co-DINO", {}))
-     for heads in ("none", "atss", "atss,rcnn")}
+     for heads in ("none", "atss", "atss,rcnn", "atss,rcnn,retinanet")}
 
 
 def ladder(args):
     """Trains rows of LADDER on the generated scenes, same number of steps, several seeds: AP with its spread (largest minus
     smallest) and the median time of a step. Finished runs in --out are not repeated, broken off ones go on; every run's
     folder stays."""
+    import visualize
     jobs = [(name, seed) for seed in range(args.seeds) for name in args.rows]
     with ThreadPoolExecutor(args.jobs) as pool:
         records = dict(zip(jobs, pool.map(lambda job: ladder_run(*job, args), jobs)))
@@ -531,8 +532,8 @@ def ladder(args):
                      f"{statistics.median(run['step_ms'] for run in runs):.0f}"])
     report("ladder", args, [f"{args.epochs} epochs, {args.seeds} seeds", "AP", "spread", "AP50", "AP small", "AP large",
                             "ms a step"], rows)
-    ladder_plot({LADDER[name][0]: [records[name, seed]["bbox"]["AP"] for seed in range(args.seeds)] for name in args.rows},
-                Path(args.plot))
+    scores = {LADDER[name][0]: [records[name, seed]["bbox"]["AP"] for seed in range(args.seeds)] for name in args.rows}
+    print(f"saved to {visualize.ladder(scores, args.plot)}")
 
 
 def ladder_run(name: str, seed: int, args) -> dict:
@@ -561,27 +562,6 @@ def run_row(out: Path, flags: dict, args) -> dict:
                                                      for a, b in zip(steps, steps[1:]))}
 
 
-def ladder_plot(scores: dict[str, list[float]], path: Path):
-    """A bar for each row's mean AP, a dot for every seed."""
-    import matplotlib
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    titles, means = list(scores), [statistics.mean(ap) for ap in scores.values()]
-    figure, axes = pyplot.subplots(figsize=(7, 0.3 * len(titles) + 0.8))
-    axes.barh(titles, means, color="#9ecae1")
-    for title, ap in scores.items():
-        axes.plot(ap, [title] * len(ap), "o", color="#08519c", markersize=3)
-    axes.bar_label(axes.containers[0], [f" {mean:.3f}" for mean in means], label_type="center", fontsize=8)
-    axes.invert_yaxis()
-    axes.set_xlabel("AP on held-out generated scenes; dots: seeds")
-    axes.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-    print(f"saved to {path}")
-
-
 # ---- What each part of the mask network brings, and costs -----------------------------------------------------------
 
 FAMILIES = ("none", "deformable", "swin", "convnext")
@@ -607,9 +587,11 @@ def masks(args):
     stride 4 cannot vary (which layer is tapped, no neck), and the rows on schedule, batch, jitter and fine-tuning."""
     import checkpoints
     rows = []
-    for name in args.rows:
-        part, changes = MASKS[name]
-        run = run_row(Path(args.out) / name, {"model": "mask_frozen_detr", "detector": args.detector, **changes}, args)
+    flags = [{"model": "mask_frozen_detr", "detector": args.detector, **MASKS[name][1]} for name in args.rows]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        runs = list(pool.map(lambda name, changes: run_row(Path(args.out) / name, changes, args), args.rows, flags))
+    for name, run in zip(args.rows, runs):
+        part = MASKS[name][0]
         weights = checkpoints.load(Path(args.out) / name / "best.pt")["model"]
         parameters = sum(value.numel() for key, value in weights.items() if key != "_extra_state")
         scores = [run["segm"][key] for key in ("AP", "AP75", "APs", "APl")] + [run["segm_cls"]["AP"], run["bbox"]["AP"]]
@@ -736,7 +718,8 @@ def main():
     sub = command(masks)
     sub.add_argument("--detector", default="runs/dino/best.pt", help="small detector that all rows share (%(default)s)")
     sub.add_argument("--rows", nargs="+", default=list(MASKS), choices=MASKS, metavar="ROW", help=", ".join(MASKS))
-    sub.add_argument("--epochs", type=int, default=1, help="400 steps each")
+    sub.add_argument("--epochs", type=int, default=1, help="500 steps each")
+    sub.add_argument("--jobs", type=int, default=1, help="training runs at a time, --threads each")
     sub.add_argument("--out", default="runs/masks")
     sub = command(mask_cost, repeats=3)
     sub.add_argument("--size", type=int, nargs=2, default=(800, 1333), metavar=("H", "W"))

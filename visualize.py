@@ -270,6 +270,20 @@ def compare_curves(run_dirs: list, out="compare_curves.png", kind="bbox", labels
     return _save(figure, out, dpi=100)
 
 
+def ladder(scores, out="ladder.png"):
+    """Rows of `bench.py ladder`, {title: [AP of each seed]}: a bar for the mean, a dot for every seed."""
+    titles, means = list(scores), [np.mean(ap) for ap in scores.values()]
+    figure, axis = plt.subplots(figsize=(8, 0.3 * len(titles) + 0.8))
+    axis.barh(titles, means, color="#9ecae1")
+    for title, ap in scores.items():
+        axis.plot(ap, [title] * len(ap), "o", color="#08519c", markersize=3)
+    axis.bar_label(axis.containers[0], [f"{mean:.3f}" for mean in means], label_type="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("AP on held-out generated scenes; dots: seeds")
+    axis.spines[["top", "right"]].set_visible(False)
+    return _save(figure, out)
+
+
 # ---- inside the model ------------------------------------------------------------------------------------------------
 
 def sampling_points(checkpoint, image, out="sampling_points.jpg", rank=0, device="cpu"):
