@@ -386,24 +386,25 @@ def _draw_anchor(axis, anchor, rgb, linewidth, **style):
 
 def analysis(analysis, out="analysis.png", folder=None, n=3, device="cpu"):
     """What `eval.py --analyze` wrote to its json: the IoF-IoB curves of encoder and decoder and the heads' conflicts, and for
-    n validation images, a column each, the discriminability maps of every checkpoint. Brighter: higher within the map."""
+    n validation images, a row each, the discriminability maps of every checkpoint. Brighter: higher within the map."""
     analyses = json.loads(Path(analysis).read_text())
     matrices = [(name, a["conflict"]) for name, a in analyses.items() if "conflict" in a]
-    rows = 1 + 2 * len(analyses)
-    columns = max(2 + len(matrices), n + 1)
-    figure = plt.figure(figsize=(3 * columns, 3 + 2.6 * (rows - 1)))
-    grid = figure.add_gridspec(rows, columns)
+    width = 2.2 * max(2 * len(analyses), 4)
+    figure = plt.figure(figsize=(width, 3 + 2.2 * n))
+    top, bottom = figure.add_gridspec(2, 1, height_ratios=(3, 2.2 * n))
+    top, bottom = top.subgridspec(1, 2 + len(matrices)), bottom.subgridspec(n, 2 * len(analyses))
     for column, part in enumerate(("encoder", "decoder")):
-        _plot_iof_iob(figure.add_subplot(grid[0, column]), part, analyses)
+        _plot_iof_iob(figure.add_subplot(top[column]), part, analyses)
     for column, (name, found) in enumerate(matrices, start=2):
-        _plot_conflict(figure.add_subplot(grid[0, column]), name, found)
+        _plot_conflict(figure.add_subplot(top[column]), name, found)
     for number, (name, a) in enumerate(analyses.items()):
-        for column, (picture, maps) in enumerate(_discriminability_maps(a["checkpoint"], folder, n, device)):
-            for row, (part, scores) in enumerate(maps.items(), start=1 + 2 * number):
-                axis = figure.add_subplot(grid[row, column])
+        for row, (picture, parts) in enumerate(_discriminability_maps(a["checkpoint"], folder, n, device)):
+            for column, (part, scores) in enumerate(parts.items(), start=2 * number):
+                axis = figure.add_subplot(bottom[row, column])
                 axis.imshow(picture)
                 axis.imshow(scores, cmap="inferno", alpha=0.75, extent=(0, picture.width, picture.height, 0))
-                axis.set(xticks=[], yticks=[], ylabel=f"{name}\n{part}" if column == 0 else "")
+                axis.set(xticks=[], yticks=[])
+                axis.set_title(f"{name}\n{part}" if row == 0 else "", fontsize=9)
     return _save(figure, out, dpi=80)
 
 
@@ -423,7 +424,8 @@ def _plot_conflict(axis, name, found):
             dark = value > 0.6 * max(map(max, found["S"]))
             axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color="white" if dark else "black")
     ticks = range(len(found["heads"]))
-    axis.set(title=f"{name}: KL(row || column)", xticks=ticks, yticks=ticks)
+    axis.set(xticks=ticks, yticks=ticks)
+    axis.set_title(f"{name}\nKL(row || column)", fontsize=9)
     axis.set_xticklabels(found["heads"], fontsize=8)
     axis.set_yticklabels(found["heads"], fontsize=8)
 
