@@ -573,7 +573,7 @@ MASKS = {   # row, also its folder: the paper's ablation it belongs to, and what
     **{f"image_{kind}": ("image encoder", {"image_encoder": kind}) for kind in FAMILIES if kind != "deformable"},
     "image_2_layers": ("image encoder", {"image_layers": 2}),
     **{f"box_{kind}": ("box encoder", {"box_encoder": kind}) for kind in FAMILIES if kind != "deformable"},
-    "box_2_layers": ("box encoder", {"box_layers": 2}),
+    "box_1_layer": ("box encoder", {"box_layers": 1}),
     **{f"width_{width}": ("channel mapper", {"channel_dim": width}) for width in (32, 128)},
     **{f"query_{kind}": ("query encoder", {"query_encoder": kind}) for kind in ("none", "obj2obj", "both")},
     "query_both_ffn": ("query encoder", {"query_encoder": "both", "query_ffn": True}),

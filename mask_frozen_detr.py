@@ -119,8 +119,8 @@ class Config:
 
 
 # For SMALL detectors: minutes on two CPU cores. Sizes and optimisation change, the method does not.
-SMALL = dict(roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=1, box_ffn_dim=128, score_dim=16,
-             score_ffn_dim=64, num_heads=4, loss_points=392, lr=2e-3, weight_decay=1e-2, clip=1.0, epochs=3,
+SMALL = dict(roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2, box_ffn_dim=128, score_dim=16,
+             score_ffn_dim=64, num_heads=4, loss_points=392, lr=4e-3, weight_decay=1e-2, clip=1.0, epochs=2,
              schedule="cosine", warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True,
              eval_size=128)
 BASELINE = dict(image_encoder="none", box_encoder="none", query_encoder="none", mask_scoring=False)
