@@ -259,8 +259,8 @@ class CoDETR(nn.Module):
 
     def pyramid(self, memory: Memory) -> Pyramid:
         """The encoder's levels as maps, padding included, and one more of twice the last stride."""
-        maps = [x.transpose(1, 2).unflatten(2, shape) for x, shape in
-                zip(memory.tokens.split([H * W for H, W in memory.shapes], 1), memory.shapes)]     # [(B, C, H_l, W_l)]
+        maps = [x.transpose(1, 2).unflatten(2, shape)                              # [(B, C, H_l, W_l)]
+                for x, shape in zip(memory.by_level(memory.tokens), memory.shapes)]
         maps.append(self.downsample(maps[-1]).to(maps[-1].dtype))
         return Pyramid(maps, [tuple(x.shape[-2:]) for x in maps], self.strides)
 

@@ -127,6 +127,10 @@ class Memory(NamedTuple):
     image_sizes: Tensor          # (B, 2) height and width without padding, pixels
     padded_size: tuple           # (H, W) pixels
 
+    def by_level(self, x: Tensor) -> tuple[Tensor, ...]:
+        """What belongs to tokens (B, S, ...) -> the same for each level, (B, H_l W_l, ...)."""
+        return x.split([H * W for H, W in self.shapes], 1)
+
 
 class DeformableDETR(nn.Module):
     """Figure 1 of the paper. `backbone` maps images to [C2, C3, C4, C5] and lists their widths in `backbone.channels`."""

@@ -312,11 +312,6 @@ def recorded_looks(model):
             hook.remove()
 
 
-def by_level(x, memory):
-    """Tokens (B, S, ...) -> the levels' [(B, H_l W_l, ...)]."""
-    return x.split([H * W for H, W in memory.shapes], 1)
-
-
 def encoder_norms(memory):
     """L2 norms of the encoder's tokens, 0 on padding -> (B, S)."""
     return memory.tokens.float().norm(dim=-1).masked_fill(memory.padding, 0)
@@ -338,7 +333,7 @@ def discriminability(scores, memory):
     """How much of each pixel the encoder makes (Co-DETR, Eq. 7): scores of tokens (B, S), level by level resized to the input
     and divided by the map's largest, averaged over levels -> (B, H, W) in [0, 1]. OUR CHOICE: padding counts as 0."""
     maps = []
-    for level, shape in zip(by_level(scores, memory), memory.shapes):
+    for level, shape in zip(memory.by_level(scores), memory.shapes):
         level = F.interpolate(level.unflatten(1, shape)[:, None], memory.padded_size, mode="bilinear")[:, 0]   # (B, H, W)
         maps.append(level / level.amax((1, 2), keepdim=True).clamp(min=1e-12))
     return torch.stack(maps).mean(0)
@@ -384,7 +379,7 @@ def grad_cam(memory, gradient):
     """Grad-CAM (Selvaraju et al. 2017, Eq. 1-2) of each level by its own mean gradient: tokens and `gradient` (B, S, C) ->
     (B, S), no less than 0 and, OUR CHOICE, divided by its sum over all levels, 1e-8 of the largest added for the logarithm."""
     maps = [F.relu((x * g.mean(1, keepdim=True)).sum(-1))                                        # [(B, H_l W_l)]
-            for x, g in zip(by_level(memory.tokens, memory), by_level(gradient, memory))]
+            for x, g in zip(memory.by_level(memory.tokens), memory.by_level(gradient))]
     cam = torch.cat(maps, 1).masked_fill(memory.padding, 0)                                      # (B, S)
     cam = cam / cam.amax(1, keepdim=True).clamp(min=1e-30) + 1e-8
     return cam / cam.sum(1, keepdim=True)

@@ -351,8 +351,7 @@ def stride_eight(memory: Memory) -> Memory:
     """Only E, the level of stride 8: the first, or the second where the first is as fine as C1 (five-scale
     detectors), or all there is."""
     level = int(len(memory.shapes) > 1 and tuple(memory.shapes[0]) == tuple(memory.features[0].shape[-2:]))
-    counts = [H * W for H, W in memory.shapes]
-    tokens, positions, padding = (x.split(counts, 1)[level] for x in (memory.tokens, memory.positions, memory.padding))
+    tokens, positions, padding = (memory.by_level(x)[level] for x in (memory.tokens, memory.positions, memory.padding))
     return memory._replace(tokens=tokens, positions=positions, padding=padding, shapes=[memory.shapes[level]],
                            valid_ratios=memory.valid_ratios[:, level:level + 1])
 
