@@ -88,6 +88,11 @@ def load(path: str | Path, map_location="cpu") -> dict:
         if asked:
             raise ValueError(f"{path}: expected tensors and plain types only, got a pickle that asks for {asked.group(1)}. "
                              "Nothing of it was run. Ask whoever made the file for one that holds only weights") from error
+        with open(path, "rb") as file:
+            start = file.read(2)
+        if start != b"PK" and start[:1] != b"\x80":   # neither torch.save's archive nor a pickle
+            raise ValueError(f"expected a checkpoint, got {path}, a file of another kind: give a .pt, .pth, .bin or "
+                             ".safetensors file") from error
         if "Unsupported operand" in str(error):
             raise ValueError(f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or later, which "
                              "cannot be read without running it: save it again with torch.save's own protocol") from error

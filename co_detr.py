@@ -129,12 +129,12 @@ class Config:
     lr_drop: int = 11
     warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
     ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    max_size: int = 1333
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
+    max_size: int = 1333                   # of the long side
     crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False
-    eval_size: int = 800
-    size_divisor: int = 1                  # images are padded to a multiple of this
+    color_jitter: bool = False             # other colours, now and then inverted
+    eval_size: int = 800                   # short side, pixels
+    size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
@@ -142,7 +142,8 @@ SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim
              decoder_layers=3, ffn_dim=384, num_queries=40, dn_number=50, top_k=100, loss_class=2.0, aux_queries=40,
              rpn_pre_nms=64, rpn_proposals=64, rpn_samples=64, roi_samples=32, roi_dim=128, lr=6e-4, lr_backbone=6e-4,
              lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=10, schedule="cosine", warmup=0.04,
-             ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128)
+             ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128,
+             size_divisor=32)
 DEFORMABLE = dict(detector="h_detr", quality_focal=False, soft_nms=0.0, loss_class=2.0, top_k=100)
 CO_DEFORMABLE = {**DEFORMABLE, "num_feature_levels": 4, "num_queries": 300}
 CO_DEFORMABLE_SWIN = {**CO_DEFORMABLE, "weight_decay": 0.05}
@@ -217,9 +218,6 @@ class CoDETR(nn.Module):
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None) -> dict:
         """images (B, 3, H, W), padding (B, H, W) -> the detector's outputs, and `soft_nms` for `detect`. In training, with
         targets, also `co_outputs`: predictions of heads and customised queries beside what they should be."""
-        if self.cfg.size_divisor > 1:
-            fill = (0, -images.shape[3] % self.cfg.size_divisor, 0, -images.shape[2] % self.cfg.size_divisor)
-            images, padding = F.pad(images, fill), F.pad(padding, fill, value=True)
         outputs = self.detector(images, padding, targets)
         outputs["soft_nms"] = self.cfg.soft_nms
         if self.training and self.heads:

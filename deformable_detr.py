@@ -88,18 +88,20 @@ class Config:
     lr_drop: int = 40
     warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
     ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    max_size: int = 1333
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
+    max_size: int = 1333                   # of the long side
     crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False
-    eval_size: int = 800
+    color_jitter: bool = False             # other colours, now and then inverted
+    eval_size: int = 800                   # short side, pixels
+    size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
 SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
              decoder_layers=3, ffn_dim=384, dropout=0.0, num_queries=40, lr=6e-4, lr_backbone=6e-4, lr_offsets=2e-4,
              weight_decay=1e-2, clip=1.0, batch_size=8, epochs=12, schedule="cosine", warmup=0.04, ema=0.998,
-             train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128)
+             train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128,
+             size_divisor=32)
 VARIANTS = {
     "single_scale": dict(num_feature_levels=1),
     "dc5": dict(num_feature_levels=1, dilation=True),
@@ -140,7 +142,7 @@ class DeformableDETR(nn.Module):
         if cfg.two_stage and not cfg.with_box_refine:
             raise ValueError("expected with_box_refine beside two_stage (proposals are refined layer by layer), got "
                              "two_stage alone: add --with_box_refine true")
-        self.with_box_refine, self.two_stage, self.num_queries = cfg.with_box_refine, cfg.two_stage, cfg.num_queries
+        self.cfg = cfg
         C = cfg.dim
         self.backbone = backbone
         self.num_maps = num_maps(cfg.num_feature_levels)
@@ -172,6 +174,7 @@ class DeformableDETR(nn.Module):
 
     def encode(self, images: Tensor, padding: Tensor) -> Memory:
         """Section 4.1: backbone maps -> L levels of C channels -> tokens that have looked at each other."""
+        images, padding = pad_to_multiple(images, padding, self.cfg.size_divisor)
         features = self.backbone(images)
         pyramid = project(self.input_proj, features[-self.num_maps:])              # [(B, C, H_l, W_l)]
         memory = flatten_pyramid(pyramid, padding, self.level_embed, features)
@@ -182,7 +185,7 @@ class DeformableDETR(nn.Module):
 
     def propose(self, memory: Memory) -> tuple[Queries, dict | None]:
         """The decoder's start: learned queries whose reference points a linear layer reads off their position."""
-        if self.two_stage:
+        if self.cfg.two_stage:
             return self.propose_two_stage(memory)
         position, content = self.query_embed.weight.expand(len(memory.tokens), -1, -1).chunk(2, -1)   # (B, Nq, C)
         reference = at_least_float32(self.reference_points(position)).sigmoid()    # in bfloat16 boxes would be off by pixels
@@ -195,7 +198,7 @@ class DeformableDETR(nn.Module):
         tokens = self.enc_output_norm(self.enc_output(tokens))
         logits = self.class_embed[-1](tokens)                                      # (B, S, num_classes)
         boxes = self.bbox_embed[-1](tokens) + proposals                            # (B, S, 4) before the sigmoid
-        best = logits[..., 0].topk(min(self.num_queries, tokens.shape[1])).indices                # (B, Nq)
+        best = logits[..., 0].topk(min(self.cfg.num_queries, tokens.shape[1])).indices                # (B, Nq)
         reference = take(boxes, best).detach().sigmoid()                           # (B, Nq, 4)
         embedding = sine_embedding(reference, tokens.shape[-1] // 2).flatten(2)    # (B, Nq, 2 C), cx cy w h
         queries = self.pos_trans_norm(self.pos_trans(embedding.to(tokens.dtype)))
@@ -214,9 +217,16 @@ class DeformableDETR(nn.Module):
             boxes = offset_boxes(box_head(content), reference)                     # (B, Nq, 4)
             layers.append({"pred_logits": class_head(content), "pred_boxes": boxes})
             states.append(content)
-            if self.with_box_refine:
+            if self.cfg.with_box_refine:
                 reference = boxes.detach()
         return layers, states
+
+
+def pad_to_multiple(images: Tensor, padding: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
+    """Fills up to the right and below until both sides are multiples of `divisor`. Otherwise the cells of a coarse level that
+    count as valid vary with the other images of a batch: one in 25 at 800 pixels, one in 4 at 128."""
+    fill = (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor)
+    return F.pad(images, fill), F.pad(padding, fill, value=True)
 
 
 def num_maps(levels: int) -> int:

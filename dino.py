@@ -48,7 +48,8 @@ from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
 from deformable_detr import (MLP, DecoderLayer, EncoderLayer, Memory, Queries, box_head, class_head, detect,  # noqa: F401
                              encoder_proposals, encoder_references, flatten_pyramid, init_transformer,
-                             input_projections, named_layers, num_maps, offset_boxes, project, sine_embedding, take)
+                             input_projections, named_layers, num_maps, offset_boxes, pad_to_multiple, project,
+                             sine_embedding, take)
 from matcher import SetLoss, Weights, count_boxes
 
 EPS = 1e-3         # of every inverse sigmoid; 1e-5 in Deformable DETR
@@ -95,18 +96,19 @@ class Config:
     lr_drop: int = 11
     warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
     ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    max_size: int = 1333
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
+    max_size: int = 1333                   # of the long side
     crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False
-    eval_size: int = 800
+    color_jitter: bool = False             # other colours, now and then inverted
+    eval_size: int = 800                   # short side, pixels
+    size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
 SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
              decoder_layers=3, ffn_dim=384, num_queries=40, dn_number=50, top_k=100, loss_class=2.0, lr=6e-4,
              lr_backbone=6e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=12, schedule="cosine", warmup=0.04,
-             ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128)
+             ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128, size_divisor=32)
 VARIANTS = {
     "5scale": dict(num_feature_levels=5),
     "24_epochs": dict(epochs=24, lr_drop=20),
@@ -178,6 +180,7 @@ class DINO(nn.Module):
 
     def encode(self, images: Tensor, padding: Tensor) -> Memory:
         """As Deformable DETR, with sine positions of temperature 20 counted from the far side of a cell (DAB-DETR)."""
+        images, padding = pad_to_multiple(images, padding, self.cfg.size_divisor)
         features = self.backbone(images)
         pyramid = project(self.input_proj, features[-self.num_maps:])              # [(B, C, H_l, W_l)]
         memory = flatten_pyramid(pyramid, padding, self.level_embed, features, temperature=20.0, shift=0.0)  # <-

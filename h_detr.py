@@ -81,18 +81,20 @@ class Config:
     lr_drop: int = 11
     warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
     ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    max_size: int = 1333
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
+    max_size: int = 1333                   # of the long side
     crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False
-    eval_size: int = 800
+    color_jitter: bool = False             # other colours, now and then inverted
+    eval_size: int = 800                   # short side, pixels
+    size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
 SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
              decoder_layers=3, ffn_dim=384, num_queries=40, num_queries_one2many=120, k_one2many=4, lr=6e-4,
              lr_backbone=6e-4, lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=10, schedule="cosine",
-             warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128)
+             warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128,
+             size_divisor=32)
 VARIANTS = {
     "baseline": dict(num_queries_one2many=0),
     "24_epochs": dict(epochs=24, lr_drop=20),

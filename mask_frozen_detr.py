@@ -111,11 +111,11 @@ class Config:
     lr_drops: tuple[float, ...] = (0.9, 0.95)
     warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
     ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
-    max_size: int = 1333
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
+    max_size: int = 1333                   # of the long side
     crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False
-    eval_size: int = 800
+    color_jitter: bool = False             # other colours, now and then inverted
+    eval_size: int = 800                   # short side, pixels
 
 
 # For SMALL detectors: minutes on two CPU cores. Sizes and optimisation change, the method does not.

@@ -2,7 +2,8 @@
 
     python train.py --model dino                             generated scenes, small model: minutes on two CPU cores
     python train.py --model dino --data DIR                  the published recipe on your images
-    python train.py --model dino --data DIR --overfit 8      can it learn eight images? proves data and installation
+    python train.py --model dino --data DIR --preset small --overfit 8
+                                                             can it learn eight images? proves data and installation
     python train.py --model dino --resume                    continues runs/dino, to the bit
     torchrun --nproc_per_node 8 train.py --model dino --data DIR
 
@@ -663,7 +664,11 @@ def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: 
              *(f"weights   {note}" for note in notes),
              f"folder    {run.out}"]
     if now.step:
-        lines.append(f"resuming  at step {now.step} of {cfg.epochs * plan.steps}")
+        ended = ", trained to the end: evaluates again" if now.step == cfg.epochs * plan.steps else ""
+        lines.append(f"resuming  at step {now.step} of {cfg.epochs * plan.steps}{ended}")
+    if run.device == "cpu" and run.preset == "paper":
+                     "image of a batch (--accum N divides it); --preset small is meant for CPUs")
+                     "image of a batch (--accum N: a share of it at a time); --preset small is meant for CPUs")
     return "\n".join(lines)
 
 
@@ -743,9 +748,10 @@ def parse(argv: list[str]) -> tuple[Run, object]:
         base = dataclasses.replace(Run(**state["run"]), resume=str(path), init="", out=str(path.parent))
         values = state["config"]
     paper = load_paper(base.model if peek.resume else peek.model)
-    small = getattr(paper, "SMALL", {})
+    small, variants = getattr(paper, "SMALL", {}), getattr(paper, "VARIANTS", {})
     parser = Flags(description=__doc__.split("\n")[0], usage="python train.py --model NAME [--flag value ...]",
-                   epilog="defaults in brackets; in parentheses those of --preset small")
+                   epilog="Defaults in brackets; in parentheses those of --preset small. "
+                          f"Models: {', '.join(paper_files())}. Variants of this one: {', '.join(variants) or 'none'}.")
     add_flags(parser, Run, {})
     add_flags(parser, paper.Config, small)
     given = vars(parser.parse_args(argv))
@@ -762,10 +768,10 @@ def parse(argv: list[str]) -> tuple[Run, object]:
         return dataclasses.replace(base, **kept), checkpoints.make_config(paper, values)
     run = Run(**run_given)
     run.preset = run.preset or ("paper" if run.data else "small")
-    variants = getattr(paper, "VARIANTS", {})
-    if run.preset not in ("paper", "small") or run.variant not in ("", *variants):
-        parser.error(f"expected --preset paper or small, got {run.preset!r}; and --variant one of "
-                     f"{', '.join(variants) or 'none'}, got {run.variant!r}")
+    if run.preset not in ("paper", "small"):
+        parser.error(f"expected --preset paper or small, got {run.preset!r}")
+    if run.variant not in ("", *variants):
+        parser.error(f"expected --variant {' or '.join(variants) or 'left out: this file has none'}, got {run.variant!r}")
     values = recipe(paper, run)
     if "batch_size" in cfg_given and "lr" not in cfg_given:
         share = cfg_given["batch_size"] / values["batch_size"]

@@ -65,16 +65,16 @@ def detections(image, det, class_names, side=None):
     canvas = image.convert("RGB").resize(size, Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS)
     labels, boxes = det["labels"].tolist(), (det["boxes"].float() * factor).tolist()
     scores = det["scores"].tolist() if "scores" in det else [None] * len(labels)
+    colours = [colour(label if len(class_names) > 1 else i) for i, label in enumerate(labels)]   # one class: objects differ
     if "masks" in det:
-        canvas = _blend_masks(canvas, det["masks"].cpu(), labels)
+        canvas = _blend_masks(canvas, det["masks"].cpu(), colours)
     draw, font = ImageDraw.Draw(canvas), _font(max(11, round(max(size) / 45)))
     line = max(2, round(max(size) / 320)) if len(labels) <= CROWD else 1
-    things = list(zip(labels, boxes, scores, strict=True))[::-1]
-    for label, (x1, y1, x2, y2), _ in things:
-        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=colour(label), width=line)
-    for label, box, value in things if len(labels) <= CROWD else []:
-        _draw_label(draw, box, class_names[label] + (f" {value:.2f}" if value is not None else ""), colour(label), font,
-                    size)
+    things = list(zip(labels, colours, boxes, scores, strict=True))[::-1]
+    for _, rgb, (x1, y1, x2, y2), _ in things:
+        draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=rgb, width=line)
+    for label, rgb, box, value in things if len(labels) <= CROWD else []:
+        _draw_label(draw, box, class_names[label] + (f" {value:.2f}" if value is not None else ""), rgb, font, size)
     return canvas
 
 
@@ -82,14 +82,14 @@ def _font(size):
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
-def _blend_masks(canvas, masks, labels):
+def _blend_masks(canvas, masks, colours):
     """Masks (k, h, w) as half-transparent colour with a solid edge, the first one on top."""
     pixels = np.asarray(canvas, np.float32).copy()
-    for mask, label in reversed(list(zip(masks, labels))):
+    for mask, rgb in reversed(list(zip(masks, colours))):
         inside = np.asarray(Image.fromarray(mask.numpy().astype(np.uint8) * 255).resize(canvas.size)) > 127
         edge = inside & ~_eroded(inside, max(1, max(canvas.size) // 500))
-        pixels[inside] = 0.55 * pixels[inside] + 0.45 * np.array(colour(label))
-        pixels[edge] = colour(label)
+        pixels[inside] = 0.55 * pixels[inside] + 0.45 * np.array(rgb)
+        pixels[edge] = rgb
     return Image.fromarray(pixels.astype(np.uint8))
 
 

@@ -346,9 +346,10 @@ def test_broken_missing_and_foreign_files_are_told_apart(tmp_path):
     torch.save([1], path)
     with pytest.raises(ValueError, match="expected a dictionary, got list"):
         checkpoints.load(path)
-    path.write_bytes(b"")
-    with pytest.raises(ValueError):
-        checkpoints.load(path)
+    for other in (b"", b"# a text\n"):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="another kind"):
+            checkpoints.load(path)
 
 
 def test_an_error_while_saving_leaves_the_old_file(tmp_path):

@@ -155,6 +155,17 @@ def test_content_of_padding_changes_nothing_in_the_encoder(variant):
     assert memory.padding.any() and torch.equal(memory.tokens[~memory.padding], disturbed.tokens[~memory.padding])
 
 
+@pytest.mark.parametrize("divisor, same", [(32, True), (1, False)])
+def test_small_images_have_the_same_valid_cells_alone_and_beside_others(divisor, same):
+    """Else a model trained on batches misplaces boxes in single images: on maps four cells high one cell is a quarter."""
+    _, model, _ = small(size_divisor=divisor)
+    images, padding, _ = batch((107, 123), (85, 90))
+    together = model.encode(images, padding)
+    alone = model.encode(images[1:, :, :85, :90], padding[1:, :85, :90])
+    cells = [memory.valid_ratios[-1] * torch.tensor(memory.shapes).flip(-1) for memory in (together, alone)]   # (L, 2) x, y
+    assert torch.allclose(*cells) == same
+
+
 def test_padding_an_image_further_hardly_moves_its_boxes():
     _, model, _ = small(**VARIANTS["refine"])
     model.eval()

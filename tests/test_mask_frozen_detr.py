@@ -28,7 +28,7 @@ TINY = {**SMALL, **dict(detector="given", roi_size=8, channel_dim=32, image_ffn_
 def detector(paper=dino, **changes):
     """A small detector whose heads say something."""
     torch.manual_seed(0)
-    small = dict(paper.SMALL, dim=32, ffn_dim=48, num_heads=2, decoder_layers=2, num_queries=9, **changes)
+    small = dict(paper.SMALL, dim=32, ffn_dim=48, num_heads=2, decoder_layers=2, num_queries=9, size_divisor=1) | changes
     cfg = replace(paper.Config(), **small)
     model, _ = paper.build(cfg, 5)
     speak(getattr(model, "detector", model))
