@@ -667,8 +667,8 @@ def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: 
         ended = ", trained to the end: evaluates again" if now.step == cfg.epochs * plan.steps else ""
         lines.append(f"resuming  at step {now.step} of {cfg.epochs * plan.steps}{ended}")
     if run.device == "cpu" and run.preset == "paper":
+        lines.append("note      the published sizes are meant for a GPU: a CPU takes minutes a step, 1.5 GB or more for each "
                      "image of a batch (--accum N divides it); --preset small is meant for CPUs")
-                     "image of a batch (--accum N: a share of it at a time); --preset small is meant for CPUs")
     return "\n".join(lines)
 
 
