@@ -506,7 +506,8 @@ class Flags(argparse.ArgumentParser):
         if unknown:
             known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
             near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-            self.error(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+            kind = "flag" if unknown[0].startswith("-") else "argument"
+            self.error(f"unknown {kind} {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
         return given
 
     def parse_known_args(self, args=None, namespace=None):
