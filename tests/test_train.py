@@ -38,11 +38,22 @@ RUN = dict(num_train=12, num_val=4, device="cpu", amp=False, workers=0, threads=
 FLAGS = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, v in {**TINY, **RUN}.items()]
 
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
-    """Pictures have their own tests and cost more than these runs."""
-    monkeypatch.setattr(train.visualize, "predictions", lambda *args, **kwargs: None)
-    monkeypatch.setattr(train.visualize, "curves", lambda *args, **kwargs: None)
+@pytest.fixture(autouse=True, scope="module")
+def cheap_runs():
+    """A narrow backbone, scenes drawn once, and no pictures: they have their own tests and cost more than these runs."""
+    draw, drawn = data.Shapes.draw, {}
+
+    def draw_once(scenes, index):
+        key = scenes.split, scenes.seed, scenes.size, int(scenes.image_ids[index])
+        drawn[key] = drawn.get(key) or draw(scenes, index)
+        return drawn[key]
+    narrow = functools.partial(backbones.ResNet, backbones.BasicBlock, (1, 1, 1, 1), (8, 16, 24, 32), 8, small_stem=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(backbones.RESNETS, "tiny", narrow)
+        patch.setattr(data.Shapes, "draw", draw_once)
+        patch.setattr(train.visualize, "predictions", lambda *args, **kwargs: None)
+        patch.setattr(train.visualize, "curves", lambda *args, **kwargs: None)
+        yield
 
 
 def config(model, **changes):
@@ -143,39 +154,41 @@ def uninterrupted(tmp_path_factory):
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("point", (1, 2, 4))
-def test_resume_exact(tmp_path, monkeypatch, uninterrupted, model, point):
-    """Stopped by SIGTERM in the first epoch, at its end, or in the second, and resumed: the same bytes as uninterrupted."""
+def test_resume_exact(tmp_path, monkeypatch, uninterrupted, model):
+    """Stopped by SIGTERM in the first epoch, at its end and in the second, and resumed each time: the same bytes as
+    uninterrupted."""
     cfg = config(model)
     whole_folder, whole = uninterrupted(model)
-    with monkeypatch.context() as patch:
-        at_step(patch, point, lambda: signal.raise_signal(signal.SIGTERM))
-        with pytest.raises(SystemExit) as stopped:
-            train.train(run(tmp_path, model, "cut", accum=2), cfg)
-    assert stopped.value.code == 128 + signal.SIGTERM
-    last = tmp_path / "cut" / "last.pt"
-    assert checkpoints.load(last)["step"] == point + 1
-    torch.manual_seed(99)   # resuming must bring back the random states itself
-    resumed = train.train(run(tmp_path, model, "cut", accum=2, resume=str(last)), cfg)
+    last, resume = tmp_path / "cut" / "last.pt", ""
+    for point in (1, 2, 4):
+        with monkeypatch.context() as patch:
+            at_step(patch, point, lambda: signal.raise_signal(signal.SIGTERM))
+            with pytest.raises(SystemExit) as stopped:
+                train.train(run(tmp_path, model, "cut", accum=2, resume=resume), cfg)
+        assert stopped.value.code == 128 + signal.SIGTERM
+        assert checkpoints.load(last)["step"] == point + 1
+        torch.manual_seed(99)   # resuming must bring back the random states itself
+        resume = str(last)
+    resumed = train.train(run(tmp_path, model, "cut", accum=2, resume=resume), cfg)
     for name in ("last.pt", "best.pt"):
         same(checkpoints.load(whole_folder / name), checkpoints.load(tmp_path / "cut" / name))
     assert whole["AP"] == resumed["AP"] and whole["instability"] == resumed["instability"]
 
 
-def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path, monkeypatch, model="dino"):
+def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path, monkeypatch, uninterrupted, model="dino"):
     cfg = config(model)
-    train.train(run(tmp_path, model, "whole"), cfg)
+    whole_folder, _ = uninterrupted(model)
 
     def crash():
         raise RuntimeError("the machine is gone")
     with monkeypatch.context() as patch:
         at_step(patch, 5, crash)
         with pytest.raises(RuntimeError, match="gone"):
-            train.train(run(tmp_path, model, "cut", save_every=2), cfg)
+            train.train(run(tmp_path, model, "cut", accum=2, save_every=2), cfg)
     last = tmp_path / "cut" / "last.pt"
     assert checkpoints.load(last)["step"] == 4
-    train.train(run(tmp_path, model, "cut", save_every=2, resume=str(last)), cfg)
-    a, b = (checkpoints.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    train.train(run(tmp_path, model, "cut", accum=2, save_every=2, resume=str(last)), cfg)
+    a, b = (checkpoints.load(folder / "last.pt") for folder in (whole_folder, tmp_path / "cut"))
     a["run"] = b["run"] = None
     same(a, b)
     steps = [json.loads(line)["step"] for line in open(tmp_path / "cut" / "log.jsonl") if '"eval"' not in line]
@@ -235,7 +248,7 @@ def test_workers_change_nothing(tmp_path):
 def test_sigterm(tmp_path):
     """A real process and its workers, all signalled at once and twice as schedulers do: it saves and exits with 143."""
     command = [sys.executable, str(ROOT / "train.py"), "--model", "deformable_detr", "--out", str(tmp_path / "run"),
-               *FLAGS, "--num_train=400", "--epochs=400", "--workers=2"]
+               *FLAGS, "--num_train=160", "--epochs=400", "--workers=2"]
     process = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
                                start_new_session=True)
     log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 120
@@ -287,9 +300,10 @@ def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
 
 @pytest.mark.parametrize("model", MODELS)
 def test_same_seed_bit_equal(tmp_path, model):
+    """Two steps; the test of resuming makes more."""
     cfg = config(model, epochs=1)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train.train(run(tmp_path, model, name, seed=seed), cfg)
+        train.train(run(tmp_path, model, name, seed=seed, num_train=8, num_val=1), cfg)
     a, b, c = (checkpoints.load(tmp_path / name / "last.pt") for name in "abc")
     same(a, b)
     assert not torch.equal(level_embed(a["model"]), level_embed(c["model"]))
@@ -453,7 +467,7 @@ def test_a_compiled_step_equals_an_eager_one(monkeypatch, backend, model="dino")
     """Encoder layers, decoder layers and backbone blocks, each traced as a whole, also when recomputed. The quick form stops
     before machine code is made, the slow one compiles with the default backend."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
-    cfg = config(model, dropout=0.0)
+    cfg = config(model, dropout=0.0, decoder_layers=1)
     eager, statistics, _ = step_of(model, cfg)
     for recompute in (False, True):
         compiled, compiled_statistics, _ = step_of(model, cfg, settings=train.Run(compile=True, recompute=recompute))
