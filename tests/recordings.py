@@ -120,12 +120,13 @@ def check_gradients(rec, model, family):
     grads = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     theirs = checkpoints.to_authors(grads, family)
     largest = rec["grad_norm"].max()
+    waves = np.cos(0.7 * (np.arange(max(p.numel() for p in model.parameters())) + 1.0))
     dot_tolerance = max(1e-3, 20 * float(rec["noise.grad_dot_rel"])) if "noise.grad_dot_rel" in rec else 1e-3
     for name, norm, dot in zip(rec["grad_names"].tolist(), rec["grad_norm"], rec["grad_dot"]):
         grad = theirs[name].double().flatten().numpy()
         scale = max(norm, largest / 1000)
         assert abs(np.linalg.norm(grad) - norm) < 1e-3 * scale, f"gradient norm of {name}"
-        projected = grad @ np.cos(0.7 * (np.arange(grad.size) + 1.0))
+        projected = grad @ waves[:grad.size]
         assert abs(projected - dot) < dot_tolerance * scale, f"gradient of {name}"
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert len(rec["grad_names"]) == len(trainable), "every trainable parameter is recorded once"
@@ -230,3 +231,15 @@ def speak(model):
     for head in (*model.bbox_embed, *model.class_embed):
         for p in head.parameters():
             p.data += 0.05 * torch.randn(p.shape, generator=generator)
+
+
+def overfit(model, criterion, groups):
+    """40 steps on four scenes at three times the learning rates -> losses of each step by name, as numbers."""
+    images, padding, targets = batch((64, 64), (64, 64), (64, 64), (64, 64), objects=(1, 2, 1, 2))
+    optimizer = torch.optim.AdamW([{**group, "lr": 3 * group["lr"]} for group in groups])
+    seen = []
+    for _ in range(40):
+        losses = criterion(model(images, padding, targets), targets)
+        seen.append({name: loss.item() for name, loss in losses.items()})
+        optimizer.zero_grad(), sum(losses.values()).backward(), optimizer.step()
+    return seen

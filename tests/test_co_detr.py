@@ -16,7 +16,7 @@ from co_detr import (ATSS_SIDES, BACKGROUND, IGNORED, NINE_SIDES, SMALL, VARIANT
                      max_iou_assign, param_groups, quality_focal_loss, region_detections, retinanet_assign, rpn_targets,
                      sample, valid_anchors)
 from matcher import Weights, focal_loss, match_cost
-from recordings import GivenMaps, batch, close, tensor
+from recordings import GivenMaps, batch, close, overfit, tensor
 
 
 @pytest.fixture
@@ -535,13 +535,7 @@ def test_every_parameter_gets_a_finite_gradient(variant, heads, objects):
 @pytest.mark.parametrize("variant", BOTH)
 def test_it_overfits_four_scenes(variant):
     cfg, model, criterion = small(variant)
-    images, padding, targets = batch((64, 64), (64, 64), (64, 64), (64, 64), objects=(1, 2, 1, 2))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg))
-    seen = []
-    for _ in range(60):
-        losses = criterion(model(images, padding, targets), targets)
-        seen.append(sum(losses.values()).item())
-        optimizer.zero_grad(), sum(losses.values()).backward(), optimizer.step()
+    seen = [sum(losses.values()) for losses in overfit(model, criterion, param_groups(model, cfg))]
     assert sum(seen[-5:]) / 5 < 0.6 * seen[0]
 
 

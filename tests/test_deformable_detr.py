@@ -10,7 +10,7 @@ import checkpoints
 import recordings
 from deformable_detr import (SMALL, VARIANTS, Config, DeformableDETR, Criterion, Memory, build, detect, encoder_proposals,
                              encoder_references, param_groups, proposal_boxes, sine_embedding, sine_positions)
-from recordings import batch, close, config_fields, given_maps, narrow_resnet, speak, tensor
+from recordings import batch, close, config_fields, given_maps, narrow_resnet, overfit, speak, tensor
 
 FAMILY = {"plain": "deformable_detr", "single_scale": "deformable_detr", "refine": "deformable_detr_refine",
           "two_stage": "deformable_detr_two_stage", "dc5": "deformable_detr"}
@@ -134,14 +134,8 @@ def test_every_parameter_gets_a_finite_gradient(variant, objects):
 @pytest.mark.parametrize("variant", ["plain", "refine", "two_stage"])
 def test_it_overfits_four_scenes(variant):
     cfg, model, criterion = small(**ALL[variant])
-    images, padding, targets = batch((64, 64), (64, 64), (64, 64), (64, 64), objects=(1, 2, 1, 2))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg))
-    first = None
-    for _ in range(60):
-        loss = sum(criterion(model(images, padding), targets).values())
-        first = first or loss.item()
-        optimizer.zero_grad(), loss.backward(), optimizer.step()
-    assert loss.item() < first / 2
+    first, *_, last = (sum(losses.values()) for losses in overfit(model, criterion, param_groups(model, cfg)))
+    assert last < first / 2
 
 
 @pytest.mark.parametrize("variant", ALL)

@@ -12,7 +12,7 @@ from boxes import box_cxcywh_to_xyxy
 from deformable_detr import sine_embedding, sine_positions
 from dino import (SMALL, Config, Criterion, DINO, Noise, build, denoising_groups, denoising_mask, denoising_queries,
                   detect, noised_boxes, param_groups)
-from recordings import batch, close, config_fields, given_maps, narrow_resnet, speak, tensor
+from recordings import batch, close, config_fields, given_maps, narrow_resnet, overfit, speak, tensor
 
 
 def recorded_config(rec):
@@ -205,13 +205,7 @@ def test_every_parameter_gets_a_finite_gradient(changes, objects):
 @pytest.mark.parametrize("changes", ABLATIONS[:5], ids=str)
 def test_it_overfits_four_scenes(changes):
     cfg, model, criterion = small(**changes)
-    images, padding, targets = batch((64, 64), (64, 64), (64, 64), (64, 64), objects=(1, 2, 1, 2))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg))
-    seen = []
-    for _ in range(60):
-        losses = criterion(model(images, padding, targets), targets)
-        seen.append(float(losses["cls"] + losses["l1"] + losses["giou"]))
-        optimizer.zero_grad(), sum(losses.values()).backward(), optimizer.step()
+    seen = [losses["cls"] + losses["l1"] + losses["giou"] for losses in overfit(model, criterion, param_groups(model, cfg))]
     assert sum(seen[-5:]) / 5 < seen[0] / 2
 
 

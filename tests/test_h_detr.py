@@ -8,7 +8,7 @@ import torch
 import checkpoints
 import recordings
 from h_detr import (SMALL, VARIANTS, Config, Criterion, HDETR, build, detect, group_mask, param_groups, repeat_objects)
-from recordings import batch, close, config_fields, given_maps, speak, tensor
+from recordings import batch, close, config_fields, given_maps, overfit, speak, tensor
 
 
 def recorded_config(rec):
@@ -127,13 +127,7 @@ def test_every_parameter_gets_a_finite_gradient(many, objects):
 
 def test_it_overfits_four_scenes():
     cfg, model, criterion = small()
-    images, padding, targets = batch((64, 64), (64, 64), (64, 64), (64, 64), objects=(1, 2, 1, 2))
-    optimizer = torch.optim.AdamW(param_groups(model, cfg))
-    seen = []
-    for _ in range(60):
-        losses = criterion(model(images, padding, targets), targets)
-        seen.append((losses["cls"] + losses["l1"] + losses["giou"]).item())
-        optimizer.zero_grad(), sum(losses.values()).backward(), optimizer.step()
+    seen = [losses["cls"] + losses["l1"] + losses["giou"] for losses in overfit(model, criterion, param_groups(model, cfg))]
     assert sum(seen[-5:]) / 5 < seen[0] / 2
 
 
