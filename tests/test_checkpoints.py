@@ -1,17 +1,17 @@
 """Files that are whole or absent, never run code, and carry the authors' names back and forth."""
 import argparse
 import collections
+import contextlib
 import functools
 import importlib
+import itertools
 import json
+import multiprocessing
 import operator
 import os
 import pickle
 import random
 import re
-import signal
-import subprocess
-import sys
 import time
 import zlib
 from pathlib import Path
@@ -23,7 +23,6 @@ import torch
 import checkpoints
 from backbones import relative_position_index
 
-ROOT = Path(checkpoints.__file__).parent
 LISTS = {   # key list -> family, Config overrides that names and shapes show
     "deformable_detr_r50": ("deformable_detr", dict(num_feature_levels=4, num_queries=300, ffn_dim=1024)),
     "deformable_detr_r50_single_scale": ("deformable_detr", dict(num_feature_levels=1, num_queries=300)),
@@ -378,16 +377,11 @@ def test_a_config_of_another_version_is_refused_by_field():
         checkpoints.make_config(importlib.import_module("dino"), {"wings": 2})
 
 
-SAVER = """
-import sys, torch
-sys.path.insert(0, sys.argv[1])
-import checkpoints
-step = 0
-while True:
-    step += 1
-    checkpoints.save(sys.argv[2], {"step": step, "weights": torch.full((300_000,), float(step))}, keep_previous=True)
-    print(step, flush=True)
-"""
+def save_for_ever(path, reports):
+    torch.set_num_threads(1)   # those of the process it was forked from are not here
+    for step in itertools.count(1):
+        checkpoints.save(path, {"step": step, "weights": torch.full((300_000,), float(step))}, keep_previous=True)
+        reports.send(step)
 
 
 @pytest.mark.parametrize("kills", (3, pytest.param(200, marks=pytest.mark.slow)))
@@ -397,12 +391,16 @@ def test_kill_during_save(tmp_path, kills):
     for attempt in range(kills):
         folder = tmp_path / str(attempt)
         folder.mkdir()
-        process = subprocess.Popen([sys.executable, "-c", SAVER, str(ROOT), str(folder / "last.pt")], stdout=subprocess.PIPE,
-                                   text=True)
-        reported = int(process.stdout.readline())
+        receive, send = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(target=save_for_ever, args=(folder / "last.pt", send))
+        process.start()
+        send.close()
+        reported = receive.recv()
         time.sleep(rng.uniform(0, 0.05))
-        process.send_signal(signal.SIGKILL)
-        reported = int(([str(reported)] + process.stdout.read().split())[-1])
-        process.wait()
+        process.kill()
+        process.join()
+        with contextlib.suppress(EOFError):
+            while True:
+                reported = receive.recv()
         state = checkpoints.load(checkpoints.newest(folder))
         assert state["step"] >= reported - 1 and (state["weights"] == state["step"]).all()
