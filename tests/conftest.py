@@ -13,7 +13,7 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # read when torch is imported:
 import numpy as np
 import pytest
 
-inspect.getsource = functools.cache(inspect.getsource)   # every call compiles the file anew; train.py reads its flags so
+inspect.getsource = functools.cache(inspect.getsource)   # train.py reads its flags there; every call compiles a whole file
 HANGS = 300
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -1,4 +1,5 @@
 """The data path, each part against a slow and obvious way to do the same."""
+import functools
 import json
 import os
 import random
@@ -71,7 +72,9 @@ def perfect_results(dataset):
 
 @pytest.fixture(scope="module")
 def val_scenes():
-    return data.Shapes("val")
+    scenes = data.Shapes("val")
+    scenes.draw = functools.cache(scenes.draw)
+    return scenes
 
 
 def test_a_scene_depends_on_seed_split_and_index_alone():

@@ -511,11 +511,13 @@ def test_the_learning_rate_falls_after_ninety_and_ninety_five_percent():
 
 # ------------------------------------------------------------------------------------------ from the command line
 
-@pytest.fixture(autouse=True)
-def no_pictures(monkeypatch):
+@pytest.fixture(autouse=True, scope="module")
+def no_pictures():
     """They have their own tests."""
-    monkeypatch.setattr(train.visualize, "predictions", lambda *args, **kwargs: None)
-    monkeypatch.setattr(train.visualize, "curves", lambda *args, **kwargs: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.visualize, "predictions", lambda *args, **kwargs: None)
+        patch.setattr(train.visualize, "curves", lambda *args, **kwargs: None)
+        yield
 
 
 def run(*words):
@@ -535,9 +537,15 @@ MASKS = ("--model", "mask_frozen_detr", "--num_train", "12", "--train_sizes", "6
          "--channel_dim", "32", "--roi_size", "8")
 
 
-def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, trained, monkeypatch):
-    run(*MASKS, "--detector", trained, "--epochs", "2", "--out", str(tmp_path / "whole"))
+@pytest.fixture(scope="module")
+def masks_folder(tmp_path_factory, trained):
+    """Folder of a run of two epochs on top of it."""
+    out = tmp_path_factory.mktemp("runs") / "masks"
+    run(*MASKS, "--detector", trained, "--epochs", "2", "--out", str(out))
+    return out
 
+
+def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, trained, masks_folder, monkeypatch):
     def killed(*args, **kwargs):
         raise KeyboardInterrupt
 
@@ -545,20 +553,19 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, trained, monkeypatch):
         m.setattr(train, "evaluation", killed)
         run(*MASKS, "--detector", trained, "--epochs", "2", "--out", str(tmp_path / "cut"))
     run(*MASKS[:2], "--out", str(tmp_path / "cut"), "--resume")
-    whole, cut = (checkpoints.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    whole, cut = (checkpoints.load(folder / "last.pt") for folder in (masks_folder, tmp_path / "cut"))
     assert whole["step"] == cut["step"] == 6
     for part in ("model", "ema"):
         assert all(torch.equal(value, cut[part][key]) for key, value in whole[part].items())
     assert not any(key.startswith(("backbone", "encoder", "decoder")) for key in whole["model"])
 
 
-def test_a_checkpoint_is_evaluated_with_and_without_mask_scores_and_knows_its_detector(tmp_path, trained, capsys, monkeypatch):
-    run(*MASKS, "--detector", trained, "--epochs", "1", "--out", str(tmp_path / "masks"))
-    log = (tmp_path / "masks" / "log.jsonl").read_text()
+def test_a_checkpoint_is_evaluated_with_and_without_mask_scores_and_knows_its_detector(tmp_path, trained, masks_folder, capsys):
+    log = (masks_folder / "log.jsonl").read_text()
     assert '"segm"' in log and '"segm_cls"' in log
     moved = tmp_path / "elsewhere.pt"
     moved.write_bytes(open(trained, "rb").read())
-    words = ["--checkpoint", str(tmp_path / "masks" / "best.pt"), "--device", "cpu"]
+    words = ["--checkpoint", str(masks_folder / "best.pt"), "--device", "cpu"]
     evaluation.main([*words, "--detector", str(moved), "--max_dets", "150"])
     printed = capsys.readouterr().out
     assert all(f"\n{kind}" in printed for kind in ("bbox", "segm", "segm_cls")) and "best 150 detections" in printed
@@ -580,10 +587,9 @@ def test_without_a_detector_the_error_says_how_to_get_one(tmp_path):
         run(*MASKS, "--out", str(tmp_path / "masks"))
 
 
-def test_a_mask_network_is_no_detector_and_classes_must_agree(tmp_path, trained):
-    run(*MASKS, "--detector", trained, "--epochs", "1", "--out", str(tmp_path / "masks"))
+def test_a_mask_network_is_no_detector_and_classes_must_agree(tmp_path, trained, masks_folder):
     with pytest.raises(SystemExit, match="expected a detector, got"):
-        run(*MASKS, "--detector", str(tmp_path / "masks" / "best.pt"), "--out", str(tmp_path / "other"))
+        run(*MASKS, "--detector", str(masks_folder / "best.pt"), "--out", str(tmp_path / "other"))
     with pytest.raises(ValueError, match="a detector of 3 classes"):
         mfd.build(replace(Config(), detector=trained), 3)
     state = checkpoints.load(trained)
@@ -601,8 +607,9 @@ def test_data_without_masks_is_refused(shared, tmp_path, trained):
 
 def test_auto_trains_the_default_detector_once_then_the_masks(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(dino.SMALL, "epochs", 1)
-    words = (*MASKS[:2], "--num_train", "8", "--detector", "auto", "--epochs", "1")
+    for name, value in dict(epochs=1, dim=32, ffn_dim=32, num_heads=2, num_queries=12, train_sizes=(64,), eval_size=64).items():
+        monkeypatch.setitem(dino.SMALL, name, value)
+    words = (*MASKS, "--num_train", "8", "--detector", "auto", "--epochs", "1")
     run(*words)
     assert "the default DINO is trained first" in capsys.readouterr().out
     run(*words, "--out", "again")
