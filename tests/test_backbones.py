@@ -595,7 +595,8 @@ def test_the_region_head_of_vit_has_one_box_for_all_classes_at_half_the_spread()
 
 def test_a_detector_on_swin_trains_and_is_evaluated(tiny, tmp_path, capsys):
     flags = ("--model dino --preset small --backbone swin_t --drop_path 0.1 --num_train 8 --num_val 4 --batch_size 4 "
-             "--epochs 1 --ema 0 --device cpu --workers 0 --threads 1 --recompute --dim 32 --ffn_dim 32 --num_queries 9")
+             "--epochs 1 --ema 0 --device cpu --workers 0 --threads 1 --recompute --dim 32 --ffn_dim 32 --num_queries 9 "
+             "--train_sizes 64 --eval_size 64")
     run, cfg = train.parse([*flags.split(), "--out", str(tmp_path)])
     record = train.train(run, cfg)
     assert record["step"] == 2 and 0 <= record["AP"] <= 1
