@@ -586,16 +586,14 @@ def masks(args):
     our own figures. Resumable as the ladder. Left out: what a small detector with one encoder layer and 48 channels of
     stride 4 cannot vary (which layer is tapped, no neck), and the rows on schedule, batch, jitter and fine-tuning."""
     import checkpoints
-    rows = []
-    flags = [{"model": "mask_frozen_detr", "detector": args.detector, **MASKS[name][1]} for name in args.rows]
+    rows, common = [], {"model": "mask_frozen_detr", "detector": args.detector}
     with ThreadPoolExecutor(args.jobs) as pool:
-        runs = list(pool.map(lambda name, changes: run_row(Path(args.out) / name, changes, args), args.rows, flags))
+        runs = pool.map(lambda name: run_row(Path(args.out) / name, common | MASKS[name][1], args), args.rows)
     for name, run in zip(args.rows, runs):
-        part = MASKS[name][0]
         weights = checkpoints.load(Path(args.out) / name / "best.pt")["model"]
         parameters = sum(value.numel() for key, value in weights.items() if key != "_extra_state")
         scores = [run["segm"][key] for key in ("AP", "AP75", "APs", "APl")] + [run["segm_cls"]["AP"], run["bbox"]["AP"]]
-        rows.append([part, name, *(f"{score:.3f}" for score in scores), f"{parameters / 1e6:.2f}", f"{run['step_ms']:.0f}"])
+        rows.append([MASKS[name][0], name, *(f"{score:.3f}" for score in scores), f"{parameters / 1e6:.2f}", f"{run['step_ms']:.0f}"])
     report("masks", args, ["ablation", f"row, {args.epochs} epochs", "mask AP", "AP75", "small", "large", "by class score",
                            "box AP", "M parameters", "ms a step"], rows)
 

@@ -226,7 +226,7 @@ def pad_to_multiple(images: Tensor, padding: Tensor, divisor: int) -> tuple[Tens
     """Fills up to the right and below until both sides are multiples of `divisor`. Otherwise the cells of a coarse level that
     count as valid vary with the other images of a batch: one in 25 at 800 pixels, one in 4 at 128."""
     fill = (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor)
-    return F.pad(images, fill), F.pad(padding, fill, value=True)
+    return (F.pad(images, fill), F.pad(padding, fill, value=True)) if any(fill) else (images, padding)   # F.pad always copies
 
 
 def num_maps(levels: int) -> int:

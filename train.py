@@ -707,10 +707,15 @@ def parser_of(hint, default):
     return hint
 
 
+@functools.cache   # `parse` asks twice for those of Run, and finding a class compiles its whole file
+def field_comments(cls) -> dict[str, str]:
+    """Field of a dataclass -> its comment in the source."""
+    return dict(re.findall(r"^    (\w+)\s*:[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
+
+
 def add_flags(parser, cls, small: dict) -> None:
     """One flag per field of a dataclass; its comment in the source is its help text."""
-    comments = dict(re.findall(r"^    (\w+)\s*:[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
-    hints = typing.get_type_hints(cls)
+    comments, hints = field_comments(cls), typing.get_type_hints(cls)
     group = parser.add_argument_group(f"{cls.__module__.replace('__main__', 'train')}.{cls.__name__}")
     show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
     for item in dataclasses.fields(cls):

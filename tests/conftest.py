@@ -2,8 +2,6 @@
 the checkout or wherever NANODETR_SHARED points; tests that need them skip by name when it is absent, and fail instead
 when NANODETR_STRICT is set. A test that is not slow and takes longer than HANGS seconds ends the run, with a trace."""
 import faulthandler
-import functools
-import inspect
 import os
 import sys
 from pathlib import Path
@@ -13,7 +11,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # read when torch is imported:
 import numpy as np
 import pytest
 
-inspect.getsource = functools.cache(inspect.getsource)   # train.py reads its flags there; every call compiles a whole file
 HANGS = 300
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]

@@ -169,7 +169,8 @@ def test_mask_tables_are_read_from_finished_runs(tmp_path, monkeypatch, capsys):
                       "segm_cls": {"AP": ap - 0.1}})
         (tmp_path / name / "log.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         checkpoints.save(tmp_path / name / "best.pt", {"model": {"a": torch.zeros(30_000), "_extra_state": torch.zeros(32)}})
-    bench.masks(argparse.Namespace(rows=["default", "roi_8"], epochs=1, threads=1, jobs=1, out=str(tmp_path), detector="d", device="cpu"))
+    bench.masks(argparse.Namespace(rows=["default", "roi_8"], epochs=1, threads=1, jobs=1, out=str(tmp_path), detector="d",
+                                   device="cpu"))
     printed = capsys.readouterr().out
     assert "|  | default | 0.500 | 0.500 | 0.500 | 0.500 | 0.400 | 0.800 | 0.03 | 100 |" in printed
     assert "| size of a region | roi_8 | 0.400 |" in printed
