@@ -605,7 +605,7 @@ def mask_cost(args):
     import dino
     import mask_frozen_detr as paper
 
-    @register_flop_formula(torch.ops.nanodetr.ms_deform_attn)
+    @register_flop_formula(torch.ops.paperdetr.ms_deform_attn)
     def looks(value, shapes, points, *rest, out_shape=None, **options):            # four corners for every look and channel
         return 2 * 4 * out_shape[0] * out_shape[1] * out_shape[2] * points[3] * points[4]
 

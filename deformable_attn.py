@@ -119,7 +119,7 @@ def ms_deform_attn(value, shapes, locations, weights, impl=None):
     if not _use_kernel(value, impl):
         return ms_deform_attn_torch(value, shapes, locations, weights)
     dtype = _coordinate_dtype(value)
-    return torch.ops.nanodetr.ms_deform_attn(value, _flat(shapes), locations.to(dtype), weights.to(dtype), None)
+    return torch.ops.paperdetr.ms_deform_attn(value, _flat(shapes), locations.to(dtype), weights.to(dtype), None)
 
 
 def ms_deform_attn_fused(value, shapes, offsets, logits, reference, impl=None):
@@ -131,7 +131,7 @@ def ms_deform_attn_fused(value, shapes, offsets, logits, reference, impl=None):
         weights = logits.flatten(-2).softmax(-1, dtype=_coordinate_dtype(value)).view_as(logits)
         locations = sampling_locations(reference, offsets.to(weights.dtype), shapes)
         return ms_deform_attn_torch(value, shapes, locations, weights)
-    return torch.ops.nanodetr.ms_deform_attn(
+    return torch.ops.paperdetr.ms_deform_attn(
         value, _flat(shapes), offsets.to(value.dtype), logits.to(value.dtype), reference.to(_coordinate_dtype(value)))
 
 
@@ -331,7 +331,7 @@ def _cpu_name():
 # One pair serves both forms: without a reference, points are locations and weights are weights; with one, they are
 # offsets and logits. Shapes travel as H0, W0, H1, W1, ...: torch.compile and CUDA graphs see one opaque call.
 
-_operators = torch.library.Library("nanodetr", "DEF")
+_operators = torch.library.Library("paperdetr", "DEF")
 _operators.define("ms_deform_attn(Tensor value, int[] shapes, Tensor points, Tensor weights, Tensor? reference) -> Tensor")
 _operators.define("ms_deform_attn_backward(Tensor grad_output, Tensor? output, Tensor value, int[] shapes, Tensor points, "
                   "Tensor weights, Tensor? reference, bool reference_grad) -> (Tensor, Tensor, Tensor, Tensor)")
@@ -409,7 +409,7 @@ def _autocast_cuda(value, shapes, points, weights, reference):
     with torch.autocast("cuda", enabled=False):
         if reference is not None:
             points, weights = low(points), low(weights)
-        return torch.ops.nanodetr.ms_deform_attn(low(value), shapes, points, weights, reference)
+        return torch.ops.paperdetr.ms_deform_attn(low(value), shapes, points, weights, reference)
 
 
 for _device in ("CPU", "CUDA"):
@@ -418,13 +418,13 @@ for _device in ("CPU", "CUDA"):
 _operators.impl("ms_deform_attn", _autocast_cuda, "AutocastCUDA")
 
 
-@torch.library.register_fake("nanodetr::ms_deform_attn", lib=_operators)
+@torch.library.register_fake("paperdetr::ms_deform_attn", lib=_operators)
 def _(value, shapes, points, weights, reference):
     B, _, M, D = value.shape
     return value.new_empty(B, points.shape[1], M * D)
 
 
-@torch.library.register_fake("nanodetr::ms_deform_attn_backward", lib=_operators)
+@torch.library.register_fake("paperdetr::ms_deform_attn_backward", lib=_operators)
 def _(grad_output, output, value, shapes, points, weights, reference, reference_grad):
     gradients = [torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in (value, points, weights)]
     return (*gradients, reference.new_empty(reference.shape) if reference_grad else value.new_empty(0))
@@ -438,12 +438,12 @@ def _save_for_backward(ctx, inputs, output):
 def _gradients(ctx, grad_output):
     output, value, points, weights, reference = ctx.saved_tensors
     wanted = ctx.needs_input_grad[4]
-    grads = torch.ops.nanodetr.ms_deform_attn_backward(
+    grads = torch.ops.paperdetr.ms_deform_attn_backward(
         grad_output, output, value, ctx.shapes, points, weights, reference, wanted)
     return grads[0], None, grads[1], grads[2], grads[3] if wanted else None
 
 
-torch.library.register_autograd("nanodetr::ms_deform_attn", _gradients, setup_context=_save_for_backward, lib=_operators)
+torch.library.register_autograd("paperdetr::ms_deform_attn", _gradients, setup_context=_save_for_backward, lib=_operators)
 
 
 # ---- The doctor: python deformable_attn.py -------------------------------------------------------------------------

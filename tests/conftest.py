@@ -1,6 +1,6 @@
 """Fixtures. Recorded inputs and outputs of the authors' code live outside this repository, in a folder `shared` beside
-the checkout or wherever NANODETR_SHARED points; tests that need them skip by name when it is absent, and fail instead
-when NANODETR_STRICT is set. A test that is not slow and takes longer than HANGS seconds ends the run, with a trace."""
+the checkout or wherever PAPERDETR_SHARED points; tests that need them skip by name when it is absent, and fail instead
+when PAPERDETR_STRICT is set. A test that is not slow and takes longer than HANGS seconds ends the run, with a trace."""
 import faulthandler
 import os
 import sys
@@ -43,10 +43,10 @@ def pytest_collection_modifyitems(config, items):
 @pytest.fixture(scope="session")
 def shared():
     """Folder of recorded data."""
-    folder = Path(os.environ.get("NANODETR_SHARED", ROOT.parent / "shared"))
+    folder = Path(os.environ.get("PAPERDETR_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
-        message = f"no recorded data at {folder}: set NANODETR_SHARED to the folder that holds golden/ and data/"
-        pytest.fail(message) if os.environ.get("NANODETR_STRICT") else pytest.skip(message)
+        message = f"no recorded data at {folder}: set PAPERDETR_SHARED to the folder that holds golden/ and data/"
+        pytest.fail(message) if os.environ.get("PAPERDETR_STRICT") else pytest.skip(message)
     return folder
 
 

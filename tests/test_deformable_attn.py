@@ -357,7 +357,7 @@ int main() {
 def test_opcheck_and_compile(loops, reference):
     shapes = [(3, 4), (1, 2)]
     inputs = [None if t is None else t.requires_grad_() for t in problem(shapes, reference=reference)]
-    opcheck(torch.ops.nanodetr.ms_deform_attn.default, (inputs[0], [3, 4, 1, 2], *inputs[1:]))
+    opcheck(torch.ops.paperdetr.ms_deform_attn.default, (inputs[0], [3, 4, 1, 2], *inputs[1:]))
 
     def double(value, points, weights, ref):
         if ref is None:

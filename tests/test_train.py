@@ -195,7 +195,7 @@ def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path, monkeypatch, 
     assert steps == sorted(set(steps)) and steps[-1] == 6, "a resumed run repeats no line of its log"
 
 
-KILLS = int(os.environ.get("NANODETR_KILLS", 200))   # of the slow test
+KILLS = int(os.environ.get("PAPERDETR_KILLS", 200))   # of the slow test
 
 
 @pytest.mark.parametrize("kills", (3, pytest.param(KILLS, marks=pytest.mark.slow)))
