@@ -54,8 +54,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import checkpoints
-from backbones import SwinBlock, shift_mask
+from engine import class_rows
+from engine import models
+from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy, roi_align
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention, encoder_references, sine_positions, take
 from matcher import Weights, at_least_float32, count_boxes, hungarian, match_cost
@@ -324,11 +325,11 @@ def load_frozen(path: str, num_classes: int, enc_layer: int) -> Frozen:
                          "makes runs/dino/best.pt, with --data DIR on your own images; --detector auto does that first")
     if not Path(path).is_file():
         raise FileNotFoundError(f"expected the detector at {path}, found no file: say where it lies with --detector FILE")
-    model, cfg, meta = checkpoints.load_model(path)
+    model, cfg, meta = models.load_model(path)
     if meta["model_name"] == __name__:
         raise ValueError(f"expected a detector, got {path}, a mask network: give the detector it was trained on")
     paper = import_module(meta["model_name"])
-    model, names = checkpoints.used_classes(model, paper, cfg, meta["class_names"])
+    model, names = class_rows.used_classes(model, paper, cfg, meta["class_names"])
     if len(names) != num_classes:
         raise ValueError(f"expected a detector of {num_classes} classes, as the data has, got {path} with {len(names)}: train "
                          "it on this data first (train.py --init copies class rows by name)")

@@ -45,14 +45,21 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-import checkpoints
+from engine import checkpoints
+from engine import class_rows
+from engine import released
 import data
+from engine import datasets
+from tools import check_data
 import visualize
 from backbones import load_backbone_weights
-from data import NUM_TRAIN, NUM_VAL
+from scenes import NUM_TRAIN, NUM_VAL
 from deformable_attn import BuildError, ms_deform_attn
 from eval import COLUMNS as AP_COLUMNS
-from eval import KINDS, Flags, assignments, evaluate, prepare_cpu
+from eval import KINDS, evaluate
+from engine.cli import Flags
+from analysis import assignments
+from engine.machine import prepare_cpu
 
 LOG_EVERY = 10          # steps between lines of log.jsonl, and between waits for the device
 BAD_LIMIT = 3           # steps in a row without a finite loss before the run stops
@@ -311,14 +318,14 @@ def load_data(run: Run, cfg, rank: int):
     if run.overfit:
         cfg = dataclasses.replace(cfg, schedule="flat", **({"dropout": 0.0} if hasattr(cfg, "dropout") else {}))
     masks = getattr(load_paper(run.model), "NEEDS_MASKS", False)
-    train_set, val_set = data.build_datasets(run.data or None, cfg, run.seed, masks, overfit=run.overfit,
+    train_set, val_set = datasets.build_datasets(run.data or None, cfg, run.seed, masks, overfit=run.overfit,
                                              num_train=run.num_train, num_val=run.num_val)
     if masks and not train_set.has_masks:
         raise ValueError(f"expected a segmentation for every object of {train_set.name}, as {run.model} learns masks, got "
                          "objects without one: add them to the json, or train a detector")
     if rank == 0:
-        data.quick_check(train_set)   # refuses a training set without one object
-        data.quick_check(val_set, training=False)
+        check_data.quick_check(train_set)   # refuses a training set without one object
+        check_data.quick_check(val_set, training=False)
     return cfg, train_set, val_set
 
 
@@ -417,8 +424,8 @@ def start_weights(run: Run, cfg, model, class_names: list[str]) -> list[str]:
         return [load_backbone_weights(backbone, cfg.backbone, cfg.backbone_weights) for backbone in backbones]
     state = checkpoints.load(run.init)
     if "model_name" not in state:
-        state = checkpoints.released(state, run.init)
-    fitted, skipped = checkpoints.fit(state.get("ema", state["model"]), state["class_names"], model.state_dict(),
+        state = released.released(state, run.init)
+    fitted, skipped = class_rows.fit(state.get("ema", state["model"]), state["class_names"], model.state_dict(),
                                       class_names)
     model.load_state_dict(fitted)
     return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]
@@ -824,7 +831,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run, cfg = parse(sys.argv[1:] if argv is None else argv)
         if run.check_data:
-            sys.exit(1 if data.check(run.check_data) else 0)
+            sys.exit(1 if check_data.check(run.check_data) else 0)
         if getattr(cfg, "detector", "") == "auto":
             cfg = dataclasses.replace(cfg, detector=default_detector(run))
         train(run, cfg)
@@ -834,7 +841,7 @@ def main(argv: list[str] | None = None) -> None:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
             sys.exit(f"train.py: error: {out_of_memory(error, run, cfg)}")
         raised = traceback.extract_tb(error.__traceback__)[-1]   # what this project raises is meant to be read without a trace
-        if Path(raised.filename).parent != Path(__file__).parent or not raised.line.startswith("raise"):
+        if Path(__file__).parent not in Path(raised.filename).parents or not raised.line.startswith("raise"):
             raise
         sys.exit(f"train.py: error: {error}")
 

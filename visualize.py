@@ -34,11 +34,14 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 
-import checkpoints
+from engine import models
 import data
+from scenes import Shapes
 from boxes import box_cxcywh_to_xyxy
-from eval import (Flags, above, decoder_attention, detect_image, discriminability, encoder_norms, infer, recorded_looks,
-                  validation_set)
+from engine.cli import Flags
+from analysis import decoder_attention, discriminability, encoder_norms, recorded_looks
+from engine.inference import above, detect_image, infer
+from engine.datasets import validation_set
 
 LEVEL_COLOURS = ("#e6194b", "#ffb000", "#22b14c", "#1e90ff", "#a040ff")   # finest level first
 MIN_SIDE = 480   # px: smaller images are enlarged by a whole factor, so that labels can be read
@@ -487,13 +490,13 @@ def _draw_attention_mask(axis, denoising, stride):
 
 def load(checkpoint, device="cpu"):
     """Checkpoint file -> model in eval mode, its paper's detect, its Config, its meta data."""
-    model, cfg, meta = checkpoints.load_model(checkpoint, device)
+    model, cfg, meta = models.load_model(checkpoint, device)
     return model, importlib.import_module(meta["model_name"]).detect, cfg, meta
 
 
 def scenes(out="scenes.jpg", n=32):
     """A contact sheet of the first n generated training scenes with their ground truth, masks and boxes."""
-    dataset = data.Shapes("train", n, load_masks=True)
+    dataset = Shapes("train", n, load_masks=True)
     sheet = [detections(*ground_truth(dataset, index), dataset.class_names, side=196) for index in range(n)]
     return tile(sheet, out, 8, gap=4)
 

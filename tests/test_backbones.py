@@ -11,14 +11,20 @@ import torch.nn.functional as F
 from torch import nn
 
 import backbones
+from backbones import focalnet
+from backbones import parts
+from backbones import swin
+from backbones import vit
 import co_detr
 import dino
 import h_detr
 import train
-from backbones import (RESNETS, WEIGHT_FILES, Bottleneck, ConvEmbed, FocalModulation, FocalNet, FrozenBatchNorm2d,
-                       PatchMerging, ResNet, RotaryAttention, SimpleFeaturePyramid, Swin, SwinBlock, ViT, ViTBlock,
-                       WindowAttention, build_backbone, load_backbone_weights, relative_position_index, rotary_table,
-                       shift_mask)
+from backbones.resnet import RESNETS, Bottleneck, FrozenBatchNorm2d, ResNet
+from backbones import WEIGHT_FILES, build_backbone, load_backbone_weights
+from backbones.parts import ConvEmbed
+from backbones.focalnet import FocalModulation, FocalNet
+from backbones.swin import PatchMerging, Swin, SwinBlock, WindowAttention, relative_position_index, shift_mask
+from backbones.vit import RotaryAttention, SimpleFeaturePyramid, ViT, ViTBlock, rotary_table
 
 NARROW = {   # the families with square roots that do not come out even: window 3, 5 x 7 cells
     "swin": lambda **options: Swin(8, (2, 2, 2, 2), (1, 2, 2, 4), 3, **options),
@@ -120,7 +126,7 @@ def test_a_narrow_resnet_keeps_the_proportions():
 
 # ---- Swin
 
-def parts(rec, tag, model):
+def recorded_parts(rec, tag, model):
     """Loads the weights recorded under `tag`; -> inputs, outputs, gradients by name."""
     rec = {k.removeprefix(tag + "/"): torch.as_tensor(np.asarray(v)).float() for k, v in rec.items() if k.startswith(tag + "/")}
     state = {k.removeprefix("sd/"): v for k, v in rec.items() if k.startswith("sd/")}
@@ -152,7 +158,7 @@ def test_relative_positions_are_numbered_as_the_authors_number_them(swin_recordi
 
 def test_window_attention_equals_the_authors(swin_recording):
     model = WindowAttention(12, 3, 4)
-    x, expected, gradients = parts(swin_recording, "window_attention", model)
+    x, expected, gradients = recorded_parts(swin_recording, "window_attention", model)
     compare(model, x, [model(x)], expected, gradients)
 
 
@@ -161,7 +167,7 @@ def test_swin_blocks_equal_the_authors_on_a_map_no_window_divides(swin_recording
     model = SwinBlock(12, 3, 4, shift > 0, 2, 0.0)
     mask = shift_mask(7, 10, 4, "cpu")
     assert np.array_equal(mask, swin_recording["shift_mask"])
-    x, expected, gradients = parts(swin_recording, f"block_shift{shift}", model)
+    x, expected, gradients = recorded_parts(swin_recording, f"block_shift{shift}", model)
     compare(model, x, [model(x.unflatten(1, (7, 10)), mask).flatten(1, 2)], expected, gradients)
 
 
@@ -169,19 +175,19 @@ def test_swin_blocks_equal_the_authors_on_a_map_no_window_divides(swin_recording
 def test_merging_equals_the_authors_with_odd_sizes(swin_recording, height, width):
     dim = swin_recording[f"merge_{height}x{width}/in0"].shape[-1]
     model = PatchMerging(dim)
-    x, expected, gradients = parts(swin_recording, f"merge_{height}x{width}", model)
+    x, expected, gradients = recorded_parts(swin_recording, f"merge_{height}x{width}", model)
     compare(model, x, [model(x.unflatten(1, (height, width))).flatten(1, 2)], expected, gradients)
 
 
 def test_patches_equal_the_authors_where_four_does_not_divide_the_image(swin_recording):
     model = ConvEmbed(3, 8, 4, 4)
-    x, expected, gradients = parts(swin_recording, "embed_18x23", model)
+    x, expected, gradients = recorded_parts(swin_recording, "embed_18x23", model)
     compare(model, x, [model(x).permute(0, 3, 1, 2)], expected, gradients)
 
 
 def test_the_whole_swin_equals_the_authors(swin_recording):
     model = Swin(12, (2, 2, 4, 2), (1, 2, 3, 6), 4, mlp_ratio=2)
-    x, expected, gradients = parts(swin_recording, "swin", model)
+    x, expected, gradients = recorded_parts(swin_recording, "swin", model)
     compare(model, x, model(x), expected, gradients)
 
 
@@ -238,7 +244,7 @@ def test_the_vision_transformer_equals_the_authors(vit_recording, case, monkeypa
     assert not unexpected and all(key.startswith("neck.") for key in missing)
     model.window_rotary.copy_(table("rope_win"))
     if case == "lsj":
-        monkeypatch.setattr(backbones, "rotary_table", lambda *_: table("rope_glb"))
+        monkeypatch.setattr(vit, "rotary_table", lambda *_: table("rope_glb"))
     assert torch.allclose(model.features(rec[f"{case}/in"]), rec[f"{case}/out"], rtol=1e-5, atol=1e-5)
 
 
@@ -253,7 +259,7 @@ def test_pairs_of_channels_turn_by_position_times_frequency():
     """dim 8: pairs 0 and 1 tell rows apart with frequencies 1 and 1/100, pairs 2 and 3 columns."""
     H, W = 3, 4
     x = torch.tensor([1.0, 0.0]).repeat(4).expand(H * W, 8)
-    turned = backbones.rotate(x, rotary_table(H, W, 8)).unflatten(-1, (4, 2))
+    turned = vit.rotate(x, rotary_table(H, W, 8)).unflatten(-1, (4, 2))
     for y in range(H):
         for z in range(W):
             angles = torch.tensor([16 * y / H, 16 * y / H / 100, 16 * z / W, 16 * z / W / 100])
@@ -263,7 +269,7 @@ def test_pairs_of_channels_turn_by_position_times_frequency():
 def test_scores_of_the_vision_transformer_depend_on_distance_alone():
     """Equal content everywhere: q_i k_j is the same for every pair that lies equally far apart."""
     rotary, q, k = rotary_table(4, 4, 8), torch.randn(8), torch.randn(8)
-    scores = backbones.rotate(q.expand(16, 8), rotary) @ backbones.rotate(k.expand(16, 8), rotary).T
+    scores = vit.rotate(q.expand(16, 8), rotary) @ vit.rotate(k.expand(16, 8), rotary).T
     scores = scores.unflatten(1, (4, 4)).unflatten(0, (4, 4))
     assert torch.allclose(scores[:-1, :-1, :-1, :-1], scores[1:, 1:, 1:, 1:], atol=1e-4)
     assert (scores[0, 0] - scores[0, 0, 0, 0]).abs().max() > 0.1
@@ -271,7 +277,7 @@ def test_scores_of_the_vision_transformer_depend_on_distance_alone():
 
 def test_the_global_table_has_the_rows_and_columns_of_the_map(monkeypatch):
     calls, model = [], NARROW["vit"]()
-    monkeypatch.setattr(backbones, "rotary_table", lambda *size: calls.append(size[:2]) or rotary_table(*size))
+    monkeypatch.setattr(vit, "rotary_table", lambda *size: calls.append(size[:2]) or rotary_table(*size))
     assert model.features(torch.randn(1, 3, 48, 80)).shape[2:] == (3, 5) and calls == [(3, 5)]
 
 
@@ -294,7 +300,7 @@ def test_attention_of_the_vision_transformer_equals_a_loop_over_heads():
     q, k, v = model.q_proj(x) + model.q_bias, model.k_proj(x), model.v_proj(x) + model.v_bias
     heads = []
     for part in (slice(4), slice(4, 8)):
-        scores = backbones.rotate(q[..., part], rotary) @ backbones.rotate(k[..., part], rotary).transpose(1, 2) / 2
+        scores = vit.rotate(q[..., part], rotary) @ vit.rotate(k[..., part], rotary).transpose(1, 2) / 2
         heads.append(scores.softmax(-1) @ v[..., part])
     assert torch.allclose(model(x, rotary), model.proj(torch.cat(heads, -1)), atol=1e-6)
 
@@ -302,8 +308,8 @@ def test_attention_of_the_vision_transformer_equals_a_loop_over_heads():
 def test_positions_learned_on_a_square_are_stretched_over_the_map():
     table = torch.arange(4.0).view(2, 2).flatten().view(1, 4, 1)
     table = torch.cat((torch.full((1, 1, 1), 99.0), table), 1)
-    assert torch.equal(backbones.resize_positions(table, 2, 2), table[:, 1:])
-    wide = backbones.resize_positions(table, 2, 6).unflatten(1, (2, 6))[0, ..., 0]
+    assert torch.equal(vit.resize_positions(table, 2, 2), table[:, 1:])
+    wide = vit.resize_positions(table, 2, 6).unflatten(1, (2, 6))[0, ..., 0]
     assert (wide.diff(dim=1) >= -1e-6).all() and (wide.diff(dim=0) > 1).all()
 
 
@@ -335,7 +341,7 @@ def test_focal_modulation_equals_its_equations_cell_by_cell():
 
 
 def test_a_fresh_focal_block_changes_little_and_its_scales_are_learned():
-    block = backbones.FocalBlock(8, 2, 3, 0.0)
+    block = focalnet.FocalBlock(8, 2, 3, 0.0)
     x = torch.randn(1, 4, 5, 8)
     change = block(x) - x
     assert 0 < change.abs().max() < 1e-2
@@ -384,12 +390,12 @@ def test_drop_path_leaves_whole_branches_out_in_training_only(narrow):
 
 
 def test_drop_rates_rise_evenly_over_the_blocks_of_all_stages():
-    assert [len(stage) for stage in backbones.drop_rates(0.3, (1, 2, 1))] == [1, 2, 1]
-    assert sum(backbones.drop_rates(0.3, (1, 2, 1)), []) == pytest.approx([0, 0.1, 0.2, 0.3])
+    assert [len(stage) for stage in parts.drop_rates(0.3, (1, 2, 1))] == [1, 2, 1]
+    assert sum(parts.drop_rates(0.3, (1, 2, 1)), []) == pytest.approx([0, 0.1, 0.2, 0.3])
 
 
 def test_drop_path_keeps_the_mean():
-    layer, x = backbones.DropPath(0.25), torch.ones(10_000, 2, 3)
+    layer, x = parts.DropPath(0.25), torch.ones(10_000, 2, 3)
     y = layer(x)
     assert y.unique().tolist() == pytest.approx([0, 4 / 3])
     assert (y == y[:, :1, :1]).all() and abs(y.mean() - 1) < 0.03
@@ -400,7 +406,7 @@ def test_recomputed_blocks_give_the_same_bytes(narrow):
     kept = nn.ModuleDict({"backbone": narrow(drop_path=0.5)})
     again = copy.deepcopy(kept)
     train.prepare_parts(again, SimpleNamespace(compile=False, recompute=True, model="test"))
-    blocks = [m for n, m in again.named_modules() if isinstance(m, (SwinBlock, ViTBlock, backbones.FocalBlock))]
+    blocks = [m for n, m in again.named_modules() if isinstance(m, (SwinBlock, ViTBlock, focalnet.FocalBlock))]
     assert blocks and all("checkpoint" in repr(m.forward) for m in blocks)
     gradients = []
     for model in (kept, again):
@@ -465,7 +471,7 @@ def test_positions_and_patches_of_another_pretraining_are_resized(tmp_path):
     torch.save(state, tmp_path / "p14.pth")
     model = NARROW["vit"]()
     load_backbone_weights(model, "vit", str(tmp_path / "p14.pth"))
-    assert torch.allclose(model.pos_embed[:, 1:], backbones.resize_positions(source.pos_embed, 4, 4))
+    assert torch.allclose(model.pos_embed[:, 1:], vit.resize_positions(source.pos_embed, 4, 4))
     assert model.patch_embed.proj.weight.shape[-1] == 16
 
 
@@ -488,7 +494,7 @@ def test_settings_of_one_family_are_refused_by_another():
 
 def test_every_published_file_belongs_to_a_backbone_and_says_its_window():
     assert set(WEIGHT_FILES) <= set(backbones.BACKBONES)
-    for name, (*_, window) in backbones.SWINS.items():
+    for name, (*_, window) in swin.SWINS.items():
         assert f"window{window}_" in WEIGHT_FILES[name]
 
 
@@ -505,7 +511,7 @@ WITH_TRANSFORMERS = [(paper.__name__, variant) for paper in (dino, h_detr, co_de
 @pytest.fixture
 def tiny(monkeypatch):
     """The published backbones by their names, a few channels wide."""
-    for table in (backbones.SWINS, backbones.VITS, backbones.FOCALNETS):
+    for table in (swin.SWINS, vit.VITS, focalnet.FOCALNETS):
         for name in table.keys() & TINY.keys():
             monkeypatch.setitem(table, name, TINY[name])
 

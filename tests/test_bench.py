@@ -8,8 +8,8 @@ import types
 import pytest
 import torch
 
-import bench
-import checkpoints
+from tools import bench
+from engine import checkpoints
 import deformable_detr
 import dino
 import mask_frozen_detr
@@ -147,7 +147,7 @@ def test_the_package_transformers_gets_the_same_weights_and_is_timed(tmp_path, m
 def test_bench_alone_makes_every_table(monkeypatch):
     started = []
     monkeypatch.setattr(bench.sys, "argv", ["bench.py"])
-    monkeypatch.setattr(bench.subprocess, "run", lambda words, check: started.append(words[-1]))
+    monkeypatch.setattr(bench.subprocess, "run", lambda words, check, cwd: started.append(words[-1]))
     bench.main()
     assert started[:3] == ["kernel", "step", "inference"] and started[-3:] == ["memory", "loading", "scoring"]
 

@@ -20,8 +20,11 @@ import numpy as np
 import pytest
 import torch
 
-import checkpoints
-from backbones import relative_position_index
+from engine import checkpoints
+from engine import class_rows
+from engine import models
+from engine import released
+from backbones.swin import relative_position_index
 
 LISTS = {   # key list -> family, Config overrides that names and shapes show
     "deformable_detr_r50": ("deformable_detr", dict(num_feature_levels=4, num_queries=300, ffn_dim=1024)),
@@ -81,19 +84,19 @@ def test_every_released_tensor_has_one_place(listed):
     """Names and shapes of the built model equal those of the renamed checkpoint: nothing missing, nothing left over."""
     keys, family, expected = listed
     theirs = {name: torch.empty(shape, device="meta") for name, shape in keys}
-    found_family, found = checkpoints.recognise(theirs)
+    found_family, found = released.recognise(theirs)
     assert found_family == family and expected.items() <= found.items()
-    paper = importlib.import_module(checkpoints.FAMILIES[family].model_name)
+    paper = importlib.import_module(released.FAMILIES[family].model_name)
     with torch.device("meta"):
         model, _ = paper.build(paper.Config(**found), 80 if paper.__name__ == "co_detr" else 91)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
-    assert ours == {name: tuple(tensor.shape) for name, tensor in checkpoints.from_authors(theirs, family).items()}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in released.from_authors(theirs, family).items()}
 
 
 def test_round_trip_is_bit_equal(listed):
     keys, family, _ = listed
-    theirs = numbered([(key, shape) for key, shape in keys if not derived(key)], checkpoints.FAMILIES[family].tied)
-    back = checkpoints.to_authors(checkpoints.from_authors(theirs, family), family)
+    theirs = numbered([(key, shape) for key, shape in keys if not derived(key)], released.FAMILIES[family].tied)
+    back = released.to_authors(released.from_authors(theirs, family), family)
     assert back.keys() == theirs.keys()
     assert all(torch.equal(back[name], theirs[name]) for name in theirs)
 
@@ -112,10 +115,10 @@ def test_backbones_without_a_list_go_forth_and_back_and_are_recognised(model_nam
     with torch.device("meta"):
         model, _ = paper.build(paper.Config(**paper.VARIANTS[variant]), 91)
     ours = model.state_dict()
-    theirs = checkpoints.to_authors(ours, model_name)
+    theirs = released.to_authors(ours, model_name)
     assert f"{place}patch_embed.proj.weight" in theirs and f"{place}norm3.weight" in theirs
-    assert checkpoints.from_authors(theirs, model_name).keys() == ours.keys()
-    family, found = checkpoints.recognise(theirs)
+    assert released.from_authors(theirs, model_name).keys() == ours.keys()
+    family, found = released.recognise(theirs)
     expected = {k: v for k, v in paper.VARIANTS[variant].items() if k in ("backbone", "num_feature_levels", "num_queries")}
     assert family == model_name and expected.items() <= found.items()
     if parameters:   # the authors save one table of window indices per block beside what is learned
@@ -128,17 +131,17 @@ def test_tables_that_follow_from_shapes_are_compared_and_left_out(shared):
     theirs = {name: torch.empty(shape, device="meta") for name, shape in keys}
     name = "backbone.layers.1.blocks.0.attn.relative_position_index"
     theirs[name] = relative_position_index(7)
-    assert not [key for key in checkpoints.from_authors(theirs, "co_deformable") if derived(key)]
+    assert not [key for key in released.from_authors(theirs, "co_deformable") if derived(key)]
     theirs[name] = theirs[name].T.contiguous()
     with pytest.raises(ValueError, match=f"expected {name} .* changed model"):
-        checkpoints.from_authors(theirs, "co_deformable")
+        released.from_authors(theirs, "co_deformable")
 
 
 def test_a_backbone_that_is_none_of_ours_is_named(shared):
     keys = read_keys(shared / "golden" / "co_detr" / "keys_co_deformable_detr_swin_t.txt")
     theirs = {name: torch.empty(shape, device="meta") for name, shape in keys if "layers.2.blocks.5" not in name}
     with pytest.raises(ValueError, match="expected a backbone among resnet18.*patch_embed.proj.weight"):
-        checkpoints.recognise(theirs)
+        released.recognise(theirs)
 
 
 def test_copies_that_differ_are_refused(shared):
@@ -147,16 +150,16 @@ def test_copies_that_differ_are_refused(shared):
         theirs = numbered(keys, True)
         theirs[name] = theirs[name] + 1
         with pytest.raises(ValueError, match="one tensor under two names"):
-            checkpoints.from_authors(theirs, "dino")
+            released.from_authors(theirs, "dino")
 
 
 def test_unknown_weights_are_refused_with_the_known_families():
     with pytest.raises(ValueError, match="deformable_detr_two_stage, dino.*fc.weight"):
-        checkpoints.recognise({"fc.weight": torch.zeros(1)})
+        released.recognise({"fc.weight": torch.zeros(1)})
 
 
 def test_profiler_counters_are_dropped():
-    assert checkpoints.strip_profiler({"a.total_ops": 1, "a.weight": 2, "total_params": 3}) == {"a.weight": 2}
+    assert released.strip_profiler({"a.total_ops": 1, "a.weight": 2, "total_params": 3}) == {"a.weight": 2}
 
 
 def released_file(path, monkeypatch):
@@ -164,16 +167,16 @@ def released_file(path, monkeypatch):
     paper = importlib.import_module("dino")
     cfg = paper.Config(backbone="resnet18", dim=32, ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries=5)
     model, _ = paper.build(cfg, 91)
-    weights = checkpoints.to_authors(model.state_dict(), "dino")
+    weights = released.to_authors(model.state_dict(), "dino")
     torch.save({"model": weights, "args": argparse.Namespace(lr=1e-4), "epoch": 11}, path)
-    monkeypatch.setattr(checkpoints, "recognise", lambda state, real=checkpoints.recognise:
+    monkeypatch.setattr(released, "recognise", lambda state, real=released.recognise:
                         (real(state)[0], {**real(state)[1], "backbone": "resnet18"}))
     return model
 
 
 def test_released_files_load_with_their_options_pickled_beside_them(tmp_path, monkeypatch):
     source = released_file(tmp_path / "released.pth", monkeypatch)
-    model, cfg, meta = checkpoints.load_model(tmp_path / "released.pth")
+    model, cfg, meta = models.load_model(tmp_path / "released.pth")
     assert cfg.num_queries == 5 and cfg.encoder_layers == 1 and meta["class_names"][18] == "dog"
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
 
@@ -181,8 +184,8 @@ def test_released_files_load_with_their_options_pickled_beside_them(tmp_path, mo
 # ---- class rows
 
 def test_coco_has_eighty_names_on_ninety_one_columns():
-    names = checkpoints.coco_columns()
-    assert len(checkpoints.COCO_IDS) == len(checkpoints.COCO_NAMES) == 80 and len(set(names)) == 91
+    names = class_rows.coco_columns()
+    assert len(class_rows.COCO_IDS) == len(class_rows.COCO_NAMES) == 80 and len(set(names)) == 91
     assert (names[1], names[13], names[90], names[12]) == ("person", "stop sign", "toothbrush", "unused 12")
 
 
@@ -196,8 +199,8 @@ def heads(two_stage):
 
 
 def test_selecting_classes_keeps_rows_in_order_and_the_extra_label_last():
-    state = checkpoints.select_classes(heads(False), checkpoints.COCO_IDS)
-    expected = torch.tensor(checkpoints.COCO_IDS, dtype=torch.float32)
+    state = class_rows.select_classes(heads(False), class_rows.COCO_IDS)
+    expected = torch.tensor(class_rows.COCO_IDS, dtype=torch.float32)
     assert torch.equal(state["class_embed.6.bias"], expected + 6000)
     assert torch.equal(state["enc_out_class_embed.bias"], expected)
     assert torch.equal(state["label_enc.weight"][:, 0], torch.cat([100 + expected, torch.tensor([191.0])]))
@@ -205,13 +208,13 @@ def test_selecting_classes_keeps_rows_in_order_and_the_extra_label_last():
 
 
 def test_row_zero_of_the_objectness_head_stays_row_zero():
-    state = checkpoints.select_classes(heads(True), checkpoints.COCO_IDS)
+    state = class_rows.select_classes(heads(True), class_rows.COCO_IDS)
     assert state["class_embed.6.bias"][0] == 6000 and state["class_embed.5.bias"][0] == 5001
-    fresh = {key: torch.full((2, *value.shape[1:]), -1.0) if checkpoints.class_rows(key) else value
+    fresh = {key: torch.full((2, *value.shape[1:]), -1.0) if class_rows.class_rows(key) else value
              for key, value in heads(True).items()}
     fresh["label_enc.weight"] = torch.full((3, 1), -1.0)
-    fitted, skipped = checkpoints.fit(heads(True), checkpoints.coco_columns(), fresh, ["cat", "unicorn"])
-    cat = checkpoints.coco_columns().index("cat")
+    fitted, skipped = class_rows.fit(heads(True), class_rows.coco_columns(), fresh, ["cat", "unicorn"])
+    cat = class_rows.coco_columns().index("cat")
     assert fitted["class_embed.6.bias"].tolist() == [6000, -1] and fitted["class_embed.0.bias"].tolist() == [cat, -1]
     assert fitted["label_enc.weight"][:, 0].tolist() == [100 + cat, -1, 191] and "1 of 2 classes" in skipped[-1]
 
@@ -222,24 +225,24 @@ def test_rows_of_the_region_head_follow_their_classes():
         return {"detector.level_embed": torch.ones(1), "detector.class_embed.0.weight": start + torch.arange(count),
                 "roi.cls.bias": start + torch.arange(count + 1), "roi.reg.bias": start + torch.arange(4 * count),
                 "atss.cls.bias": start + torch.arange(count), "atss.reg.bias": start + torch.arange(4)}
-    fitted, _ = checkpoints.fit(rows(3), ["a", "b", "c"], rows(2, -100), ["c", "new"])
+    fitted, _ = class_rows.fit(rows(3), ["a", "b", "c"], rows(2, -100), ["c", "new"])
     assert fitted["detector.class_embed.0.weight"].tolist() == fitted["atss.cls.bias"].tolist() == [2, -99]
     assert fitted["roi.cls.bias"].tolist() == [2, -99, 3] and fitted["atss.reg.bias"].tolist() == [0, 1, 2, 3]
     assert fitted["roi.reg.bias"].tolist() == [8, 9, 10, 11, -96, -95, -94, -93]
-    kept = checkpoints.select_classes(rows(3), [2, 0])
+    kept = class_rows.select_classes(rows(3), [2, 0])
     assert kept["roi.cls.bias"].tolist() == [2, 0, 3] and kept["roi.reg.bias"].tolist() == [8, 9, 10, 11, 0, 1, 2, 3]
 
 
 def test_the_same_classes_in_another_order_are_put_right():
     state = {"class_embed.0.bias": torch.tensor([1.0, 2.0]), "other": torch.ones(2)}
-    fitted, _ = checkpoints.fit(state, ["a", "b"], {"class_embed.0.bias": torch.zeros(2), "other": torch.zeros(2)}, ["b", "a"])
+    fitted, _ = class_rows.fit(state, ["a", "b"], {"class_embed.0.bias": torch.zeros(2), "other": torch.zeros(2)}, ["b", "a"])
     assert fitted["class_embed.0.bias"].tolist() == [2, 1]
 
 
 def test_weights_of_which_nothing_fits_are_refused_and_a_larger_model_is_not():
     with pytest.raises(ValueError, match="nothing that fits"):
-        checkpoints.fit({"a": torch.ones(1)}, [], {"b": torch.ones(1)}, [])
-    fitted, skipped = checkpoints.fit({"a": torch.ones(1), "more": torch.ones(1), "most": torch.ones(1)}, [],
+        class_rows.fit({"a": torch.ones(1)}, [], {"b": torch.ones(1)}, [])
+    fitted, skipped = class_rows.fit({"a": torch.ones(1), "more": torch.ones(1), "most": torch.ones(1)}, [],
                                       {"a": torch.zeros(1)}, [])
     assert fitted["a"] == 1 and len(skipped) == 2
 
@@ -248,7 +251,7 @@ def test_rows_of_every_anchor_of_retinanet_follow_their_classes():
     def state(count, start=0):
         return {"detector.level_embed": torch.zeros(1, 2), "detector.class_embed.0.weight": torch.zeros(count, 1),
                 "retinanet.cls.bias": start + torch.arange(9 * count)}
-    fitted, _ = checkpoints.fit(state(2), ["a", "b"], state(2, -100), ["b", "a"])
+    fitted, _ = class_rows.fit(state(2), ["a", "b"], state(2, -100), ["b", "a"])
     assert fitted["retinanet.cls.bias"].tolist() == [2 * anchor + i for anchor in range(9) for i in (1, 0)]
 
 
@@ -257,7 +260,7 @@ def test_one_box_for_all_classes_is_no_class_row():
     def state(count, value):
         return {"detector.level_embed": torch.zeros(1, 2), "detector.class_embed.0.weight": torch.full((count, 1), value),
                 "roi.convs.0.0.weight": torch.full((1,), value), "roi.reg.bias": torch.full((4,), value)}
-    fitted, _ = checkpoints.fit(state(80, 1.0), checkpoints.COCO_NAMES, state(1, 0.0), ["cell"])
+    fitted, _ = class_rows.fit(state(80, 1.0), class_rows.COCO_NAMES, state(1, 0.0), ["cell"])
     assert fitted["roi.reg.bias"].tolist() == [1, 1, 1, 1] and fitted["detector.class_embed.0.weight"].tolist() == [[0]]
 
 

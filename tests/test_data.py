@@ -16,6 +16,9 @@ from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
 import data
+from engine import datasets
+import scenes
+from tools import check_data
 
 SMALL = SimpleNamespace(train_sizes=(128,), max_size=200, crop=False, color_jitter=True, eval_size=128)
 PAPER = SimpleNamespace(train_sizes=tuple(range(480, 801, 32)), max_size=1333, crop=True, color_jitter=False, eval_size=800)
@@ -72,17 +75,17 @@ def perfect_results(dataset):
 
 @pytest.fixture(scope="module")
 def val_scenes():
-    scenes = data.Shapes("val")
-    scenes.draw = functools.cache(scenes.draw)
-    return scenes
+    dataset = scenes.Shapes("val")
+    dataset.draw = functools.cache(dataset.draw)
+    return dataset
 
 
 def test_a_scene_depends_on_seed_split_and_index_alone():
-    few, many = data.Shapes("train", 3), data.Shapes("train", 50)
+    few, many = scenes.Shapes("train", 3), scenes.Shapes("train", 50)
     many[49], many[2], few[2]                                              # any order, any number
     np.testing.assert_array_equal(np.asarray(few.image(2)), np.asarray(many.image(2)))
     assert few.objects(2).segmentations == many.objects(2).segmentations
-    for other in (data.Shapes("val", 3), data.Shapes("train", 3, seed=1)):
+    for other in (scenes.Shapes("val", 3), scenes.Shapes("train", 3, seed=1)):
         assert (np.asarray(other.image(2)) != np.asarray(few.image(2))).mean() > 0.5
 
 
@@ -90,8 +93,8 @@ def test_scenes_are_at_least_as_hard_as_the_bar_is_meant_for(val_scenes):
     things = [thing for k in range(200) for thing in val_scenes.draw(k)[2]]
     assert len(val_scenes.class_names) >= 8 and len({thing.label for thing in things}) == len(val_scenes.class_names)
     assert max(abs(thing.angle) for thing in things) >= 0.4
-    assert data.MIN_CONTRAST <= 140 and data.MIN_CONTRAST <= min(thing.contrast for thing in things) <= 140
-    assert data.MIN_SIDE <= 21 and min(thing.side for thing in things) <= 22
+    assert scenes.MIN_CONTRAST <= 140 and scenes.MIN_CONTRAST <= min(thing.contrast for thing in things) <= 140
+    assert scenes.MIN_SIDE <= 21 and min(thing.side for thing in things) <= 22
     assert len(val_scenes) >= 500
     counts = [len(val_scenes.objects(k).labels) for k in range(200)]
     assert min(counts) == 0 and 7 <= max(counts) <= 8
@@ -114,21 +117,21 @@ def test_scene_boxes_areas_and_masks_are_exactly_what_is_visible(val_scenes):
             xs, ys = zip(*places)
             assert box.tolist() == [min(xs), min(ys), max(xs) - min(xs) + 1, max(ys) - min(ys) + 1]
             thing = things[number - 1]
-            assert area == len(places) >= 0.55 * thing.pixels and thing.pixels >= 0.55 * data.FILL[thing.label] * thing.side ** 2
+            assert area == len(places) >= 0.55 * thing.pixels and thing.pixels >= 0.55 * scenes.FILL[thing.label] * thing.side ** 2
             np.testing.assert_array_equal(data.decode_mask(json.loads(text), 160, 160), owner == number)
 
 
 def test_a_visible_object_has_its_colour_and_what_lies_behind_has_another():
-    pixels, owner, things = data.Shapes("val").draw(2)
+    pixels, owner, things = scenes.Shapes("val").draw(2)
     for number, thing in enumerate(things, start=1):
         assert np.abs(pixels[owner == number].mean(0) - thing.colour).sum() < 60 < thing.contrast
 
 
 def test_written_scenes_read_back_as_the_generated_ones(tmp_path, capsys):
-    data.write_scenes(tmp_path, num_train=4, num_val=6, seed=3)
-    assert data.check(tmp_path) == 0
+    scenes.write_scenes(tmp_path, num_train=4, num_val=6, seed=3)
+    assert check_data.check(tmp_path) == 0
     assert "circle" in capsys.readouterr().out
-    written, generated = data.CocoFolder(tmp_path, "val", load_masks=True), data.Shapes("val", 6, seed=3, load_masks=True)
+    written, generated = data.CocoFolder(tmp_path, "val", load_masks=True), scenes.Shapes("val", 6, seed=3, load_masks=True)
     assert written.class_names == generated.class_names and written.category_ids == generated.category_ids
     for k in range(6):
         (image, target), (image_2, target_2) = written[k], generated[k]
@@ -139,7 +142,7 @@ def test_written_scenes_read_back_as_the_generated_ones(tmp_path, capsys):
 
 def test_scene_samples_hold_masks_only_when_asked(val_scenes):
     assert "masks" not in val_scenes[0][1]
-    asked = data.Shapes("val", 3, load_masks=True)
+    asked = scenes.Shapes("val", 3, load_masks=True)
     asked.transform = data.eval_transform(SMALL)
     target = asked[1][1]
     assert target["masks"].shape == (len(target["labels"]), 128, 128) and target["masks"].dtype == torch.bool
@@ -205,7 +208,7 @@ def test_boxes_and_masks_follow_the_pixels_through_every_augmentation(cfg):
 
 
 def test_the_crop_window_equals_cropping_the_resized_whole():
-    image = data.Shapes("val", 1, size=300).image(0).resize((500, 310))
+    image = scenes.Shapes("val", 1, size=300).image(0).resize((500, 310))
     boxes = np.array([[10.0, 20, 200, 300], [400, 5, 480, 60], [0, 0, 500, 310], [490, 300, 499, 309]])
     for seed in range(15):
         window, got = data.random_crop(image, {"labels": np.arange(4), "boxes": boxes}, np.random.default_rng(seed))
@@ -240,17 +243,17 @@ def test_normalisation_and_colour_jitter_equal_the_plain_formula():
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
-    scenes = data.Shapes("train", 6)
-    scenes.transform = data.train_transform(SMALL, seed=4)
-    first = [scenes[k][0] for k in range(6)]
+    dataset = scenes.Shapes("train", 6)
+    dataset.transform = data.train_transform(SMALL, seed=4)
+    first = [dataset[k][0] for k in range(6)]
     np.random.seed(9), torch.manual_seed(9), random.seed(9)
-    assert all(torch.equal(first[k], scenes[k][0]) for k in reversed(range(6)))
-    scenes.set_epoch(1)
-    assert not any(torch.equal(first[k], scenes[k][0]) for k in range(6))
+    assert all(torch.equal(first[k], dataset[k][0]) for k in reversed(range(6)))
+    dataset.set_epoch(1)
+    assert not any(torch.equal(first[k], dataset[k][0]) for k in range(6))
 
 
 def test_evaluation_only_resizes_and_overfitting_does_not_augment():
-    train, val = data.build_datasets(None, SMALL, 0, overfit=5, num_train=20)
+    train, val = datasets.build_datasets(None, SMALL, 0, overfit=5, num_train=20)
     assert len(train) == len(val) == 5 and all(len(train[k][1]["labels"]) for k in range(5))
     for k in range(5):
         train.set_epoch(k)
@@ -302,15 +305,15 @@ def epoch_of(loader):
 
 
 def test_samples_do_not_depend_on_the_number_of_workers_and_global_randomness_is_left_alone():
-    scenes = data.Shapes("train", 16)
-    scenes.transform = data.train_transform(SMALL, seed=2)
+    dataset = scenes.Shapes("train", 16)
+    dataset.transform = data.train_transform(SMALL, seed=2)
     torch.manual_seed(5)
     before = torch.get_rng_state()
     epochs = []
     for workers in (0, 1, 2):
         for epoch in (1, 2):                                               # the workers of the second epoch know that it is the second
-            scenes.set_epoch(epoch)
-            loader = data.batches(scenes, [[3, 9, 1, 15], [0, 2, 4, 6], [5, 7]], workers)
+            dataset.set_epoch(epoch)
+            loader = data.batches(dataset, [[3, 9, 1, 15], [0, 2, 4, 6], [5, 7]], workers)
             epochs.append([(images, targets) for images, _, targets in loader])
     assert torch.equal(before, torch.get_rng_state())
     for k in (2, 4):
@@ -453,7 +456,7 @@ def test_exif(tmp_path, capsys):
     dataset = data.CocoFolder(root, "val")
     image, target = dataset[0]
     assert target["orig_size"].tolist() == [30, 40] == list(dataset.image_size(0)) and image[:, 5, 6].min() > 1.5
-    assert data.check(root) == 0
+    assert check_data.check(root) == 0
     text = capsys.readouterr().out
     assert "turned by it" in text and "not applied" in text
 
@@ -490,7 +493,7 @@ def test_truncated_jpeg(tmp_path, capfd):
 
 def test_a_program_that_breaks_off_reading_ends_with_its_workers():
     """They ignore the signal by which Python ends its children."""
-    program = ("import data; scenes = data.Shapes('train', 8); loader = iter(data.batches(scenes, [[0], [1], [2]], 1)); next(loader); "
+    program = ("import data, scenes; dataset = scenes.Shapes('train', 8); loader = iter(data.batches(dataset, [[0], [1], [2]], 1)); next(loader); "
                "keep = [loader, loader.__next__]; keep.append(keep); import gc; gc.freeze(); raise ValueError('broken off')")
     done = subprocess.run([sys.executable, "-c", program], cwd=Path(data.__file__).parent, capture_output=True, text=True, timeout=60)
     assert done.returncode == 1 and done.stderr.splitlines()[-1] == "ValueError: broken off"
@@ -507,7 +510,7 @@ def test_bad_images_in_workers_stop_the_run_too(tmp_path):
 @pytest.mark.parametrize("suffix", ["png", "jpg", "bmp", "gif", "webp", "tiff"])
 def test_any_cut_of_any_image_file_is_recognised_as_broken(suffix, tmp_path):
     whole = tmp_path / f"whole.{suffix}"
-    data.Shapes("val", 1).image(0).save(whole)
+    scenes.Shapes("val", 1).image(0).save(whole)
     content, path = whole.read_bytes(), tmp_path / f"cut.{suffix}"
     for share in np.linspace(0, 0.97, 15):
         path.write_bytes(content[:int(share * len(content))])
@@ -573,9 +576,9 @@ REFUSED = {
 def test_an_unusable_json_is_refused_and_the_doctor_names_the_entry(change, message, tmp_path, capsys):
     root = write_folder(tmp_path)
     edit_json(root, change)
-    with pytest.raises(ValueError, match=message + "(.|\n)*--check"):
+    with pytest.raises(ValueError, match=message + "(.|\n)*tools.check_data"):
         data.CocoFolder(root)
-    assert data.check(root) > 0
+    assert check_data.check(root) > 0
     assert "fatal" in capsys.readouterr().out
 
 
@@ -597,10 +600,10 @@ FOUND = {
 @pytest.mark.parametrize("change, kind, detail", FOUND.values(), ids=FOUND)
 def test_the_doctor_names_every_problem_and_counts_only_errors(change, kind, detail, tmp_path, capsys):
     root = write_folder(tmp_path, boxes=[(0, 1, (5, 6, 10, 8)), *[(0, 1, (1, 1, 3 + k, 4)) for k in range(12)]])
-    assert data.check(root) == 0
+    assert check_data.check(root) == 0
     edit_json(root, change)
     capsys.readouterr()
-    errors = data.check(root)
+    errors = check_data.check(root)
     text = capsys.readouterr().out
     assert kind in text and detail in text
     assert errors == kind.startswith("error")
@@ -614,7 +617,7 @@ def test_xyxy_boxes_detected(tmp_path, capsys):
         x, y, w, h = (int(v) for v in (rng.integers(0, 25), rng.integers(0, 20), rng.integers(4, 15), rng.integers(4, 10)))
         boxes.append((0, 1, (x, y, w, h)))
     root = write_folder(tmp_path, boxes=boxes)
-    assert data.check(root) == 0
+    assert check_data.check(root) == 0
 
     def to_corners(content):
         for row in content["annotations"]:
@@ -622,16 +625,16 @@ def test_xyxy_boxes_detected(tmp_path, capsys):
             row["bbox"] = [x, y, x + w, y + h]
 
     edit_json(root, to_corners)
-    assert data.check(root) == 1
+    assert check_data.check(root) == 1
     assert "boxes look like xyxy" in capsys.readouterr().out
-    data.quick_check(data.CocoFolder(root))
+    check_data.quick_check(data.CocoFolder(root))
     assert "boxes look like xyxy" in capsys.readouterr().out
 
 
 def test_truncated_images_are_found_by_the_full_check_only(tmp_path, capsys):
     root = write_folder(tmp_path, [(40, 30)] * 2)
     truncate(root / "val2017" / "1.jpg")
-    assert data.check(root, full=False) == 0 and data.check(root) == 1
+    assert check_data.check(root, full=False) == 0 and check_data.check(root) == 1
     assert "unreadable image" in capsys.readouterr().out
 
 
@@ -639,21 +642,23 @@ def test_zero_annotations_refused(tmp_path, capsys):
     for boxes in ([], [(0, 1, (5, 6, 0, 8))], [(0, 1, (5, 6, 10, 8), {"iscrowd": 1})]):
         root = write_folder(tmp_path, boxes=boxes)
         with pytest.raises(ValueError, match="at least one usable box"):
-            data.quick_check(data.CocoFolder(root))
-        data.quick_check(data.CocoFolder(root, "val"), training=False)
-        assert data.check(root) == 1
+            check_data.quick_check(data.CocoFolder(root))
+        check_data.quick_check(data.CocoFolder(root, "val"), training=False)
+        assert check_data.check(root) == 1
         assert "no usable box in the training set" in capsys.readouterr().out
 
 
 def test_the_command_line_ends_with_the_verdict(tmp_path, monkeypatch, capsys):
-    for argv, code in ((["--check", str(tmp_path)], 1), (["--write", str(tmp_path), "--num-train", "2", "--num_val", "1"], None),
-                       (["--check", str(tmp_path)], 0), (["--write", str(tmp_path)], 2), (["--chek", str(tmp_path)], 2)):
-        monkeypatch.setattr("sys.argv", ["data.py", *argv])
+    assert check_data.check(tmp_path) > 0
+    for argv, code in ((["--write", str(tmp_path), "--num-train", "2", "--num_val", "1"], None),
+                       (["--write", str(tmp_path)], 2), (["--wirte", str(tmp_path)], 2)):
+        monkeypatch.setattr("sys.argv", ["scenes.py", *argv])
         if code is None:
-            data.main()
+            scenes.main()
+            assert check_data.check(tmp_path) == 0
             continue
         with pytest.raises(SystemExit) as end:
-            data.main()
+            scenes.main()
         assert end.value.code == code
     capsys.readouterr()
 
@@ -669,7 +674,7 @@ def test_real_data_loads_as_its_json_says(name, shared, capsys):
     for split, images, degenerate in zip(("train", "val"), REAL[name][:2], REAL[name][2:]):
         content = json.loads((root / "annotations" / f"instances_{split}2017.json").read_text())
         dataset = data.CocoFolder(root, split)
-        data.quick_check(dataset)
+        check_data.quick_check(dataset)
         assert len(dataset) == images and dataset.degenerate == degenerate and dataset.has_masks == (name != "bccd")
         ids = sorted(category["id"] for category in content["categories"])
         assert dataset.category_ids == ids and len(dataset.class_names) == len(content["categories"])
@@ -696,7 +701,7 @@ def test_perfect_predictions_on_real_data_score_one(name, shared, capsys):
 
 
 def test_the_doctor_passes_the_real_data_sets_with_warnings_only(shared, capsys):
-    assert [data.check(shared / "data" / name, full=name == "coco_mini") for name in REAL] == [0, 0, 0]
+    assert [check_data.check(shared / "data" / name, full=name == "coco_mini") for name in REAL] == [0, 0, 0]
     assert "annotation 2288 (image 343" in capsys.readouterr().out
 
 

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-import checkpoints
+from engine import models
+from engine import released
 import recordings
 from deformable_detr import (SMALL, VARIANTS, Config, DeformableDETR, Criterion, Memory, build, detect, encoder_proposals,
                              encoder_references, param_groups, proposal_boxes, sine_embedding, sine_positions)
@@ -51,10 +52,10 @@ def test_released_checkpoints_map_one_to_one(shared, recipe, variant, file, tens
         model, _ = build(replace(Config(), **VARIANTS.get(variant, {})), 91)
         authors = {name: torch.empty(shape) for name, shape in keys}
     assert sum(p.numel() for p in model.parameters()) == parameters
-    family, found = checkpoints.recognise(authors)
-    ours = checkpoints.from_authors(authors, family)
+    family, found = released.recognise(authors)
+    ours = released.from_authors(authors, family)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert {k: v.shape for k, v in checkpoints.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
+    assert {k: v.shape for k, v in released.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
 
 
 def test_a_fresh_model_looks_like_the_authors(shared):
@@ -326,9 +327,9 @@ def test_files_of_transformers_give_the_same_boxes_here(tmp_path, variant):
             b.data.uniform_(0.5, 1.5, generator=generator)
     theirs.save_pretrained(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    ours, cfg, meta = checkpoints.load_model(tmp_path / "model.safetensors")
+    ours, cfg, meta = models.load_model(tmp_path / "model.safetensors")
     assert (cfg.num_heads, cfg.num_queries, "".join(meta["class_names"])) == (4, 20, "abcdefg")
-    same, _, _ = checkpoints.load_model(tmp_path / "pytorch_model.bin")
+    same, _, _ = models.load_model(tmp_path / "pytorch_model.bin")
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), same.state_dict().values()))
     images, padding, _ = batch((96, 128), (64, 88), objects=())
     with torch.no_grad():

@@ -12,9 +12,17 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
-import checkpoints
+from engine import checkpoints
+from engine import class_rows
+from engine import models
 import data
+import scenes
 import eval as evaluation
+import analysis
+from engine import class_rows
+from engine import datasets
+from engine import inference
+from engine import machine
 
 
 def truth(objects, sizes=((100, 100),), categories=((7, "cat"),)):
@@ -229,13 +237,13 @@ def test_against_the_json_as_it_is_perfect_predictions_score_what_pycocotools_sa
         assert evaluation.score(gt, results, "segm")["AP"] == pytest.approx(expected, abs=6e-4)
 
 
-def scenes(n, **options):
+def make_scenes(n, **options):
     """n generated scenes; some of the first 16 hold nothing."""
-    return data.Shapes("val", n, transform=data.Transform(sizes=(64,)), **options)
+    return scenes.Shapes("val", n, transform=data.Transform(sizes=(64,)), **options)
 
 
 def test_images_without_objects_and_a_model_without_detections_are_evaluated():
-    dataset = scenes(16)
+    dataset = make_scenes(16)
     empty = dataset.take([i for i in range(16) if not len(dataset.objects(i).labels)])
     assert len(empty) >= 1
     model = Perfect(empty)
@@ -247,7 +255,7 @@ def test_images_without_objects_and_a_model_without_detections_are_evaluated():
 
 
 def test_each_process_runs_its_share_and_all_score_everything(monkeypatch):
-    dataset, cfg = scenes(9), type("Config", (), {"top_k": 100})
+    dataset, cfg = make_scenes(9), type("Config", (), {"top_k": 100})
     whole = evaluation.evaluate(Perfect(dataset), Perfect(dataset).detect, dataset, cfg, "cpu")
     shares = []
 
@@ -270,7 +278,7 @@ def test_each_process_runs_its_share_and_all_score_everything(monkeypatch):
 
 
 def test_evaluation_leaves_the_models_mode_as_it_was():
-    dataset = scenes(2)
+    dataset = make_scenes(2)
     for mode in (True, False):
         model = Perfect(dataset).train(mode)
         evaluation.evaluate(model, model.detect, dataset, type("Config", (), {"top_k": 100}), "cpu")
@@ -281,9 +289,9 @@ def test_evaluation_leaves_the_models_mode_as_it_was():
 
 def test_atd_is_the_mean_of_the_k_largest_distances():
     distances = torch.tensor([0.1, 0.5, 0.2, 0.4])
-    assert evaluation.atd(distances, 2) == pytest.approx(0.45)
-    assert evaluation.atd(distances, 100) == pytest.approx(0.3)
-    assert evaluation.atd(torch.zeros(0), 100) == -1
+    assert analysis.atd(distances, 2) == pytest.approx(0.45)
+    assert analysis.atd(distances, 100) == pytest.approx(0.3)
+    assert analysis.atd(torch.zeros(0), 100) == -1
 
 
 def test_atd_by_hand_for_anchors_that_are_boxes_and_points():
@@ -309,20 +317,20 @@ def test_atd_by_hand_for_anchors_that_are_boxes_and_points():
             return torch.zeros(3, 8, 8), {"boxes": boxes, "labels": torch.tensor([0, 0]), "orig_size": torch.tensor([100, 200])}
 
     model = Fixed(4)
-    figures = evaluation.analyze(model, model, One(), "cpu", k=1)
+    figures = analysis.analyze(model, model, One(), "cpu", k=1)
     assert figures["ATD"] == pytest.approx(0.3)           # |.5-.5| + |.6-.5| + |.3-.4| + |.3-.4|
     assert figures["ATD_small"] == pytest.approx(0.15)    # |.2-.2| + |.2-.3| + |.1-.1| + |.1-.15|
     assert (figures["objects"], figures["small_objects"], figures["coordinates"]) == (2, 1, "xywh")
-    points = evaluation.analyze(Fixed(2), model, One(), "cpu", k=2)
+    points = analysis.analyze(Fixed(2), model, One(), "cpu", k=2)
     assert points["ATD"] == pytest.approx(0.1) and points["coordinates"] == "xy"   # both centres are 0.1 away
-    table = evaluation.analysis_table({"box": figures, "point": points})
+    table = analysis.analysis_table({"box": figures, "point": points})
     assert re.search(r"ATD\(1\) +0.3000 +0.1000\n", table) and "point: |x| + |y| of anchors that are points" in table
-    assert "points" not in evaluation.analysis_table({"box": figures}) and "IoF-IoB enc" not in table
+    assert "points" not in analysis.analysis_table({"box": figures}) and "IoF-IoB enc" not in table
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
 
-def write_checkpoint(path, name="dino", class_names=data.SCENE_CLASSES, **run):
+def write_checkpoint(path, name="dino", class_names=scenes.SCENE_CLASSES, **run):
     """A tiny random model of a paper file, saved as train.py would."""
     torch.manual_seed(0)
     paper = importlib.import_module(name)
@@ -378,7 +386,7 @@ def test_boxes_come_back_in_pixels_of_a_picture_that_is_not_square():
     detector = importlib.import_module("deformable_detr")
     outputs = {"pred_logits": torch.tensor([[[3.0, -3.0]]]), "pred_boxes": torch.tensor([[[0.5, 0.5, 1.0, 0.5]]])}
     cfg = type("Config", (), {"top_k": 1, "eval_size": 30, "max_size": 60})
-    det = evaluation.detect_image(lambda images, padding: outputs, detector.detect, Image.new("RGB", (90, 60)), cfg, "cpu")
+    det = inference.detect_image(lambda images, padding: outputs, detector.detect, Image.new("RGB", (90, 60)), cfg, "cpu")
     assert det["boxes"].tolist() == [[0, 15, 90, 45]] and det["labels"].tolist() == [0]
 
 
@@ -401,17 +409,17 @@ def test_data_of_other_classes_is_an_error_that_lists_both(shared, checkpoint):
 
 
 def test_released_heads_lose_their_unused_columns_when_the_data_has_coco_classes(tmp_path):
-    path = write_checkpoint(tmp_path / "released.pt", class_names=checkpoints.coco_columns())
-    model, cfg, meta = checkpoints.load_model(path)
-    dataset = type("Coco", (), {"class_names": checkpoints.COCO_NAMES, "name": "coco"})
-    fitted = evaluation.fit_classes(model, importlib.import_module("dino"), cfg, meta, dataset)
+    path = write_checkpoint(tmp_path / "released.pt", class_names=class_rows.coco_columns())
+    model, cfg, meta = models.load_model(path)
+    dataset = type("Coco", (), {"class_names": class_rows.COCO_NAMES, "name": "coco"})
+    fitted = class_rows.fit_classes(model, importlib.import_module("dino"), cfg, meta, dataset)
     before, after = (m.class_embed[0].weight for m in (model, fitted))
-    assert after.shape[0] == 80 and torch.equal(after, before[checkpoints.COCO_IDS])
+    assert after.shape[0] == 80 and torch.equal(after, before[class_rows.COCO_IDS])
 
 
 def test_released_weights_without_data_ask_for_it():
     with pytest.raises(ValueError, match="--data"):
-        evaluation.validation_set(None, None, {})
+        datasets.validation_set(None, None, {})
 
 
 def test_hyphens_and_underscores_are_the_same_and_abbreviations_are_refused(capsys):
@@ -436,18 +444,18 @@ def test_discriminability_is_the_mean_of_normalised_norms():
     coarse = torch.tensor([[[3.0, 4.0]]])
     memory = memory_of(torch.cat((fine, coarse), 1), [(2, 2), (1, 1)], torch.tensor([[False] * 3 + [True, False]]))
     expected = (torch.tensor([[0.0, 0.75], [1.0, 0.0]]) + 1) / 2
-    assert torch.allclose(evaluation.discriminability(evaluation.encoder_norms(memory), memory)[0], expected)
+    assert torch.allclose(analysis.discriminability(analysis.encoder_norms(memory), memory)[0], expected)
 
 
 def test_iof_iob_by_hand():
     """A row of four pixels; the object covers the last two."""
     scores = torch.tensor([[0.1, 0.6, 0.55, 0.9]])
-    counts = evaluation.score_counts(scores, torch.tensor([[0.75, 0.5, 0.5, 1.0]]), (1, 4))
-    curve = evaluation.iof_iob(counts)
+    counts = analysis.score_counts(scores, torch.tensor([[0.75, 0.5, 0.5, 1.0]]), (1, 4))
+    curve = analysis.iof_iob(counts)
     assert (curve["IoB"][0], curve["IoB"][75], curve["IoB"][-1]) == pytest.approx((0, 0.75, 1))
     assert (curve["IoF"][25], curve["IoF"][75]) == pytest.approx((1, 0.5))   # below 0.55; between 0.55 and 0.6 half is gone
     assert curve["area"] == pytest.approx(3 / 4)   # of four pairs, one is the wrong way round
-    assert not evaluation.score_counts(scores, torch.zeros(0, 4), (1, 3))[1].any()
+    assert not analysis.score_counts(scores, torch.zeros(0, 4), (1, 3))[1].any()
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are counted as Linux does")
@@ -456,7 +464,7 @@ def test_the_cpu_settings_keep_float32_sums_and_the_pages_of_large_tensors():
     def program():
         import resource
         torch.set_num_threads(1)   # those of the process it was forked from are not here
-        evaluation.prepare_cpu()
+        machine.prepare_cpu()
         x, w = torch.randn(500, 256), torch.randn(128, 256)
         exact = x.double() @ w.double().T
         assert ((torch.nn.functional.linear(x, w) - exact).abs().max() / exact.abs().max()) < 5e-6
@@ -481,7 +489,7 @@ def test_attention_is_spread_over_the_four_tokens_around_a_point():
     looks = [{"locations": places, "weights": torch.tensor([0.6, 0.4]).view(1, 1, 1, 2, 1)},
              {"locations": torch.tensor([3.5 / 4, 0.75, 0.5, 0.5]).view(1, 1, 1, 2, 1, 2),
               "weights": torch.ones(1, 1, 1, 2, 1)}]
-    found = evaluation.decoder_attention(memory, looks)
+    found = analysis.decoder_attention(memory, looks)
     assert torch.allclose(found, torch.tensor([[0, 0, 0, 0, 0.45, 0.15, 0, 0, 1.4]]), atol=1e-6)
 
 
@@ -489,8 +497,8 @@ def test_grad_cam_by_hand_level_by_level():
     """Two levels of two tokens and of one, two channels; the mean gradient weighs the channels of each level."""
     memory = memory_of(torch.tensor([[[1.0, 2], [3, -5], [4, 1]]]), [(1, 2), (1, 1)])
     gradient = torch.tensor([[[1.0, 1], [3, 1], [0, 2]]])                                        # means (2, 1) and (0, 2)
-    assert torch.allclose(evaluation.grad_cam(memory, gradient), torch.tensor([[4.0, 1, 2]]) / 7, atol=1e-6)
-    assert torch.allclose(evaluation.grad_cam(memory, -gradient), torch.ones(1, 3) / 3)          # nothing speaks for it
+    assert torch.allclose(analysis.grad_cam(memory, gradient), torch.tensor([[4.0, 1, 2]]) / 7, atol=1e-6)
+    assert torch.allclose(analysis.grad_cam(memory, -gradient), torch.ones(1, 3) / 3)          # nothing speaks for it
 
 
 def test_conflict_is_the_divergence_of_grad_cam_maps():
@@ -500,12 +508,12 @@ def test_conflict_is_the_divergence_of_grad_cam_maps():
             return {"detr": memory.tokens[..., 0].sum(), "atss": memory.tokens[..., 1].sum()}
 
     memory = memory_of(torch.tensor([[[3.0, 1], [1, 3]], [[2.0, 2], [1, 1]]]), [(1, 2)])
-    heads, S = evaluation.head_divergences(Heads(), memory)
+    heads, S = analysis.head_divergences(Heads(), memory)
     expected = 0.75 * np.log(0.75 / 0.25) + 0.25 * np.log(0.25 / 0.75)
     expected = torch.tensor([[[0, expected], [expected, 0]], [[0.0, 0], [0, 0]]]).float()
     assert heads == ["detr", "atss"] and torch.allclose(S, expected, atol=1e-6)
     S = torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]])
-    assert evaluation.conflict(list("abc"), S)["average"] == pytest.approx([11 / 4, 14 / 4, 17 / 4])
+    assert analysis.conflict(list("abc"), S)["average"] == pytest.approx([11 / 4, 14 / 4, 17 / 4])
 
 
 def test_checkpoints_are_analysed_side_by_side(tmp_path, capsys):
@@ -526,6 +534,6 @@ def test_checkpoints_are_analysed_side_by_side(tmp_path, capsys):
 
 def test_matchings_of_images_with_different_numbers_of_queries_fill_one_table(monkeypatch):
     batches = [({"pred_logits": torch.zeros(1, n, 2)}, [{"labels": torch.zeros(1, dtype=torch.int64)}]) for n in (4, 2)]
-    monkeypatch.setattr(evaluation, "predict", lambda *args, **kwargs: iter(batches))
+    monkeypatch.setattr(analysis, "predict", lambda *args, **kwargs: iter(batches))
     criterion = type("Criterion", (), {"match": lambda self, outputs, targets: [(torch.tensor([1]), torch.tensor([0]))]})()
-    assert evaluation.assignments(None, criterion, range(2), "cpu").tolist() == [[-1, 0, -1, -1], [-1, 0, -1, -1]]
+    assert analysis.assignments(None, criterion, range(2), "cpu").tolist() == [[-1, 0, -1, -1], [-1, 0, -1, -1]]

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import checkpoints
+from engine import checkpoints
 import co_detr
 import data
+import scenes
 import deformable_detr
 import dino
 import eval as evaluation
@@ -570,7 +571,7 @@ def test_a_checkpoint_is_evaluated_with_and_without_mask_scores_and_knows_its_de
     printed = capsys.readouterr().out
     assert all(f"\n{kind}" in printed for kind in ("bbox", "segm", "segm_cls")) and "best 150 detections" in printed
     image = tmp_path / "scene.png"
-    data.Shapes("val", 1).image(0).save(image)
+    scenes.Shapes("val", 1).image(0).save(image)
     evaluation.main([*words, "--images", str(image), "--out", str(tmp_path / "drawn"), "--score_threshold", "0"])
     assert (tmp_path / "drawn" / "scene.jpg").exists() and "mask_score" in (tmp_path / "drawn" / "detections.json").read_text()
     state = checkpoints.load(trained)

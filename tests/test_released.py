@@ -9,10 +9,14 @@ import pytest
 import torch
 from PIL import Image
 
-import checkpoints
+from engine import checkpoints
+from engine import class_rows
+from engine import models
+from engine import released
 import data
 import deformable_detr
 import eval as evaluation
+from engine import inference
 import hashed
 import train
 
@@ -27,7 +31,7 @@ def test_a_photo_on_disk_becomes_the_authors_detections(golden, recipe, shared, 
     shapes = [json.loads(str(shape)) for shape in rec[f"j{job}.key_shapes"]]
     weights = recipe.state_dict(zip(rec[f"j{job}.key_names"].tolist(), shapes), made["seed"], made["tied_heads"])
     torch.save({"model": {name: torch.from_numpy(value) for name, value in weights.items()}}, tmp_path / "released.pth")
-    model, cfg, meta = checkpoints.load_model(tmp_path / "released.pth")
+    model, cfg, meta = models.load_model(tmp_path / "released.pth")
     assert meta["model_name"] == made["variant"]
     folder, name = made["files"][photo].split("/")
     dataset = data.CocoFolder(shared / "data" / "coco_mini", folder.removesuffix("2017"), data.eval_transform(cfg))
@@ -40,7 +44,7 @@ def test_a_photo_on_disk_becomes_the_authors_detections(golden, recipe, shared, 
     np.testing.assert_allclose(image[:, ::image.shape[1] // 7, ::image.shape[2] // 9], expected["input_grid"], atol=1e-6)
 
     model.double().register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
-    (outputs, (target,)), = evaluation.predict(model, dataset, [index], "cpu")
+    (outputs, (target,)), = inference.predict(model, dataset, [index], "cpu")
     found, = deformable_detr.detect(outputs, target["orig_size"][None], cfg.top_k)
     assert len(found["scores"]) == len(expected["scores"])
     np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=1e-5)
@@ -55,14 +59,14 @@ SMALL = dict(dim=32, ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries
 
 def released_file(path, family, **options):
     """A narrow transformer on ResNet-50 with hashed weights for 91 classes, saved as the authors save theirs."""
-    paper = importlib.import_module(checkpoints.FAMILIES[family].model_name)
+    paper = importlib.import_module(released.FAMILIES[family].model_name)
     with torch.device("meta"):
         model, _ = paper.build(replace(paper.Config(), num_heads=options.get("nheads", 8), **SMALL,
-                                       **checkpoints.FAMILIES[family].overrides), 91)
-    names = checkpoints.to_authors(model.state_dict(), family)
-    weights = {name: hashed.weight(name, x.shape, 5, checkpoints.FAMILIES[family].tied) for name, x in names.items()}
+                                       **released.FAMILIES[family].overrides), 91)
+    names = released.to_authors(model.state_dict(), family)
+    weights = {name: hashed.weight(name, x.shape, 5, released.FAMILIES[family].tied) for name, x in names.items()}
     torch.save({"model": weights, "args": argparse.Namespace(**options), "epoch": 11}, path)
-    return checkpoints.from_authors(weights, family)
+    return released.from_authors(weights, family)
 
 
 def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, capsys):
@@ -73,7 +77,7 @@ def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, c
     Image.new("RGB", (600, 12), "grey").save(tmp_path / "coco/val2017/1.png")
     (tmp_path / "coco/annotations/instances_val2017.json").write_text(json.dumps({
         "images": [{"id": 1, "file_name": "1.png", "width": 600, "height": 12}],
-        "categories": [{"id": i, "name": name} for i, name in zip(checkpoints.COCO_IDS, checkpoints.COCO_NAMES)],
+        "categories": [{"id": i, "name": name} for i, name in zip(class_rows.COCO_IDS, class_rows.COCO_NAMES)],
         "annotations": [{"id": 1, "image_id": 1, "category_id": 18, "bbox": [5, 2, 90, 8], "area": 720, "iscrowd": 0}]}))
     evaluation.main(["--checkpoint", str(tmp_path / "released.pth"), "--data", str(tmp_path / "coco"), "--device", "cpu"])
     said = capsys.readouterr().out
@@ -95,13 +99,13 @@ def test_settings_are_those_of_the_family():
 
 def test_options_beside_the_weights_tell_what_no_shape_shows(tmp_path):
     released_file(tmp_path / "a.pth", "deformable_detr_two_stage", num_queries=7, nheads=4, dilation=True, lr=2e-4)
-    _, cfg, _ = checkpoints.load_model(tmp_path / "a.pth")
+    _, cfg, _ = models.load_model(tmp_path / "a.pth")
     assert (cfg.num_queries, cfg.num_heads, cfg.dilation, cfg.lr) == (7, 4, True, deformable_detr.Config().lr)
     released_file(tmp_path / "b.pth", "deformable_detr", num_queries=5)
-    _, cfg, _ = checkpoints.load_model(tmp_path / "b.pth", variant="dc5")
+    _, cfg, _ = models.load_model(tmp_path / "b.pth", variant="dc5")
     assert cfg.dilation and cfg.num_feature_levels == 4   # what shapes show stays
     with pytest.raises(ValueError, match="expected --variant to be one of single_scale, dc5, refine, two_stage, got 'dc6'"):
-        checkpoints.load_model(tmp_path / "b.pth", variant="dc6")
+        models.load_model(tmp_path / "b.pth", variant="dc6")
 
 
 def arguments(tmp_path, model, *more):
@@ -124,13 +128,13 @@ def check_rows(ours, theirs):
     for name, value in ours.items():
         expected = theirs[name]
         if name.startswith(("class_embed", "enc_out_class_embed", "label_enc")):
-            expected = expected[checkpoints.COCO_IDS + [91] * name.startswith("label_enc")]
+            expected = expected[class_rows.COCO_IDS + [91] * name.startswith("label_enc")]
         assert torch.equal(value, expected), name
 
 
 def test_training_starts_from_the_rows_of_the_80_classes(tmp_path):
     theirs = released_file(tmp_path / "released.pth", "dino")
-    ours, report = started(tmp_path, "dino", checkpoints.COCO_NAMES)
+    ours, report = started(tmp_path, "dino", class_rows.COCO_NAMES)
     check_rows(ours, theirs)
     assert "80 of 80 classes found by name" in report
 

@@ -20,9 +20,13 @@ import torch
 from PIL import Image
 
 import backbones
-import checkpoints
+from backbones import resnet
+from engine import checkpoints
+from engine import models
 import data
+import scenes
 import eval as evaluation
+from engine import datasets
 import train
 
 ROOT = Path(train.__file__).parent
@@ -41,16 +45,16 @@ FLAGS = [f"--{k}={','.join(map(str, v)) if isinstance(v, tuple) else v}" for k, 
 @pytest.fixture(autouse=True, scope="module")
 def cheap_runs():
     """A narrow backbone, scenes drawn once, and no pictures: they have their own tests and cost more than these runs."""
-    draw, drawn = data.Shapes.draw, {}
+    draw, drawn = scenes.Shapes.draw, {}
 
     def draw_once(scenes, index):
         key = scenes.split, scenes.seed, scenes.size, int(scenes.image_ids[index])
         drawn[key] = drawn.get(key) or draw(scenes, index)
         return drawn[key]
-    narrow = functools.partial(backbones.ResNet, backbones.BasicBlock, (1, 1, 1, 1), (8, 16, 24, 32), 8, small_stem=True)
+    narrow = functools.partial(resnet.ResNet, resnet.BasicBlock, (1, 1, 1, 1), (8, 16, 24, 32), 8, small_stem=True)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(backbones.RESNETS, "tiny", narrow)
-        patch.setattr(data.Shapes, "draw", draw_once)
+        patch.setitem(resnet.RESNETS, "tiny", narrow)
+        patch.setattr(scenes.Shapes, "draw", draw_once)
         patch.setattr(train.visualize, "predictions", lambda *args, **kwargs: None)
         patch.setattr(train.visualize, "curves", lambda *args, **kwargs: None)
         yield
@@ -329,7 +333,7 @@ def test_deterministic_holds_for_its_run_only(tmp_path):
 
 def spoil(monkeypatch, numbers, seen):
     """Fills some training images with NaN, and records the state before and after each step and what it returned."""
-    item, original = data.Shapes.__getitem__, train.step
+    item, original = scenes.Shapes.__getitem__, train.step
 
     def read(dataset, index):
         image, target = item(dataset, index)
@@ -344,7 +348,7 @@ def spoil(monkeypatch, numbers, seen):
     def snapshot(model, average, optimizer):
         state = {"model": model.state_dict(), "ema": average.model.state_dict(), "optimizer": optimizer.state_dict()["state"]}
         return torch.utils._pytree.tree_map(lambda x: x.clone() if torch.is_tensor(x) else x, state)
-    monkeypatch.setattr(data.Shapes, "__getitem__", read)
+    monkeypatch.setattr(scenes.Shapes, "__getitem__", read)
     monkeypatch.setattr(train, "step", wrapped)
 
 
@@ -380,7 +384,7 @@ def test_three_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
 @pytest.mark.parametrize("recompute", (False, True))
 def test_the_first_bad_module_is_found_without_a_trace(tmp_path, recompute):
     cfg = config("dino")
-    scenes, _ = data.build_datasets(None, cfg, 0, num_train=4, num_val=1)
+    scenes, _ = datasets.build_datasets(None, cfg, 0, num_train=4, num_val=1)
     model, _ = importlib.import_module("dino").build(cfg, 8)
     train.prepare_parts(model.train(), run(tmp_path, "dino", recompute=recompute))
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -406,7 +410,7 @@ def test_accum_equivalence(model):
         torch.manual_seed(0)
         cfg = config(model, backbone_norm="group", dropout=0.0, **ALONE.get(model, {}))
         paper = importlib.import_module(model)
-        scenes, _ = data.build_datasets(None, cfg, 0, num_train=4, num_val=1)
+        scenes, _ = datasets.build_datasets(None, cfg, 0, num_train=4, num_val=1)
         net, criterion = paper.build(cfg, 8)
         optimizer = torch.optim.AdamW(paper.param_groups(net, cfg), fused=True)
         batches = [data.collate([scenes[i] for i in range(k, k + 4 // accum)]) for k in range(0, 4, 4 // accum)]
@@ -422,7 +426,7 @@ def step_of(model, cfg, world=1, places=(0, 1, 2, 3), settings=train.Run(), empt
     """One training step of a fresh model on these generated scenes -> gradients by name, batch statistics, bytes kept for
     the backward pass."""
     paper = importlib.import_module(model)
-    scenes, _ = data.build_datasets(None, cfg, 0, num_train=8, num_val=1)
+    scenes, _ = datasets.build_datasets(None, cfg, 0, num_train=8, num_val=1)
     torch.manual_seed(0)
     net, criterion = paper.build(cfg, 8)
     net.train()
@@ -584,7 +588,7 @@ def test_zero_annotations_refused(tmp_path):
 def test_checkpoint_carries_names(tmp_path):
     folder = coco_folder(tmp_path / "data", names=("cat", "dog"), ids=(7, 3))
     train.train(run(tmp_path, data=folder), config("deformable_detr", epochs=1, batch_size=2))
-    model, cfg, meta = checkpoints.load_model(tmp_path / "run" / "best.pt")
+    model, cfg, meta = models.load_model(tmp_path / "run" / "best.pt")
     assert meta["class_names"] == ["dog", "cat"] and meta["category_ids"] == [3, 7]
     assert meta["model_name"] == "deformable_detr" and cfg.dim == 32 and not model.training
 
@@ -803,8 +807,8 @@ def test_sigterm_on_one_rank_stops_all_and_two_ranks_resume_exactly(tmp_path, mo
     evaluated = [torch.load(tmp_path / f"{name}{rank}.pt") for name in ("whole", "cut") for rank in (0, 1)]
     for other in evaluated[1:]:
         same(evaluated[0], other)
-    loaded, cfg, meta = checkpoints.load_model(last)
-    detect, val_set = importlib.import_module(model).detect, evaluation.validation_set("", cfg, meta)
+    loaded, cfg, meta = models.load_model(last)
+    detect, val_set = importlib.import_module(model).detect, datasets.validation_set("", cfg, meta)
     alone = evaluation.evaluate(loaded, detect, val_set, cfg, "cpu", 2)
     record = json.loads(open(tmp_path / "cut" / "log.jsonl").readlines()[-1])
     assert alone["bbox"]["AP"] == pytest.approx(record["AP"], abs=1e-6) and alone["images"] == RUN["num_val"]

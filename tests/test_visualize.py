@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from test_eval import two_checkpoints, write_checkpoint
 
-import checkpoints
+from engine import models
 import data
+import scenes
 import visualize
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch
 
@@ -25,7 +26,7 @@ def checkpoint(request, tmp_path_factory):
 @pytest.fixture(scope="module")
 def picture(tmp_path_factory):
     path = tmp_path_factory.mktemp("pictures") / "scene.png"
-    data.Shapes("val", 2).image(1).resize((120, 90)).save(path)
+    scenes.Shapes("val", 2).image(1).resize((120, 90)).save(path)
     return path
 
 
@@ -126,7 +127,7 @@ def test_runs_are_compared_in_one_picture(tmp_path):
 # ---- inside the model ------------------------------------------------------------------------------------------------
 
 def test_recorded_sampling_points_reproduce_the_output_of_every_decoder_layer(checkpoint):
-    model, cfg, _ = checkpoints.load_model(checkpoint)
+    model, cfg, _ = models.load_model(checkpoint)
     for module in model.modules():                # offsets and weights that differ from query to query
         if isinstance(module, MSDeformAttn):
             torch.nn.init.normal_(module.sampling_offsets.weight, std=0.3)
@@ -188,7 +189,7 @@ def test_the_citations_show_every_paper_file_above_what_it_builds_on(tmp_path, m
 
 def test_predictions_leave_the_model_in_the_mode_they_found(checkpoint, tmp_path):
     model, detect, cfg, _ = visualize.load(checkpoint)
-    dataset = data.Shapes("val", 3, transform=data.eval_transform(cfg))
+    dataset = scenes.Shapes("val", 3, transform=data.eval_transform(cfg))
     visualize.predictions(model.train(), detect, dataset, cfg, "cpu", tmp_path / "p.png", n=1)
     assert model.training
 

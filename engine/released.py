@@ -1,181 +1,16 @@
-"""Checkpoints: whole or absent on disk, read without running code, and the names of the authors' released weights.
-
-A checkpoint of ours is a dictionary of tensors and plain types:
-  format, model_name, variant, config, run, class_names, category_ids, data    what was trained, on what
-  model, ema                                                                   weights; moving average (absent when off)
-  optimizer, step, epoch, batch, rng, best, ...                                what `train.py --resume` needs
-
-    save, load, newest           atomic write; safe read (.safetensors too); the file a run continues from
-    load_model                   a checkpoint, ours or released, -> model for inference
-    FAMILIES, recognise          the released families, told apart by names and shapes alone
-    from_authors, to_authors     their names <-> ours, bit for bit
-    from_transformers            names of `transformers`' Deformable DETR -> the authors'
-    OPTIONS                      what no tensor shows and the file's own options tell
-    select_classes, fit          class rows by position (91 COCO ids -> 80 classes) and by name (`train.py --init`)
-"""
+"""..."""
 import dataclasses
 import functools
 import importlib
 import json
-import os
-import pickle
-import random
 import re
-from argparse import Namespace
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 import torch
-from torch import Tensor, nn
-
+from torch import Tensor
 from backbones import BACKBONES, build_backbone, learned
-
-FORMAT = 1
-_SCALAR = np.float64(0).__reduce__()[0]   # what makes a pickled NumPy number; NumPy 1 and 2 name it differently
-ALLOWED = [Namespace, *((PurePosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")),   # all that `load` makes
-           *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype,
-           *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64"))]
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
-COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]   # columns in use of the 91
-COCO_NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
-stop sign, parking meter, bench, bird, cat, dog, horse, sheep, cow, elephant, bear, zebra, giraffe, backpack, umbrella,
-handbag, tie, suitcase, frisbee, skis, snowboard, sports ball, kite, baseball bat, baseball glove, skateboard,
-surfboard, tennis racket, bottle, wine glass, cup, fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli,
-carrot, hot dog, pizza, donut, cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote,
-keyboard, cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear, hair drier,
-toothbrush""".replace("\n", " ").split(", ")
-
-
-# ---------------------------------------------------------------------------------------------- files
-
-def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
-    """Writes `state` so that `path` always names a whole checkpoint or none: temporary file, fsync, rename.
-
-    With `keep_previous` the file it replaces stays beside it as NAME.prev; a kill between the two renames leaves only
-    that one, and `newest` finds it.
-    """
-    path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep_previous and path.exists():
-        os.replace(path, path.with_name(path.name + ".prev"))
-    os.replace(temporary, path)
-    if os.name == "posix":   # the rename itself reaches the disk only with its folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-
-
-def load(path: str | Path, map_location="cpu") -> dict:
-    """Reads a checkpoint of tensors and plain types, or a .safetensors file. Beside them only ALLOWED classes are made, for
-    the options that authors pickle: `Namespace`, NumPy numbers, paths. Raises FileNotFoundError, or ValueError for
-    a file that is broken or asks for anything else."""
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint at {path}, found no file; see what {path.parent} holds")
-    if path.suffix == ".safetensors":
-        return load_safetensors(path)
-    try:
-        with torch.serialization.safe_globals(ALLOWED):
-            state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
-            raise ValueError(f"{path}: expected tensors and plain types only, got a pickle that asks for {asked.group(1)}. "
-                             "Nothing of it was run. Ask whoever made the file for one that holds only weights") from error
-        with open(path, "rb") as file:
-            start = file.read(2)
-        if start != b"PK" and start[:1] != b"\x80":   # neither torch.save's archive nor a pickle
-            raise ValueError(f"expected a checkpoint, got {path}, a file of another kind: give a .pt, .pth, .bin or "
-                             ".safetensors file") from error
-        if "Unsupported operand" in str(error):
-            raise ValueError(f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or later, which "
-                             "cannot be read without running it: save it again with torch.save's own protocol") from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). Copy it "
-                         f"again, or use {path.name}.prev") from error
-    if not isinstance(state, dict):
-        raise ValueError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no checkpoint")
-    return state
-
-
-def load_safetensors(path: Path) -> dict:
-    """Tensors of a .safetensors file: eight bytes that count a json header, the header, the numbers it points into."""
-    whole = path.read_bytes()
-    size = int.from_bytes(whole[:8], "little")
-    try:
-        header = json.loads(whole[8:8 + size])
-        header.pop("__metadata__", None)
-        numbers = torch.frombuffer(bytearray(whole[8 + size:]), dtype=torch.uint8)
-        return {name: numbers[slice(*row["data_offsets"])].clone().view(SAFETENSORS[row["dtype"]]).view(row["shape"])
-                for name, row in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected a .safetensors file, got one that is broken or cut short "
-                         f"({type(error).__name__}: {error}). Copy it again") from error
-
-
-def newest(folder: str | Path) -> Path:
-    """The newest whole checkpoint a run folder can go on from: last.pt, or last.pt.prev, which is then said."""
-    last, reasons = Path(folder) / "last.pt", []
-    for path in (last, last.with_name("last.pt.prev")):
-        try:
-            load(path)
-        except (FileNotFoundError, ValueError) as error:
-            reasons.append(str(error))
-            continue
-        print(f"resuming from {path}" + (f", for {reasons[0]}" if reasons else ""))
-        return path
-    raise FileNotFoundError(f"nothing to resume in {folder}: {reasons[0]}. Start the run without --resume")
-
-
-def load_model(path: str | Path, device="cpu", variant: str = "", detector: str = "") -> tuple[nn.Module, object, dict]:
-    """A checkpoint of ours or a released one -> model in eval mode (moving average when there is one), its Config and
-    {model_name, class_names, category_ids, step, ...}. `variant`: one of the paper file's VARIANTS, for what neither
-    weights nor options of a released file tell, such as `dc5`; `detector`: where the frozen one of a mask network lies now."""
-    state = load(path)
-    if "model_name" not in state:
-        state = released(state, path, variant)
-    elif variant:
-        raise ValueError(f"--variant is for released weights, {path} knows its own settings: leave it out")
-    paper = importlib.import_module(state["model_name"])
-    cfg = make_config(paper, {**state["config"], **({"detector": detector} if detector else {})})
-    model, _ = paper.build(cfg, len(state["class_names"]))
-    model.load_state_dict(state.get("ema", state["model"]))
-    meta = {key: value for key, value in state.items() if key not in ("model", "ema", "optimizer", "rng")}
-    return model.to(device).eval(), cfg, meta
-
-
-def make_config(paper, values: dict):
-    """A paper file's Config from a saved dictionary; ValueError names fields this version of the file does not have."""
-    known = {field.name for field in dataclasses.fields(paper.Config)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"this checkpoint sets {', '.join(unknown)}, which {paper.__name__}.Config does not have: "
-                         "it was made by another version of the file; check that version out")
-    return paper.Config(**values)
-
-
-def random_state() -> dict:
-    """The state of every random generator of this process, in plain types."""
-    name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
-
-
-def set_random_state(state: dict) -> None:
-    random.setstate(state["python"])
-    np.random.set_state(state["numpy"])
-    torch.set_rng_state(state["torch"])
-    if state["cuda"] is not None and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
-
-
-# ---------------------------------------------------------------------------------------------- released weights
+from engine.checkpoints import FORMAT
+from engine.class_rows import COCO_IDS, COCO_NAMES, coco_columns, wrapped
 
 class Family(NamedTuple):
     """One kind of released checkpoint: our paper file and Config overrides; whether all decoder layers share one class
@@ -184,8 +19,6 @@ class Family(NamedTuple):
     overrides: dict
     tied: bool
     duplicated: tuple = ()
-
-
 FAMILIES = {   # no list of released names was seen of DINO on Swin and FocalNet and of H-DETR on Swin: unverified
     "deformable_detr": Family("deformable_detr", {}, True),   # single-scale too; DC5 has the same names: --dilation
     "deformable_detr_refine": Family("deformable_detr", {"with_box_refine": True}, False, ("bbox_embed",)),
@@ -405,8 +238,6 @@ def to_authors(state: dict, family: str) -> dict:
         if key.startswith(tuple(f"{head}." for head in FAMILIES[family].duplicated)):
             authors["transformer.decoder." + key] = value
     return authors
-
-
 TRANSFORMERS = (   # pattern: replacement, applied in this order to the names that `transformers` uses, old and new
     (r"^model\.", ""), (r"^backbone\.(conv_encoder\.)?model\.", "backbone."),
     (r"embedder\.embedder\.convolution", "conv1"), (r"embedder\.embedder\.normalization", "bn1"),
@@ -480,99 +311,3 @@ def name_columns(columns: int, labels: dict) -> list[str]:
     known = dict(enumerate(COCO_NAMES)) if columns == 80 else {}
     known |= {int(column): name for column, name in labels.items()}
     return [known.get(i, f"class {i}") for i in range(columns)]
-
-
-# ---------------------------------------------------------------------------------------------- class rows
-
-def coco_columns() -> list[str]:
-    """Names of the 91 columns of a released head: column = COCO category id, the gaps are called "unused ID"."""
-    names = dict(zip(COCO_IDS, COCO_NAMES))
-    return [names.get(i, f"unused {i}") for i in range(91)]
-
-
-def class_rows(key: str) -> bool:
-    """Whether rows of this tensor belong to classes."""
-    return "class_embed" in key or key.startswith(("label_enc.", "detector.label_enc.", "roi.cls.", "roi.reg.", "atss.cls.",
-                                                   "retinanet.cls."))
-
-
-def rows_of(key: str, length: int, classes: list[int], count: int) -> list[int]:
-    """Where a tensor of `length` rows for `count` classes holds these classes: one row each, four in the region head's
-    boxes, one for each of RetinaNet's anchors; a row more at the end, for padding or background, goes along."""
-    if key.startswith("retinanet.cls."):
-        return [anchor * count + i for anchor in range(length // count) for i in classes]
-    if key.startswith("roi.reg."):
-        return [4 * i + side for i in classes for side in range(4)] if length == 4 * count else list(range(length))
-    return classes + [count] * (length == count + 1)
-
-
-def wrapped(state: dict) -> str:
-    """What stands before the names of a detector inside another model: nothing, or "detector."."""
-    return "detector." if "detector.level_embed" in state else ""
-
-
-def objectness_head(state: dict) -> str:
-    """Prefix of the one class head that is no classifier: the encoder's in two-stage Deformable DETR, where column 0
-    says "object" whatever the classes are (the last of its heads). "-" when there is none."""
-    prefix = wrapped(state)
-    if prefix + "pos_trans.weight" not in state:
-        return "-"
-    heads = [key.removeprefix(prefix) for key in state if key.startswith(prefix + "class_embed.")]
-    return f"{prefix}class_embed.{max(int(head.split('.')[1]) for head in heads)}."
-
-
-def select_classes(state: dict, rows: list[int]) -> dict:
-    """Keeps these class rows, in this order, in every class head and label table of a state dict in our names
-    (released 91 columns -> 80 classes: rows = COCO_IDS). Row 0 of an objectness head stays row 0, and the extra last row
-    of a label table stays last."""
-    result, count = {}, len(state[wrapped(state) + "class_embed.0.weight"])
-    for key, value in state.items():
-        if class_rows(key):
-            chosen = [0] + rows[1:] if key.startswith(objectness_head(state)) else rows
-            value = value[rows_of(key, len(value), chosen, count)]
-        result[key] = value
-    return result
-
-
-def used_classes(model: nn.Module, paper, cfg, names: list[str]) -> tuple[nn.Module, list[str]]:
-    """A model without the unused ones of the 91 COCO columns, and its class names."""
-    rows = [row for row, name in enumerate(names) if not name.startswith("unused ")]
-    if len(rows) == len(names):
-        return model, names
-    print(f"keeping the {len(rows)} class columns in use of {len(names)}")
-    device = next(model.parameters()).device
-    fitted, _ = paper.build(cfg, len(rows))
-    fitted.load_state_dict(select_classes(model.state_dict(), rows))
-    return fitted.to(device).eval(), [names[row] for row in rows]
-
-
-def fit(state: dict, names: list[str], into: dict, into_names: list[str]) -> tuple[dict, list[str]]:
-    """Weights for a model with other classes or parts: by name and shape, class rows by class name.
-
-    state, names: weights in our names and their classes; into, into_names: the freshly made model's state dict and
-    classes -> (a whole state dict, lines that say what was not taken over).
-    """
-    result, skipped = dict(into), []
-    where = {name: i for i, name in enumerate(names)}
-    shared = [(i, where[name]) for i, name in enumerate(into_names) if name in where]
-    one_box = "roi.convs.0.0.weight" in into   # of this region head, whatever the class: its rows are sides, not classes
-    for key, fresh in into.items():
-        if key not in state:
-            skipped.append(f"{key}: not in the checkpoint")
-        elif class_rows(key) and not (one_box and key.startswith("roi.reg.")) and state[key].shape[1:] == fresh.shape[1:] and names != into_names:
-            pairs = [(0, 0)] if key.startswith(objectness_head(into)) else shared
-            new, old = (rows_of(key, len(table[key]), [pair[i] for pair in pairs], len(classes))
-                        for i, (table, classes) in enumerate(((into, into_names), (state, names))))
-            result[key] = fresh.clone()
-            result[key][new] = state[key][old]
-        elif state[key].shape != fresh.shape:
-            skipped.append(f"{key}: {tuple(state[key].shape)} in the checkpoint, {tuple(fresh.shape)} here")
-        else:
-            result[key] = state[key]
-    if all(value is into[key] for key, value in result.items()):
-        raise ValueError(f"expected a checkpoint of the same paper file, got nothing that fits the model (first: {skipped[0]})")
-    unused = [key for key in state if key not in into]
-    skipped += [f"{key}: only in the checkpoint" for key in unused]
-    if names != into_names:
-        skipped.append(f"class rows: {len(shared)} of {len(into_names)} classes found by name, the rest start fresh")
-    return result, skipped

@@ -1,9 +1,9 @@
 """Every speed and memory figure of this repository.
 
-    python bench.py             every table that this machine can make, one after the other
-    python bench.py inference   one of them: kernel, step, inference, transformers, mask_cost, memory, loading or scoring
-    python bench.py ladder      trains: what each part of each paper brings
-    python bench.py masks       trains: what each part of the mask network brings
+    python -m tools.bench             every table that this machine can make, one after the other
+    python -m tools.bench inference   one of them: kernel, step, inference, transformers, mask_cost, memory, loading or scoring
+    python -m tools.bench ladder      trains: what each part of each paper brings
+    python -m tools.bench masks       trains: what each part of the mask network brings
 
 Each command prints a table and writes it, with date, device, versions and its own command line, to runs/bench/NAME.md.
 A figure is the median of repeated runs. In the tables kernel and step implementations take turns within one process, so
@@ -33,7 +33,13 @@ import torch
 
 import deformable_attn
 from deformable_attn import ms_deform_attn, ms_deform_attn_fused, sampling_locations
-from eval import coco_results, prepare_cpu, score
+import data
+import scenes
+from engine import checkpoints, datasets, released
+from eval import coco_results, score
+from engine.machine import prepare_cpu
+
+ROOT = Path(__file__).resolve().parent.parent
 
 L2_BYTES = 100 << 20    # rotate over inputs of at least this size together, so that none is still in the cache (H100: 50 MB)
 
@@ -274,13 +280,12 @@ def cuda_only(case, sets, title, repeats, bandwidth):
 
 def step(args):
     """One training step (forward, losses, backward, optimiser, average) of the small preset, with our kernels and without."""
-    import data
     import train
     rows = []
     for name in args.models:
         paper = importlib.import_module(name)
         cfg = dataclasses.replace(paper.Config(), **paper.SMALL)
-        dataset, _ = data.build_datasets(None, cfg, 0)
+        dataset, _ = datasets.build_datasets(None, cfg, 0)
         model, criterion = paper.build(cfg, len(dataset.class_names))
         model.to(args.device).train()
         optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=1e-4, fused=True)
@@ -398,7 +403,6 @@ def transformers(args):
 
 def peers():
     """transformers' model with random weights, ours with the same, our criterion and Config: two-stage, ResNet-50, 91 classes."""
-    import checkpoints
     import deformable_detr
     import transformers
     stages = transformers.ResNetConfig(embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3],
@@ -409,8 +413,8 @@ def peers():
         disable_custom_kernels=True))
     cfg = deformable_detr.Config(**deformable_detr.VARIANTS["two_stage"])
     model, criterion = deformable_detr.build(cfg, 91)
-    weights = checkpoints.from_transformers(theirs.state_dict())
-    model.load_state_dict(checkpoints.from_authors(weights, "deformable_detr_two_stage"))
+    weights = released.from_transformers(theirs.state_dict())
+    model.load_state_dict(released.from_authors(weights, "deformable_detr_two_stage"))
     return theirs, model, criterion, cfg
 
 
@@ -433,13 +437,12 @@ def memory(args):
 
 def step_cost(name, batch, recompute, args):
     """One setting -> median ms of a training step, peak GiB."""
-    import data
     import train
     torch.set_num_threads(args.threads)
     prepare_cpu()
     paper = importlib.import_module(name)
     cfg = dataclasses.replace(paper.Config(), **(paper.SMALL if args.preset == "small" else {}))
-    images = data.build_datasets(None, cfg, 0, num_train=batch, num_val=1)[0] if args.preset == "small" else None
+    images = datasets.build_datasets(None, cfg, 0, num_train=batch, num_val=1)[0] if args.preset == "small" else None
     samples = data.collate([images[i] for i in range(batch)]) if images else random_batch(args.size, batch)
     model, criterion = paper.build(cfg, 80)
     model.to(args.device).train()
@@ -459,17 +462,16 @@ def step_cost(name, batch, recompute, args):
 def loading(args):
     """Images a second that arrive as augmented training batches: generated scenes at the small size, and a COCO-layout
     folder (--data, or scenes written as files) at the published size."""
-    import data
     import dino
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         if not args.data:
             with contextlib.redirect_stdout(io.StringIO()):
-                data.write_scenes(folder, args.images, 1)
+                scenes.write_scenes(folder, args.images, 1)
         for title, source, cfg in (("generated scenes, small preset", None, dataclasses.replace(dino.Config(), **dino.SMALL)),
                                    (f"{Path(args.data).name or 'scenes as files'}, published preset", args.data or folder,
                                     dino.Config())):
-            images = data.build_datasets(source, cfg, 0, num_train=args.images, num_val=1)[0]
+            images = datasets.build_datasets(source, cfg, 0, num_train=args.images, num_val=1)[0]
             places = [[(2 * i + k) % len(images) for k in range(2)] for i in range(args.images // 2)]
             for workers in args.workers:
                 seconds = clock(lambda: sum(len(padding) for _, padding, _ in data.batches(images, places, workers)))
@@ -480,8 +482,7 @@ def loading(args):
 
 def scoring(args):
     """Time of COCO AP: every object found with a jittered box, filled up with 100 detections an image."""
-    import data
-    dataset = data.Shapes("val", args.images)
+    dataset = scenes.Shapes("val", args.images)
     truth, generator = dataset.coco(), torch.Generator().manual_seed(0)
     results = []
     for image in truth.dataset["images"]:
@@ -553,7 +554,7 @@ def run_row(out: Path, flags: dict, args) -> dict:
             word for flag, value in flags.items() for word in (f"--{flag}", str(value))]
         out.mkdir(parents=True, exist_ok=True)
         with open(out / "output.txt", "a") as output:
-            subprocess.run([sys.executable, str(Path(__file__).with_name("train.py")), *words], check=True, stdout=output,
+            subprocess.run([sys.executable, str(ROOT / "train.py"), *words], check=True, stdout=output,
                            stderr=output)
         lines = [json.loads(line) for line in log.read_text().splitlines()]
     print(f"{out.name}: AP {lines[-1].get('segm', lines[-1]['bbox'])['AP']:.3f}", file=sys.stderr)
@@ -585,7 +586,6 @@ def masks(args):
     """Trains rows of MASKS on the same frozen detector, same number of steps: the paper's ablation tables, reduced and with
     our own figures. Resumable as the ladder. Left out: what a small detector with one encoder layer and 48 channels of
     stride 4 cannot vary (which layer is tapped, no neck), and the rows on schedule, batch, jitter and fine-tuning."""
-    import checkpoints
     rows, common = [], {"model": "mask_frozen_detr", "detector": args.detector}
     with ThreadPoolExecutor(args.jobs) as pool:
         runs = pool.map(lambda name: run_row(Path(args.out) / name, common | MASKS[name][1], args), args.rows)
@@ -655,14 +655,14 @@ def mask_cost(args):
 
 # ---- Command line ---------------------------------------------------------------------------------------------------
 
-TABLES = (kernel, step, inference, transformers, mask_cost, memory, loading, scoring)     # what `python bench.py` alone makes
+TABLES = (kernel, step, inference, transformers, mask_cost, memory, loading, scoring)     # what `python -m tools.bench` alone makes
 
 
 def main():
     if len(sys.argv) == 1:
         for table in TABLES:                    # each in a process of its own: settings and memory start anew
             if table is not transformers or importlib.util.find_spec("transformers"):
-                subprocess.run([sys.executable, __file__, table.__name__], check=True)
+                subprocess.run([sys.executable, "-m", "tools.bench", table.__name__], check=True, cwd=ROOT)
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True)
