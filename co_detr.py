@@ -64,7 +64,7 @@ from backbones import build_backbone
 from boxes import (box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, clip_boxes, decode_deltas, encode_deltas,
                    inverse_sigmoid, nms, paired_giou, paired_iou, roi_align, soft_nms)
 from deformable_detr import Memory, Queries, class_head, sine_embedding, take
-from matcher import SetLoss, Weights, at_least_float32, count_boxes, focal_loss, stack
+from matcher import SetLoss, Weights, at_least_float32, count_boxes, focal_loss, stack_layers
 
 IGNORED, BACKGROUND = -2, -1        # assignments; from 0 on: the object's index
 SPREAD = (0.1, 0.1, 0.2, 0.2)       # of the box deltas of ATSS and RoI head; the RPN's have 1
@@ -799,7 +799,7 @@ class Criterion:
     def queries(self, layers, labels, boxes, weights) -> dict:
         """Eq. 5: the set loss of every decoder layer, the objects being known: labels (B, M), boxes (B, M, 4), weights
         (B, M) of the class loss; divided by the number of positives."""
-        predicted_logits, predicted = stack(layers)                                # (L, B, M, N), (L, B, M, 4)
+        predicted_logits, predicted = stack_layers(layers)                                # (L, B, M, N), (L, B, M, 4)
         positive = labels < predicted_logits.shape[-1]
         count = positive.sum().clamp(min=1)
         aim, loss = boxes.expand_as(predicted), self.base.set_loss

@@ -49,7 +49,7 @@ from torch import Tensor, nn
 from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, inverse_sigmoid
 from deformable_attn import MSDeformAttn
-from matcher import SetLoss, Weights, at_least_float32, count_boxes
+from matcher import Group, Matches, SetLoss, Weights, at_least_float32, count_boxes
 
 
 @dataclass
@@ -490,21 +490,24 @@ class Criterion:
         """-> weighted losses {"cls", "l1", "giou", "aux0.cls", ..., "enc.cls", ...}; their sum is the training loss.
         `num_boxes`: what to divide by, when the batch is spread over ranks or micro-batches: their objects, averaged over
         ranks."""
-        num_boxes = num_boxes or count_boxes(targets)
-        layers = named_layers(outputs)
-        groups = [(layers, targets)]
-        if "enc_outputs" in outputs:
-            binary = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
-            groups.append(({"enc": outputs["enc_outputs"]}, binary))
-        matches = self.set_loss.match(*((list(p.values()), t) for p, t in groups))
+        groups = self.groups(outputs, targets)
         losses = {}
-        for (predictions, objects), matched in zip(groups, matches):
-            losses |= self.set_loss.price(predictions, objects, matched, num_boxes)
+        for group, matches in zip(groups, self.set_loss.match_groups(groups)):
+            divisor = count_boxes(targets, group.copies) if num_boxes is None else num_boxes * group.copies
+            losses |= self.set_loss.compute_losses(group.layers, group.targets, matches, divisor)
         return losses
 
-    def match(self, outputs: dict, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
-        """The last layer's matching: per image query and object indices, on the host."""
-        return self.set_loss.match(([outputs], targets))[0][0]
+    def groups(self, outputs: dict, targets: list[dict]) -> list[Group]:
+        """The decoder layers and, in two-stage, the encoder's proposals, for which every object has label 0."""
+        groups = [Group(named_layers(outputs), targets)]
+        if "enc_outputs" in outputs:
+            binary = [{**t, "labels": torch.zeros_like(t["labels"])} for t in targets]
+            groups.append(Group({"enc": outputs["enc_outputs"]}, binary))
+        return groups
+
+    def match(self, outputs: dict, targets: list[dict]) -> Matches:
+        """Match the last layer: per image query and object indices, on the host."""
+        return self.set_loss.match(outputs, targets)
 
 
 def named_layers(outputs: dict) -> dict[str, dict]:

@@ -50,7 +50,7 @@ from deformable_detr import (MLP, DecoderLayer, EncoderLayer, Memory, Queries, b
                              encoder_proposals, encoder_references, flatten_pyramid, init_transformer,
                              input_projections, named_layers, num_maps, offset_boxes, pad_to_multiple, project,
                              sine_embedding, take)
-from matcher import SetLoss, Weights, count_boxes
+from matcher import Group, Matches, SetLoss, Weights, count_boxes
 
 EPS = 1e-3         # of every inverse sigmoid; 1e-5 in Deformable DETR
 GIOU_EPS = 1e-6    # added to union and enclosing area; 0 in Deformable DETR
@@ -333,22 +333,23 @@ class Criterion:
     def __call__(self, outputs: dict, targets: list[dict], num_boxes: float | None = None) -> dict:
         """-> weighted losses {"cls", "l1", "giou", "aux0.cls", ..., "enc.cls", ..., "dn.cls", "dn.aux0.cls", ...}.
         `num_boxes`: what to divide by, when the batch is spread over ranks or micro-batches."""
-        num_boxes = num_boxes or count_boxes(targets)
+        num_boxes = count_boxes(targets) if num_boxes is None else num_boxes
         layers = named_layers(outputs)
         if "enc_outputs" in outputs:
             layers["enc"] = outputs["enc_outputs"]
-        matches, = self.set_loss.match((list(layers.values()), targets))
-        losses = self.set_loss.price(layers, targets, matches, num_boxes)
+        matches, = self.set_loss.match_groups([Group(layers, targets)])
+        losses = self.set_loss.compute_losses(layers, targets, matches, num_boxes)
         return losses | (self.denoising(outputs["dn_outputs"], targets, num_boxes) if "dn_outputs" in outputs else {})
 
     def denoising(self, outputs: dict, targets: list[dict], num_boxes: float) -> dict:
         """Section 3.3: positives must recover their object, everything else is background; no matching is needed."""
         layers = {f"dn.{name}".rstrip("."): layer for name, layer in named_layers(outputs).items()}
-        return self.set_loss.price(layers, targets, [outputs["matches"]] * len(layers), num_boxes * outputs["groups"])
+        matches = [outputs["matches"]] * len(layers)
+        return self.set_loss.compute_losses(layers, targets, matches, num_boxes * outputs["groups"])
 
-    def match(self, outputs: dict, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
+    def match(self, outputs: dict, targets: list[dict]) -> Matches:
         """The last layer's matching: per image query and object indices, on the host."""
-        return self.set_loss.match(([outputs], targets))[0][0]
+        return self.set_loss.match(outputs, targets)
 
 
 def build(cfg: Config, num_classes: int) -> tuple[DINO, Criterion]:

@@ -6,7 +6,7 @@ group of queries is matched to the objects repeated K times. All weights are sha
 
     paper                                             here
     section 3.2.1 hybrid branch: two query groups     HDETR.propose, group_mask, HDETR.forward
-    section 3.2.1 one-to-many matching, Eq. 1-2       Criterion, Criterion.one_to_many, repeat_objects
+    section 3.2.1 one-to-many matching, Eq. 1-2       Criterion, matcher.Group.copies
     section 4.2, Table 8 mixed query selection        HDETR.propose (from DINO)
     section 4.2, Table 8 look forward twice           HDETR.decode (from DINO)
     Tables 1, 8 and 14 recipe                         Config
@@ -41,7 +41,7 @@ from backbones import build_backbone
 from deformable_detr import (DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head,
                              detect, encoder_proposals, init_transformer, input_projections, named_layers,  # noqa: F401
                              num_maps, offset_boxes, param_groups, sine_embedding, take)
-from matcher import count_boxes
+from matcher import Group
 
 
 @dataclass
@@ -193,21 +193,15 @@ class Criterion(deformable_detr.Criterion):
     def __call__(self, outputs: dict, targets: list[dict], num_boxes: float | None = None) -> dict:
         """-> weighted losses {"cls", "aux0.cls", ..., "enc.cls", ..., "many.cls", "many.aux0.cls", ...}."""
         losses = super().__call__(outputs, targets, num_boxes)
-        return losses | (self.one_to_many(outputs["many_outputs"], targets, num_boxes) if "many_outputs" in outputs else {})
+        return {name: self.factor * x if name.startswith("many.") else x for name, x in losses.items()}
 
-    def one_to_many(self, outputs: dict, targets: list[dict], num_boxes: float | None) -> dict:
-        """Eq. 2: every object K times, so that the one-to-one matching finds K queries for it."""
-        layers = {f"many.{name}".rstrip("."): layer for name, layer in named_layers(outputs).items()}
-        repeated = repeat_objects(targets, self.copies)
-        matches, = self.set_loss.match((list(layers.values()), repeated))
-        num_boxes = num_boxes * self.copies if num_boxes else count_boxes(repeated)
-        losses = self.set_loss.price(layers, repeated, matches, num_boxes)
-        return {name: self.factor * value for name, value in losses.items()}
-
-
-def repeat_objects(targets: list[dict], copies: int) -> list[dict]:
-    """Labels (n,) and boxes (n, 4) of each image, one after the other `copies` times."""
-    return [{"labels": t["labels"].repeat(copies), "boxes": t["boxes"].repeat(copies, 1)} for t in targets]
+    def groups(self, outputs: dict, targets: list[dict]) -> list[Group]:
+        """Eq. 2: every object counts K times, so that the one-to-one matching finds K queries for it."""
+        groups = super().groups(outputs, targets)
+        if "many_outputs" in outputs:
+            layers = {f"many.{name}".rstrip("."): x for name, x in named_layers(outputs["many_outputs"]).items()}
+            groups.append(Group(layers, targets, self.copies))
+        return groups
 
 
 def build(cfg: Config, num_classes: int) -> tuple[HDETR, Criterion]:

@@ -59,7 +59,8 @@ from engine import models
 from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy, roi_align
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention, encoder_references, sine_positions, take
-from matcher import Weights, at_least_float32, count_boxes, hungarian, match_cost
+import matcher
+from matcher import Weights, at_least_float32, count_boxes
 
 STRIDE = 4         # pixels per cell of the map that regions are cut from
 WINDOW = 8         # of Swin blocks, cells
@@ -489,9 +490,7 @@ class ScoreHead(nn.Module):
 
 def match(outputs: dict, targets: list[dict], cfg: Config) -> list[tuple[Tensor, Tensor]]:
     """Hungarian matching of the detector's queries: per image query and object indices, on the host."""
-    logits, boxes = (at_least_float32(outputs[name])[None] for name in ("pred_logits", "pred_boxes"))
-    cost = match_cost(logits, boxes, targets, Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou))
-    return hungarian([cost], [[len(t["labels"]) for t in targets]])[0][0]
+    return matcher.match(outputs, targets, Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou))
 
 
 def draw_points(n: int, count: int, device) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 
 from engine import released
 import recordings
-from h_detr import (SMALL, VARIANTS, Config, Criterion, HDETR, build, detect, group_mask, param_groups, repeat_objects)
+from h_detr import (SMALL, VARIANTS, Config, Criterion, HDETR, build, detect, group_mask, param_groups)
 from recordings import batch, close, config_fields, given_maps, overfit, speak, tensor
 
 
@@ -70,8 +70,8 @@ def test_losses_matches_and_gradients_equal_the_authors(golden, case):
     losses = criterion(outputs, targets)
     recordings.check_losses(rec, losses, f"{case}_")
     recordings.check_matches(rec, criterion.match(outputs, targets), "final", f"{case}_")
-    many, = criterion.set_loss.match(([parts["one2many_layer2"]], repeat_objects(targets, 3)))
-    for i, (query, index) in enumerate(many[0]):
+    many = criterion.set_loss.match_groups(criterion.groups(outputs, targets))[-1][0]
+    for i, (query, index) in enumerate(many):
         theirs = rec[f"{case}_match_one2many_final_img{i}"]
         count = max(1, len(targets[i]["labels"]))   # copies of an object are interchangeable
         assert sorted(zip(query.tolist(), (index % count).tolist())) == sorted(zip(theirs[0], theirs[1] % count))
@@ -166,7 +166,7 @@ def test_every_object_gets_k_queries_and_their_mean_counts_lambda_times():
     cfg, model, criterion = small(lambda_one2many=0.5)
     images, padding, targets = batch((64, 96), (48, 64), objects=(3, 1))
     outputs = model(images, padding, targets)
-    rows = criterion.set_loss.match(([outputs["many_outputs"]], repeat_objects(targets, 3)))[0][0]
+    rows = criterion.set_loss.match_groups(criterion.groups(outputs, targets))[-1][0]
     l1 = 0.0
     for t, b, (query, index) in zip(targets, outputs["many_outputs"]["pred_boxes"], rows):
         n = len(t["labels"])
