@@ -604,8 +604,8 @@ def test_a_detector_on_swin_trains_and_is_evaluated(tiny, tmp_path, capsys):
     flags = ("--model dino --preset small --backbone swin_t --drop_path 0.1 --num_train 8 --num_val 4 --batch_size 4 "
              "--epochs 1 --ema 0 --device cpu --workers 0 --threads 1 --recompute --dim 32 --ffn_dim 32 --num_queries 9 "
              "--train_sizes 64 --eval_size 64")
-    run, cfg = train.parse([*flags.split(), "--out", str(tmp_path)])
-    record = train.train(run, cfg)
+    run, cfg, recipe = train.parse([*flags.split(), "--out", str(tmp_path)])
+    record = train.train(run, cfg, recipe)
     assert record["step"] == 2 and 0 <= record["AP"] <= 1
     assert "backbone swin_t: random weights" in capsys.readouterr().out
 

@@ -87,7 +87,7 @@ def test_the_detector_is_bit_identical_after_training_steps_and_has_no_gradient(
     cfg, masks, criterion = network(frozen, ema=0.9)
     before = {name: value.clone() for name, value in frozen.model.state_dict().items()}
     average = train.Average(masks, 0.9)
-    optimizer = torch.optim.AdamW(mfd.param_groups(masks, mfd.RECIPE), lr=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(mfd.param_groups(masks, override(mfd.RECIPE, SMALL)), lr=1e-2, fused=True)
     examples = scene((64, 96), (48, 64))
     with torch.no_grad():
         boxes = masks(*examples)["pred_boxes"]
@@ -475,7 +475,7 @@ def test_regions_of_the_ground_truth_find_every_object():
 def test_it_overfits_four_scenes():
     cfg, masks, criterion = network(roi_size=16, channel_dim=64, roi_box="gt")
     images, padding, targets = scene((64, 64), (64, 64), (64, 64), (64, 64), objects=(1, 2, 1, 2))
-    optimizer = torch.optim.AdamW(mfd.param_groups(masks, mfd.RECIPE), lr=3e-3)
+    optimizer = torch.optim.AdamW(mfd.param_groups(masks, override(mfd.RECIPE, SMALL)), lr=3e-3)
     for _ in range(60):
         out = masks(images, padding, targets)
         losses = criterion(out, targets)
