@@ -54,3 +54,15 @@ def configure(paper, *overrides: dict) -> tuple:
         raise UserError(f"expected fields of {paper.__name__}.Config or of Recipe, got "
                         f"{', '.join(unknown)}: they belong to another version of the file")
     return override(cfg, values), override(paper.RECIPE, values)
+
+
+def preset_values(paper, preset: str, variant: str) -> dict:
+    """What a preset, paper or small, and a variant change in a paper file's Config and RECIPE."""
+    variants = getattr(paper, "VARIANTS", {})
+    if preset not in ("paper", "small"):
+        raise UserError(f"expected --preset paper or small, got {preset!r}")
+    if variant not in ("", *variants):
+        choices = " or ".join(variants) or "left out: this file has none"
+        raise UserError(f"expected --variant {choices}, got {variant!r}")
+    small = getattr(paper, "SMALL", {}) if preset == "small" else {}
+    return {**small, **variants.get(variant, {})}
