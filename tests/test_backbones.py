@@ -406,7 +406,7 @@ def test_recomputed_blocks_give_the_same_bytes(narrow):
     """--recompute finds every block of the transformers, and dropped paths are the same ones the second time."""
     kept = nn.ModuleDict({"backbone": narrow(drop_path=0.5)})
     again = copy.deepcopy(kept)
-    train.prepare_parts(again, SimpleNamespace(compile=False, recompute=True, model="test"))
+    train.compile_or_recompute(again, SimpleNamespace(compile=False, recompute=True, model="test"))
     blocks = [m for n, m in again.named_modules() if isinstance(m, (SwinBlock, ViTBlock, focalnet.FocalBlock))]
     assert blocks and all("checkpoint" in repr(m.forward) for m in blocks)
     gradients = []
