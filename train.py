@@ -170,7 +170,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                 progress.epoch = epoch + 1
                 progress.batch = 0
                 if run.overfit and record.get("AP", 0.0) >= OVERFIT_AP:
-                    machine.say(f"--overfit: AP {record['AP']:.3f}, data and installation can learn")
+                    machine.say(f"--overfit: AP {record['AP']:.3f}, it can learn from this data")
                     break
         return record
 

@@ -70,8 +70,9 @@ def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
         os.replace(temporary, path)
         sync_folder(path.parent)
     except OSError as error:
-        raise UserError(f"expected to write {path}, got: {error.strerror or error}. Free some space "
-                        "or name another folder; what was saved before is complete") from error
+        raise UserError(f"expected to write {path}, got: {error.strerror or error}. Free some "
+                        "space or name another folder; what was saved before is "
+                        "complete") from error
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -142,8 +143,8 @@ def check_sums(path: Path) -> None:
     except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
         damaged = str(error)
     if damaged:
-        raise UserError(f"{path}: expected a checkpoint, got a file that is broken: the checksum of "
-                        f"{damaged} is wrong. Copy it again, or use {path.name}.prev")
+        raise UserError(f"{path}: expected a checkpoint, got a file that is broken: the checksum "
+                        f"of {damaged} is wrong. Copy it again, or use {path.name}.prev")
 
 
 def check_fields(path: Path, state: dict, fields: dict) -> None:
@@ -159,8 +160,8 @@ def load_safetensors(path: Path) -> dict:
     try:
         return safetensors.torch.load_file(path)
     except Exception as error:   # the library has its own exception, and raises built-in ones
-        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut short "
-                        f"({type(error).__name__}: {error}). Copy it again") from error
+        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
+                        f"short ({type(error).__name__}: {error}). Copy it again") from error
 
 
 def newest(folder: str | Path) -> Path:
@@ -294,8 +295,8 @@ class RunFolder:
         path = self.run.resume
         state = load(path)
         if "optimizer" not in state:
-            raise UserError(f"{path} holds weights only, a run cannot continue from it: give last.pt, "
-                            "or --init")
+            raise UserError(f"{path} holds weights only, a run cannot continue from it: give "
+                            "last.pt, or --init")
         check_fields(path, state, RESUME_FIELDS)
         progress = override(progress, state["progress"])
         if progress.step != progress.epoch * steps_per_epoch + progress.batch:

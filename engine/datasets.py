@@ -66,7 +66,8 @@ def validation_set(folder, loaded):
     loaded: what engine.models.load_model returned."""
     run = loaded.meta.get("run")
     if not folder and not run:
-        raise UserError("expected --data DIR: released weights do not say which data they belong to")
+        raise UserError("expected --data DIR: released weights do not say which data they belong "
+                        "to")
     masks = getattr(loaded.paper, "NEEDS_MASKS", False)
     if not folder and run["overfit"]:
         return build_datasets(run["data"], loaded.recipe, run["seed"], masks, run["overfit"],

@@ -90,8 +90,8 @@ def load_detector(path: str) -> Loaded:
                         "--detector FILE")
     loaded = load_model(path)
     if getattr(loaded.paper, "NEEDS_DETECTOR", False):
-        raise UserError(f"expected a detector, got {path}, a mask network: give the detector it was "
-                        "trained on")
+        raise UserError(f"expected a detector, got {path}, a mask network: give the detector "
+                        "it was trained on")
     model, names = class_rows.used_classes(loaded.model, loaded.paper, loaded.cfg,
                                            loaded.meta["class_names"])
     return loaded._replace(model=model, meta={**loaded.meta, "class_names": names})

@@ -9,8 +9,8 @@ class Recipe:
     """Optimizer, schedule, image sizes and augmentation of one training run."""
     lr: float = 1e-4                # for exactly `batch_size` images a step
     lr_backbone: float = 1e-5       # of the backbone
-    lr_offsets: float = 2e-5        # of sampling offsets and reference points, where a paper says so
-    layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: lr_backbone for all
+    lr_offsets: float = 2e-5        # of sampling offsets and reference points in some papers
+    layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: none
     weight_decay: float = 1e-4
     clip: float = 0.1               # limit of the gradient norm; 0: none
     batch_size: int = 16            # images a step, over all processes and micro-batches

@@ -113,8 +113,8 @@ class RunLog:
             f"{peak_memory(self.machine.device)} so far")
 
     def stopped(self, progress, signal: int) -> None:
-        self.machine.say(f"stopped by signal {signal} at step {progress.step}, saved; continue with "
-                         "--resume")
+        self.machine.say(f"stopped by signal {signal} at step {progress.step}, saved; continue "
+                         "with --resume")
 
     def bad_step(self, progress, losses, model, micro_batches) -> None:
         """Report a skipped step with images, losses and first bad module of the ranks where
