@@ -53,12 +53,12 @@ def parse(argv: list[str], run_class, description: str) -> tuple:
 
     made_for = recipe.batch_size
     run, cfg, recipe = ask(argv, run, cfg, recipe, paper, description)
+    check_ranges(run, cfg, recipe)
     if "batch_size" in given and "lr" not in given:
         for name in ("lr", "lr_backbone", "lr_offsets"):
             if name not in given:   # learning rates follow the batch size in proportion
                 setattr(recipe, name, getattr(recipe, name) * recipe.batch_size / made_for)
     run.out = run.out or f"runs/{run.model}"
-    check_ranges(run, cfg, recipe)
     return run, cfg, recipe
 
 

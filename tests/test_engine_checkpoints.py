@@ -1,5 +1,9 @@
 """Files that are complete or absent, never run code, and are checked; the run folder."""
 
+import errno
+import math
+import resource
+
 import argparse
 import collections
 import contextlib
@@ -24,7 +28,6 @@ from engine import checkpoints
 from engine.errors import UserError
 import train
 from small_runs import at_step, cheap_runs, config, FLAGS, forked, run, same  # noqa: F401
-
 
 KILLS = int(os.environ.get("PAPERDETR_KILLS", 200))  # of the slow test
 
@@ -269,3 +272,139 @@ def test_kill_during_save(tmp_path, kills):
                 reported = receive.recv()
         state = checkpoints.load(checkpoints.newest(folder))
         assert state["step"] >= reported - 1 and (state["weights"] == state["step"]).all()
+
+
+# ---- faults of disks and of other processes
+
+
+@pytest.mark.parametrize("where", (0.3, 0.6, 0.9))
+def test_a_flipped_byte_is_noticed_and_the_previous_file_is_used(tmp_path, capsys, where):
+    last = tmp_path / "last.pt"
+    for step in (1, 2):
+        state = dict(model_name="dino", config={}, class_names=[], category_ids=[], step=step)
+        weights = {"a": torch.randn(20_000), "b": torch.arange(5000)}
+        checkpoints.save(last, state | {"model": weights}, keep_previous=True)
+    content = bytearray(last.read_bytes())
+    content[int(where * len(content))] ^= 4
+    last.write_bytes(content)
+    with pytest.raises(UserError, match="broken: the checksum of archive/data/. is wrong"):
+        checkpoints.load(last)
+    assert checkpoints.load(checkpoints.newest(tmp_path))["step"] == 1
+
+
+def limited_save(rank, path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        checkpoints.save(path, {"a": torch.zeros(100_000)})
+    except UserError as error:
+        os._exit(7 if "what was saved before is complete" in str(error) else 8)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, {"step": 1})
+    assert forked(1, limited_save, path) == [7]  # a write is refused
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(UserError, match="last.pt, got: No space left on device. Free some space"):
+        checkpoints.save(path, {"step": 2})
+    assert checkpoints.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_cannot_write_ends_in_one_line(tmp_path, monkeypatch):
+    command = [*FLAGS, "--model=deformable_detr", "--out"]
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SystemExit, match="^train.py: error: (File exists|Not a directory): "):
+            train.main([*command, str(out)])
+    at_step(monkeypatch, 1, lambda: shutil.rmtree(tmp_path / "gone"))
+    with pytest.raises(SystemExit, match="^train.py: error: .*No such file or directory"):
+        train.main([*command, str(tmp_path / "gone")])
+
+
+def hold_lock(rank, folder, connection):
+    held = checkpoints.lock_folder(folder)
+    connection.send("locked")
+    time.sleep(60)
+    held.close()
+
+
+def test_a_folder_in_use_is_refused_and_the_lock_dies_with_its_process(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    receive, send = multiprocessing.Pipe(duplex=False)
+    other = multiprocessing.get_context("fork").Process(target=hold_lock, args=(0, out, send))
+    other.start()
+    assert receive.recv() == "locked"
+    settings = run(tmp_path), *config("deformable_detr", epochs=1)
+    try:
+        with pytest.raises(UserError, match="run is in use by another process that trains there"):
+            train.train(*settings)
+    finally:
+        other.kill()
+        other.join()
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    (out / "last.pt.123.tmp").write_text("of a killed process")
+    assert train.train(*settings)["step"] == 3
+    assert not list(out.glob("*.tmp"))
+
+
+def test_temporary_files_of_two_processes_differ(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(checkpoints.torch, "save", lambda state, file: names.append(file.name))
+    for process in (1, 2):
+        monkeypatch.setattr(checkpoints.os, "getpid", lambda: process)
+        checkpoints.save(tmp_path / "a.pt", {})
+    assert len(set(names)) == 2
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """A learning rate that destroys the weights in one step: the loss before it was finite."""
+    cfg, recipe = config("deformable_detr", epochs=2)
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 3, lambda: setattr(recipe, "schedule", "flat"))
+    original = train.set_lr
+
+    def set_lr(optimizer, base_lrs, factor):
+        original(optimizer, base_lrs, math.inf if recipe.schedule == "flat" else factor)
+
+    monkeypatch.setattr(train, "set_lr", set_lr)
+    with pytest.raises(
+        FloatingPointError, match="finite weights, got NaN or infinity after step 4"
+    ):
+        train.train(run(tmp_path, save_every=1), cfg, recipe)
+    state = checkpoints.load(folder / "last.pt")
+    assert state["step"] == 3 and all(x.isfinite().all() for x in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rng": None}, "rng"),
+        ({"progress": 3}, "progress"),
+        ({"optimizer": {}}, "optimizer state"),
+        ({"run": None}, "with run, a dict"),
+        ({"run": {"seed": "x"}}, "--seed to be of type int"),
+    ],
+)
+def test_resuming_a_file_with_wrong_fields_is_one_line(tmp_path, changes, words):
+    cfg, recipe = config("deformable_detr", epochs=1)
+    train.train(run(tmp_path), cfg, recipe)
+    last = tmp_path / "run" / "last.pt"
+    checkpoints.save(last, checkpoints.load(last) | changes)
+    with pytest.raises(SystemExit, match=f"^train.py: error: .*{words}"):
+        train.main(["--resume", "--out", str(tmp_path / "run")])
+
+
+def test_broken_lines_of_a_log_do_not_block_resuming(tmp_path):
+    settings = config("deformable_detr", epochs=2)
+    train.train(run(tmp_path), *settings)
+    log = tmp_path / "run" / "log.jsonl"
+    good = log.read_text().splitlines()
+    log.write_bytes(b"[1]\n{}\n\xff\xfe\n" + "\n".join(["{broken", *good, '{"step"']).encode())
+    train.train(run(tmp_path, resume=str(tmp_path / "run" / "last.pt")), *settings)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [3, 6]

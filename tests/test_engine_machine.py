@@ -1,5 +1,7 @@
 """Signals, memory that runs out, errors that a user can mend."""
 
+import threading
+
 import os
 import signal
 import subprocess
@@ -12,7 +14,17 @@ import torch
 from engine import checkpoints
 from engine import machine as machines
 import train
-from small_runs import at_step, cheap_runs, coco_folder, config, FLAGS, ROOT, run  # noqa: F401
+from engine.errors import UserError
+from small_runs import (
+    at_step,
+    cheap_runs,
+    coco_folder,
+    config,
+    FLAGS,
+    forked,
+    ROOT,
+    run,
+)  # noqa: F401
 
 
 def test_sigterm(tmp_path):
@@ -132,3 +144,60 @@ def test_threads_do_not_spin():
         0 < source.index('os.environ.setdefault("GOMP_SPINCOUNT"') < source.index("import torch\n")
     )
     assert os.environ["GOMP_SPINCOUNT"]
+
+
+def wait_for_a_stopped_peer(rank, folder):
+    """Rank 1 stops (it is not dead) before its second step; rank 0, which waits for it inside a
+    collective call, is asked twice to end."""
+    machines.SAME_REQUEST_SECONDS = 0.3
+    if rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            train.train(run(folder), *config("deformable_detr"))
+    for seconds in (4.0, 5.0):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    train.train(run(folder), *config("deformable_detr"))
+
+
+def test_a_second_request_ends_a_rank_whose_peer_is_stopped(tmp_path):
+    codes = forked(2, wait_for_a_stopped_peer, tmp_path, timeout=60, wait_for=(0,))
+    assert codes[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
+def test_a_closed_terminal_saves_as_sigterm_does_and_nohup_is_respected(tmp_path, monkeypatch):
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGHUP))
+    with pytest.raises(SystemExit) as stopped:
+        train.train(run(tmp_path), *config("deformable_detr"))
+    assert stopped.value.code == 128 + signal.SIGHUP
+    assert checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 2
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        settings = config("deformable_detr", epochs=1)
+        assert train.train(run(tmp_path, name="nohup"), *settings)["step"] == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_training_ends_when_nobody_reads_its_output(tmp_path):
+    """train.py | head -1"""
+    command = [sys.executable, str(ROOT / "train.py"), "--model=deformable_detr", *FLAGS,
+               "--epochs=4000", f"--out={tmp_path / 'run'}"]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        assert process.stdout.readline().startswith("config")
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(120) == 128 + signal.SIGPIPE and "Traceback" not in errors
+    finally:
+        process.kill()
+
+
+def test_one_line_holds_what_a_data_loading_process_said_and_no_control_characters():
+    text = (
+        "Caught UserError in DataLoader worker process 0.\nOriginal Traceback:\n  File x\n"
+        "engine.errors.UserError: expected \x1b[31ma cat\x07\n"
+    )
+    assert machines.one_line(UserError(text)) == "expected ?[31ma cat?"

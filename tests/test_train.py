@@ -408,3 +408,20 @@ def test_torchrun_starts_two_processes(tmp_path):
         checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 3
         and done.stdout.count("config ") == 1
     )
+
+
+def test_a_clip_or_a_loss_that_is_not_finite_changes_nothing():
+    scenes, _ = datasets.build_datasets("", config("dino")[1], 0, num_train=4, num_val=1)
+    micro_batches = [data.collate([scenes[i] for i in range(4)])]
+    cfg, recipe = config("dino")
+    paper = importlib.import_module("dino")
+    model, criterion = paper.build(cfg, 8)
+    optimizer = torch.optim.AdamW(paper.param_groups(model.train(), recipe), fused=True)
+    ema = train.make_ema(model, 0.9)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    for clip in (float("nan"), float("inf")):
+        *_, finite = train.step(
+            model, model, criterion, optimizer, ema, micro_batches, clip, Machine()
+        )
+        assert not finite and not optimizer.state and ema.n_averaged == 0
+        same(before, model.state_dict())

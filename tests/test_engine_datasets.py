@@ -1,0 +1,61 @@
+"""The data sets of a run: what training and validation share."""
+
+import json
+
+import pytest
+import torch
+from small_runs import coco_folder
+
+from engine.datasets import build_datasets
+from engine.errors import UserError
+from engine.recipe import Recipe
+
+
+def edit_val(folder, change):
+    path = f"{folder}/annotations/instances_val2017.json"
+    with open(path) as file:
+        content = json.load(file)
+    change(content)
+    with open(path, "w") as file:
+        json.dump(content, file)
+
+
+def labels_of(dataset):
+    targets = [dataset[i][1] for i in range(len(dataset))]
+    return [dataset.class_names[label] for t in targets for label in t["labels"].tolist()]
+
+
+def test_ids_that_differ_between_training_and_validation_are_matched_by_name(tmp_path, capsys):
+    folder = coco_folder(tmp_path, images=2)
+    train, val = build_datasets(folder, Recipe(train_sizes=(64,), eval_size=64), 0)
+    assert labels_of(val) == ["cat", "dog"] and "matched by name" not in capsys.readouterr().out
+
+    def exchange(content):
+        content["categories"] = [{"id": 3, "name": "cat"}, {"id": 7, "name": "dog"}]
+        for row in content["annotations"]:
+            row["category_id"] = {3: 7, 7: 3}[row["category_id"]]
+
+    edit_val(folder, exchange)
+    train, val = build_datasets(folder, Recipe(train_sizes=(64,), eval_size=64), 0)
+    assert "ids differ between training and validation; matched by name" in capsys.readouterr().out
+    assert val.class_names == train.class_names == ["dog", "cat"]
+    assert labels_of(val) == ["cat", "dog"] and val.category_ids == [7, 3]
+    truth = val.coco()
+    assert {truth.cats[row["category_id"]]["name"] for row in truth.imgToAnns[1]} == {"cat"}
+    assert torch.equal(val[0][1]["labels"], torch.tensor([1]))
+
+
+@pytest.mark.parametrize("names", (["cat"], ["cat", "bird"], ["cat", "cat"]))
+def test_other_categories_in_validation_are_refused_at_the_start(tmp_path, names):
+    folder = coco_folder(tmp_path, images=2)
+
+    def rename(content):
+        ids = [7, 3][: len(names)]
+        content["categories"] = [{"id": i, "name": name} for i, name in zip(ids, names)]
+        content["annotations"] = [
+            row for row in content["annotations"] if row["category_id"] in ids
+        ]
+
+    edit_val(folder, rename)
+    with pytest.raises(UserError, match="same categories in the training and the validation json"):
+        build_datasets(folder, Recipe(train_sizes=(64,), eval_size=64), 0)
