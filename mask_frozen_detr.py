@@ -329,7 +329,7 @@ def load_frozen(path: str, num_classes: int, enc_layer: int) -> Frozen:
     if meta["model_name"] == __name__:
         raise ValueError(f"expected a detector, got {path}, a mask network: give the detector it was trained on")
     paper = import_module(meta["model_name"])
-    model, names = class_rows.used_classes(model, paper, cfg, meta["class_names"])
+    model, names = class_rows.without_unused(model, paper, cfg, meta["class_names"])
     if len(names) != num_classes:
         raise ValueError(f"expected a detector of {num_classes} classes, as the data has, got {path} with {len(names)}: train "
                          "it on this data first (train.py --init copies class rows by name)")

@@ -3,7 +3,7 @@ import importlib
 from pathlib import Path
 from torch import nn
 from engine.checkpoints import load, make_config
-from engine.released import released
+from engine.released import convert
 
 def load_model(path: str | Path, device="cpu", variant: str = "", detector: str = "") -> tuple[nn.Module, object, dict]:
     """A checkpoint of ours or a released one -> model in eval mode (moving average when there is one), its Config and
@@ -11,7 +11,7 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     weights nor options of a released file tell, such as `dc5`; `detector`: where the frozen one of a mask network lies now."""
     state = load(path)
     if "model_name" not in state:
-        state = released(state, path, variant)
+        state = convert(state, path, variant)
     elif variant:
         raise ValueError(f"--variant is for released weights, {path} knows its own settings: leave it out")
     paper = importlib.import_module(state["model_name"])
