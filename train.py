@@ -422,7 +422,7 @@ def start_weights(run: Run, cfg, model, class_names: list[str]) -> list[str]:
         return [load_backbone_weights(backbone, cfg.backbone, cfg.backbone_weights) for backbone in backbones]
     state = checkpoints.load(run.init)
     if "model_name" not in state:
-        state = released.released(state, run.init)
+        state = released.convert(state, run.init)
     fitted, skipped = class_rows.fit(state.get("ema", state["model"]), state["class_names"], model.state_dict(),
                                       class_names)
     model.load_state_dict(fitted)

@@ -8,7 +8,7 @@ from torch import nn
 from engine import checkpoints, class_rows
 from engine.errors import UserError
 from engine.recipe import Recipe
-from engine.released import released
+from engine.released import convert
 
 
 class Loaded(NamedTuple):
@@ -28,7 +28,7 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     detector: where the frozen detector of a mask network lies now; default: where it was."""
     state = checkpoints.load(path)
     if "model_name" not in state:
-        state = released(state, path, variant)
+        state = convert(state, path, variant)
     elif variant:
         raise UserError(f"--variant is for released weights, {path} knows its own settings: "
                         "leave it out")
@@ -58,6 +58,6 @@ def load_detector(path: str) -> Loaded:
     if getattr(loaded.paper, "NEEDS_DETECTOR", False):
         raise UserError(f"expected a detector, got {path}, a mask network: give the detector it was "
                         "trained on")
-    model, names = class_rows.used_classes(loaded.model, loaded.paper, loaded.cfg,
+    model, names = class_rows.without_unused(loaded.model, loaded.paper, loaded.cfg,
                                            loaded.meta["class_names"])
     return loaded._replace(model=model, meta={**loaded.meta, "class_names": names})

@@ -8,6 +8,7 @@ import torch
 
 from engine.recipe import override
 from engine import models
+from engine import authors_names
 from engine import released
 import recordings
 from deformable_detr import (RECIPE, SMALL, VARIANTS, Config, DeformableDETR, Criterion, Memory, build, detect, encoder_proposals,
@@ -53,10 +54,10 @@ def test_released_checkpoints_map_one_to_one(shared, recipe, variant, file, tens
         model, _ = build(replace(Config(), **VARIANTS.get(variant, {})), 91)
         authors = {name: torch.empty(shape) for name, shape in keys}
     assert sum(p.numel() for p in model.parameters()) == parameters
-    family, found = released.recognise(authors)
-    ours = released.from_authors(authors, family)
+    family, found = released.recognize(authors)
+    ours = authors_names.from_authors(authors, family)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert {k: v.shape for k, v in released.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
+    assert {k: v.shape for k, v in authors_names.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
 
 
 def test_a_fresh_model_looks_like_the_authors(shared):

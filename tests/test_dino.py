@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from engine.recipe import override
+from engine import authors_names
 from engine import released
 import dino
 import recordings
@@ -79,11 +80,11 @@ def test_released_checkpoints_map_one_to_one(shared, recipe, levels, tensors, pa
         model, _ = build(Config(num_feature_levels=levels), 91)
         authors = {name: torch.empty(shape) for name, shape in keys}
     assert sum(p.numel() for p in model.parameters()) == parameters
-    family, found = released.recognise(authors)
-    ours = released.from_authors(authors, family)
+    family, found = released.recognize(authors)
+    ours = authors_names.from_authors(authors, family)
     assert found["num_feature_levels"] == levels and found["num_queries"] == 900
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert {k: v.shape for k, v in released.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
+    assert {k: v.shape for k, v in authors_names.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
 
 
 @pytest.mark.parametrize("levels", [4, 5])

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from engine.recipe import override
+from engine import authors_names
 from engine import released
 import recordings
 from h_detr import (RECIPE, SMALL, VARIANTS, Config, Criterion, HDETR, build, detect, group_mask, param_groups)
@@ -87,16 +88,16 @@ def test_the_released_checkpoint_maps_one_to_one(shared, recipe):
     keys = recipe.read_keys(shared / "golden" / "keys_h_deformable_detr_r50.txt")
     assert len(keys) == 631
     authors = {name: torch.empty(shape, device="meta") for name, shape in keys}
-    family, found = released.recognise(authors)
+    family, found = released.recognize(authors)
     assert family == "h_detr" and (found["num_queries"], found["num_queries_one2many"]) == (300, 1500)
     with torch.device("meta"):
         model, _ = build(Config(**found), 91)
         baseline, _ = build(override(Config(), VARIANTS["baseline"]), 91)
     assert sum(p.numel() for p in model.parameters()) == 47_946_073
     assert sum(p.numel() for p in baseline.parameters()) == 47_562_073
-    ours = released.from_authors(authors, family)
+    ours = authors_names.from_authors(authors, family)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert {k: v.shape for k, v in released.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
+    assert {k: v.shape for k, v in authors_names.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
 
 
 def test_a_fresh_model_looks_like_the_authors(shared):

@@ -35,7 +35,7 @@ import deformable_attn
 from deformable_attn import ms_deform_attn, ms_deform_attn_fused, sampling_locations
 import data
 import scenes
-from engine import checkpoints, datasets, released
+from engine import authors_names, checkpoints, datasets
 from engine.recipe import configure
 from eval import coco_results, score
 from engine.machine import prepare_cpu
@@ -414,8 +414,8 @@ def peers():
         disable_custom_kernels=True))
     cfg = deformable_detr.Config(**deformable_detr.VARIANTS["two_stage"])
     model, criterion = deformable_detr.build(cfg, 91)
-    weights = released.from_transformers(theirs.state_dict())
-    model.load_state_dict(released.from_authors(weights, "deformable_detr_two_stage"))
+    weights = authors_names.from_transformers(theirs.state_dict())
+    model.load_state_dict(authors_names.from_authors(weights, "deformable_detr_two_stage"))
     return theirs, model, criterion, deformable_detr.RECIPE
 
 
