@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
-from backbones import BACKBONES, build_backbone, learned
+from backbones import BACKBONES, build_backbone, drop_derived_buffers
 from engine.checkpoints import FORMAT
 from engine.class_rows import COCO_IDS, COCO_NAMES, coco_columns, wrapped
 
@@ -142,7 +142,7 @@ def recognise_co_detr(state: dict) -> tuple[str, dict]:
 def recognise_backbone(state: dict) -> dict:
     """{"backbone": name} of the backbone in a state dict, in DINO's, H-DETR's or Co-DETR's names; {} when it has none."""
     theirs = backbone_shapes({re.sub(r"^backbone\.(0\.)?(body\.)?", "", key): value
-                              for key, value in learned(state).items() if key.startswith("backbone.")})
+                              for key, value in drop_derived_buffers(state).items() if key.startswith("backbone.")})
     if not theirs:
         return {}
     for name in BACKBONES:
@@ -194,8 +194,8 @@ def translate(state: dict, back: bool = False) -> dict:
 
 def from_authors(state: dict, family: str) -> dict:
     """Authors' names -> ours; second copies of the heads are compared and dropped. ValueError when copies that must be
-    equal are not, or tied heads differ. What `backbones.learned` drops is not in the result, nor does `to_authors` make it."""
-    state, kind = learned(strip_profiler(state)), FAMILIES[family]
+    equal are not, or tied heads differ. What `backbones.drop_derived_buffers` drops is not in the result, nor does `to_authors` make it."""
+    state, kind = drop_derived_buffers(strip_profiler(state)), FAMILIES[family]
     if kind.model_name == "co_detr":
         return translate(state)
     ours = {}

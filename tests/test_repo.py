@@ -40,7 +40,7 @@ def imports(path):
 
 @pytest.mark.parametrize("name", CITES)
 def test_the_import_graph_is_the_citation_graph(name):
-    assert imports(MODULES[name]) - {name} == CITES[name]
+    assert imports(MODULES[name]) - {name, "errors"} == CITES[name]   # an exception is no citation
 
 
 @pytest.mark.parametrize("parent", CHILDREN)
