@@ -19,7 +19,7 @@ Differences from the paper
     a CPU. It has a 3x3 stem without max pooling.
  4. Group normalization (ours) as an option for small batches.
  5. Under bfloat16 autocast, FrozenBatchNorm2d computes in float32 and rounds its output once.
-    DETR's code returns float32 there, which costs twice the memory.
+    DETR's code returns float32 there, which needs more memory.
 """
 import functools
 import math

@@ -1,5 +1,6 @@
 """..."""
 from torch import nn
+from engine.errors import UserError
 
 COCO_IDS = [i for i in range(1, 91) if i not in (12, 26, 29, 30, 45, 66, 68, 69, 71, 83)]   # columns in use of the 91
 COCO_NAMES = """person, bicycle, car, motorcycle, airplane, bus, train, truck, boat, traffic light, fire hydrant,
@@ -97,7 +98,7 @@ def fit(state: dict, names: list[str], into: dict, into_names: list[str]) -> tup
         else:
             result[key] = state[key]
     if all(value is into[key] for key, value in result.items()):
-        raise ValueError(f"expected a checkpoint of the same paper file, got nothing that fits the model (first: {skipped[0]})")
+        raise UserError(f"expected a checkpoint of the same paper file, got nothing that fits the model (first: {skipped[0]})")
     unused = [key for key in state if key not in into]
     skipped += [f"{key}: only in the checkpoint" for key in unused]
     if names != into_names:
@@ -110,7 +111,7 @@ def fit_classes(model, paper, cfg, meta, dataset):
     out. Any other difference is a ValueError that lists both."""
     names = [name for name in meta["class_names"] if not name.startswith("unused ")]
     if names != dataset.class_names:
-        raise ValueError(f"expected a data set with the classes of the checkpoint, in this order,\n  {names}\n"
-                         f"got {dataset.name} with\n  {dataset.class_names}\n"
-                         "give the data it was trained on with --data, or train on these classes: train.py --init")
+        raise UserError(f"expected a data set with the classes of the checkpoint, in this order,\n  {names}\n"
+                        f"got {dataset.name} with\n  {dataset.class_names}\n"
+                        "give the data it was trained on with --data, or train on these classes: train.py --init")
     return used_classes(model, paper, cfg, meta["class_names"])[0]

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 import torch
 from torch import Tensor
+from engine.errors import UserError
 from backbones import BACKBONES, build_backbone, drop_derived_buffers
 from engine.checkpoints import FORMAT
 from engine.class_rows import COCO_IDS, COCO_NAMES, coco_columns, wrapped
@@ -27,7 +28,7 @@ FAMILIES = {   # no list of released names was seen of DINO on Swin and FocalNet
     "dino": Family("dino", {}, True, ("bbox_embed", "class_embed")),   # 4-scale and 5-scale
     "h_detr": Family("h_detr", {}, False, ("bbox_embed", "class_embed")),
     "co_dino": Family("co_detr", {}, False),
-    "co_deformable": Family("co_detr", {"detector": "h_detr", "quality_focal": False, "soft_nms": 0.0, "loss_class": 2.0,
+    "co_deformable": Family("co_detr", {"base": "h_detr", "quality_focal": False, "soft_nms": 0.0, "loss_class": 2.0,
                                         "top_k": 100}, False),
 }
 RENAMED = {"backbone.0.body.": "backbone.", "backbone.0.": "backbone.",   # prefix: theirs -> ours
@@ -93,8 +94,8 @@ def recognise(state: dict) -> tuple[str, dict]:
     if HEAD + "level_embeds" in state:
         return recognise_co_detr(state)
     if "transformer.level_embed" not in state or "class_embed.0.weight" not in state:
-        raise ValueError("expected weights of one of " + ", ".join(FAMILIES) + ", or of transformers' Deformable DETR; got "
-                         "names such as " + ", ".join(list(state)[:3]) + ": give a checkpoint of these models")
+        raise UserError("expected weights of one of " + ", ".join(FAMILIES) + ", or of transformers' Deformable DETR; got "
+                        "names such as " + ", ".join(list(state)[:3]) + ": give a checkpoint of these models")
     if "label_enc.weight" in state:
         family = "dino"
     elif "transformer.enc_output.weight" in state:
@@ -129,8 +130,8 @@ def recognise_co_detr(state: dict) -> tuple[str, dict]:
         found[f"{part}_layers"] = count_layers(state, part)
     found["num_queries"] = shape[HEAD + "query_embed.weight" if family == "co_dino" else "query_head.query_embedding.weight"][0]
     if "roi_head.0.bbox_head.shared_fcs.0.weight" not in shape:
-        raise ValueError("expected a released Co-DETR file with its training heads, got one without roi_head.0: the detector "
-                         "alone is not recognised; give the file as it was released")
+        raise UserError("expected a released Co-DETR file with its training heads, got one without roi_head.0: the detector "
+                        "alone is not recognised; give the file as it was released")
     found["roi_dim"] = shape["roi_head.0.bbox_head.shared_fcs.0.weight"][0]
     found["roi_convs"] = sum(bool(re.match(r"roi_head\.0\.bbox_head\.shared_convs\.\d+\.conv\.", key)) for key in shape)
     variant = {("co_dino", "vit_l", 1500): "vit_l", ("co_deformable", "swin_l", 900): "co_deformable_swin_l_900q"}.get(
@@ -148,8 +149,8 @@ def recognise_backbone(state: dict) -> dict:
     for name in BACKBONES:
         if published_shapes(name) == theirs:
             return {"backbone": name}
-    raise ValueError(f"expected a backbone among {', '.join(BACKBONES)}, got another one, with tensors such as "
-                     f"{', '.join(list(theirs)[:3])}: this file cannot represent it")
+    raise UserError(f"expected a backbone among {', '.join(BACKBONES)}, got another one, with tensors such as "
+                    f"{', '.join(list(theirs)[:3])}: this file cannot represent it")
 
 
 def backbone_shapes(state: dict) -> dict:
@@ -187,7 +188,7 @@ def translate(state: dict, back: bool = False) -> dict:
             continue
         pattern, new = next((row for row in table if row[0].match(key)), (None, None))
         if pattern is None:
-            raise ValueError(f"expected the names of Co-DETR, got {key}, which has no place in our model")
+            raise UserError(f"expected the names of Co-DETR, got {key}, which has no place in our model")
         result[pattern.sub(new, key, count=1)] = value
     return result
 
@@ -213,8 +214,8 @@ def from_authors(state: dict, family: str) -> dict:
 
 def check_equal(key: str, value: Tensor, other: str, state: dict) -> None:
     if other not in state or state[other].shape != value.shape or not (value.is_meta or torch.equal(value, state[other])):
-        raise ValueError(f"expected {key} to equal {other} (one tensor under two names), got different ones: these "
-                         "weights come from a changed model that this file cannot represent")
+        raise UserError(f"expected {key} to equal {other} (one tensor under two names), got different ones: these "
+                        "weights come from a changed model that this file cannot represent")
 
 
 def rename(key: str, prefixes: dict) -> str:
@@ -283,7 +284,7 @@ def released(state: dict, path: str | Path, variant: str = "") -> dict:
     comes from the options in the file, or in the config.json beside `transformers`' weights."""
     weights, options, source = state.get("model", state.get("state_dict", state)), state.get("args", {}), "released"
     if not isinstance(weights, dict):
-        raise ValueError(f"{path}: expected weights under 'model', got {type(weights).__name__}")
+        raise UserError(f"{path}: expected weights under 'model', got {type(weights).__name__}")
     if "model.level_embed" in weights:
         weights, source, beside = from_transformers(weights), "transformers'", Path(path).with_name("config.json")
         options = json.loads(beside.read_text()) if beside.is_file() else {}
@@ -292,7 +293,7 @@ def released(state: dict, path: str | Path, variant: str = "") -> dict:
     weights = from_authors(weights, family)
     paper = importlib.import_module(FAMILIES[family].model_name)
     if variant not in ("", *paper.VARIANTS):
-        raise ValueError(f"expected --variant to be one of {', '.join(paper.VARIANTS)}, got {variant!r}")
+        raise UserError(f"expected --variant to be one of {', '.join(paper.VARIANTS)}, got {variant!r}")
     known = OPTIONS | (TWO_STAGE_OPTIONS if overrides.get("two_stage") else {})
     fields = {field.name for field in dataclasses.fields(paper.Config)}
     overrides |= {ours: options[theirs] for theirs, ours in known.items() if theirs in options and ours in fields}

@@ -1,5 +1,6 @@
 """Runs a model of ours on a recording of the authors' code and compares everything the recording holds."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -150,7 +151,7 @@ def check_model(rec, model, criterion, family, dtype=torch.float32, recipe=None,
         for i, given in enumerate(m for m in getattr(model.backbone, "maps", []) if m is not None):
             close(given.grad, rec[f"feature{i}_grad"], 1e-3 * np.abs(rec[f"feature{i}_grad"]).max(), f"feature{i}_grad")
     if "post.scores" in rec:
-        found = detect(outputs, tensor(rec["post_sizes"]), rec["post.scores"].shape[1])
+        found = detect(outputs, tensor(rec["post_sizes"]), replace(model.cfg, top_k=rec["post.scores"].shape[1]))
         for name, tolerance in (("scores", 1e-4), ("labels", 0), ("boxes", 1e-2)):
             close(torch.stack([d[name] for d in found]), rec[f"post.{name}"], tolerance, f"post.{name}")
     return outputs

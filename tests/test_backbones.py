@@ -3,7 +3,6 @@ common, alone and in the detectors."""
 import argparse
 import copy
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -23,6 +22,7 @@ from backbones.layers import DropPath, drop_rates
 from backbones.swin import SWINS, Swin, SwinBlock, relative_position_index
 from backbones.vit import VITS, ViT, ViTBlock, resize_positions, rotary_table
 from engine.errors import UserError
+from engine.recipe import configure
 
 
 def narrow_swin(**options):
@@ -342,9 +342,8 @@ def tiny_detector(model_name, variant, **changes):
                  decoder_layers=2, num_queries=7)
     small = {name: value for name, value in paper.SMALL.items()
              if name.startswith(("roi_samples", "roi_dim", "rpn_", "num_queries_one2many"))}
-    values = {**small, **paper.VARIANTS[variant], **sizes, "num_heads": 2,
-              "backbone_weights": "none", **changes}
-    cfg = replace(paper.Config(), **values)
+    fixed = {"num_heads": 2, "backbone_weights": "none"}
+    cfg, _ = configure(paper, small, paper.VARIANTS[variant], sizes, fixed, changes)
     return (cfg, *paper.build(cfg, 5))
 
 
@@ -401,8 +400,9 @@ def test_vit_images_are_padded_to_a_multiple_of_32_and_boxes_stay(tiny):
 def test_layers_of_the_vision_transformer_learn_slower_towards_the_image(tiny):
     """lr x 0.8^(25 - id): id 0 for patches and positions, b + 1 for block b of 24, 25 for all the
     rest; here 4 blocks."""
-    cfg, model, _ = tiny_detector("co_detr", "vit_l")
-    groups = co_detr.param_groups(model, cfg)
+    _, model, _ = tiny_detector("co_detr", "vit_l")
+    _, recipe = configure(co_detr, co_detr.VARIANTS["vit_l"])
+    groups = co_detr.param_groups(model, recipe)
     rate = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(rate) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     for name, p in model.named_parameters():
@@ -415,7 +415,7 @@ def test_layers_of_the_vision_transformer_learn_slower_towards_the_image(tiny):
         decay = 0.01 if p.dim() > 1 else 0.0
         assert rate[id(p)] == (pytest.approx(5e-5 * 0.8 ** (5 - level)), decay), name
     with pytest.raises(ValueError, match="layer_decay beside a ViT"):
-        tiny_detector("co_detr", "swin_l", layer_decay=0.8)
+        co_detr.param_groups(tiny_detector("co_detr", "swin_l")[1], recipe)
 
 
 def test_the_region_head_of_vit_has_one_box_for_all_classes_at_half_the_std():
@@ -444,8 +444,8 @@ def test_a_detector_on_swin_trains_and_is_evaluated(tiny, tmp_path, capsys):
     flags = ("--model dino --preset small --backbone swin_t --drop_path 0.1 --num_train 8 "
              "--num_val 4 --batch_size 4 --epochs 1 --ema 0 --device cpu --workers 0 --threads 1 "
              "--recompute --dim 32 --ffn_dim 32 --num_queries 9 --train_sizes 64 --eval_size 64")
-    run, cfg = train.parse([*flags.split(), "--out", str(tmp_path)])
-    record = train.train(run, cfg)
+    run, cfg, recipe = train.parse([*flags.split(), "--out", str(tmp_path)])
+    record = train.train(run, cfg, recipe)
     assert record["step"] == 2 and 0 <= record["AP"] <= 1
     assert "backbone swin_t: random weights" in capsys.readouterr().out
 

@@ -20,6 +20,8 @@ import numpy as np
 import pytest
 import torch
 
+from engine.recipe import configure
+from engine.errors import UserError
 from engine import checkpoints
 from engine import class_rows
 from engine import models
@@ -88,7 +90,7 @@ def test_every_released_tensor_has_one_place(listed):
     assert found_family == family and expected.items() <= found.items()
     paper = importlib.import_module(released.FAMILIES[family].model_name)
     with torch.device("meta"):
-        model, _ = paper.build(paper.Config(**found), 80 if paper.__name__ == "co_detr" else 91)
+        model, _ = paper.build(configure(paper, found)[0], 80 if paper.__name__ == "co_detr" else 91)
     ours = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     assert ours == {name: tuple(tensor.shape) for name, tensor in released.from_authors(theirs, family).items()}
 
@@ -113,7 +115,7 @@ def test_backbones_without_a_list_go_forth_and_back_and_are_recognised(model_nam
     paper = importlib.import_module(model_name)
     place, tensors, parameters = UNVERIFIED[model_name, variant]
     with torch.device("meta"):
-        model, _ = paper.build(paper.Config(**paper.VARIANTS[variant]), 91)
+        model, _ = paper.build(configure(paper, paper.VARIANTS[variant])[0], 91)
     ours = model.state_dict()
     theirs = released.to_authors(ours, model_name)
     assert f"{place}patch_embed.proj.weight" in theirs and f"{place}norm3.weight" in theirs
@@ -176,7 +178,7 @@ def released_file(path, monkeypatch):
 
 def test_released_files_load_with_their_options_pickled_beside_them(tmp_path, monkeypatch):
     source = released_file(tmp_path / "released.pth", monkeypatch)
-    model, cfg, meta = models.load_model(tmp_path / "released.pth")
+    model, _, cfg, _, meta, _ = models.load_model(tmp_path / "released.pth")
     assert cfg.num_queries == 5 and cfg.encoder_layers == 1 and meta["class_names"][18] == "dog"
     assert all(torch.equal(a, b) for a, b in zip(model.state_dict().values(), source.state_dict().values()))
 
@@ -339,7 +341,7 @@ def test_safetensors_are_read_without_their_package(tmp_path):
 
 def test_broken_missing_and_foreign_files_are_told_apart(tmp_path):
     path = tmp_path / "last.pt"
-    with pytest.raises(FileNotFoundError, match="found no file"):
+    with pytest.raises(UserError, match="found no file"):
         checkpoints.load(path)
     checkpoints.save(path, {"a": torch.zeros(1000)})
     path.write_bytes(path.read_bytes()[:-500])
@@ -363,7 +365,7 @@ def test_an_error_while_saving_leaves_the_old_file(tmp_path):
 
 
 def test_newest_falls_back_and_says_so(tmp_path, capsys):
-    with pytest.raises(FileNotFoundError, match="nothing to resume.*without --resume"):
+    with pytest.raises(UserError, match="nothing to resume.*without --resume"):
         checkpoints.newest(tmp_path)
     last = tmp_path / "last.pt"
     for step in (1, 2):
@@ -376,8 +378,8 @@ def test_newest_falls_back_and_says_so(tmp_path, capsys):
 
 
 def test_a_config_of_another_version_is_refused_by_field():
-    with pytest.raises(ValueError, match="wings.*dino.Config"):
-        checkpoints.make_config(importlib.import_module("dino"), {"wings": 2})
+    with pytest.raises(ValueError, match="dino.Config.*wings"):
+        checkpoints.settings(importlib.import_module("dino"), {"config": {"wings": 2}})
 
 
 def save_for_ever(path, reports):

@@ -1,13 +1,13 @@
 """Fidelity without the recordings: a few figures that the authors' code gave for small models, as literals. Weights, inputs and
 objects are hashed (`hashed`), tolerances those that the recordings state. A clone of this repository alone runs all of it."""
 import importlib
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
+from engine.recipe import override
 from engine import released
 import co_detr
 import dino
@@ -96,7 +96,7 @@ def hashed_model(run):
     """The model with hashed weights under the authors' names, and its criterion."""
     paper = importlib.import_module(released.FAMILIES[run.family].model_name)
     sizes = CO if paper is co_detr else SIZES
-    cfg = replace(paper.Config(), **{**released.FAMILIES[run.family].overrides, **sizes, **run.config})
+    cfg = override(paper.Config(), {**released.FAMILIES[run.family].overrides, **sizes, **run.config})
     finest = 16 if len(run.channels) == 1 else 2 ** (6 - len(run.channels))
     maps = [hashed.feature(level, (2, width, 96 // (finest << level), 128 // (finest << level)), run.seed)
             for level, width in enumerate(run.channels)]

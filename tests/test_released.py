@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.recipe import configure
 from engine import checkpoints
 from engine import class_rows
 from engine import models
@@ -31,10 +32,10 @@ def test_a_photo_on_disk_becomes_the_authors_detections(golden, recipe, shared, 
     shapes = [json.loads(str(shape)) for shape in rec[f"j{job}.key_shapes"]]
     weights = recipe.state_dict(zip(rec[f"j{job}.key_names"].tolist(), shapes), made["seed"], made["tied_heads"])
     torch.save({"model": {name: torch.from_numpy(value) for name, value in weights.items()}}, tmp_path / "released.pth")
-    model, cfg, meta = models.load_model(tmp_path / "released.pth")
+    model, _, cfg, recipe, meta, _ = models.load_model(tmp_path / "released.pth")
     assert meta["model_name"] == made["variant"]
     folder, name = made["files"][photo].split("/")
-    dataset = data.CocoFolder(shared / "data" / "coco_mini", folder.removesuffix("2017"), data.eval_transform(cfg))
+    dataset = data.CocoFolder(shared / "data" / "coco_mini", folder.removesuffix("2017"), data.eval_transform(recipe))
     index = dataset.files.tolist().index(name)
     expected = {key.split(".", 1)[1]: value for key, value in rec.items() if key.startswith(f"j{job}i{photo}.")}
 
@@ -45,7 +46,7 @@ def test_a_photo_on_disk_becomes_the_authors_detections(golden, recipe, shared, 
 
     model.double().register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
     (outputs, (target,)), = inference.predict(model, dataset, [index], "cpu")
-    found, = deformable_detr.detect(outputs, target["orig_size"][None], cfg.top_k)
+    found, = deformable_detr.detect(outputs, target["orig_size"][None], cfg)
     assert len(found["scores"]) == len(expected["scores"])
     np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=1e-5)
     assert found["labels"].tolist() == expected["labels"].tolist()
@@ -89,20 +90,20 @@ def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, c
 
 def test_settings_are_those_of_the_family():
     co = importlib.import_module("co_detr")
-    said = evaluation.settings(co.Config())
+    said = evaluation.settings(*configure(co))
     assert "short side 800" in said and "the 300 best" in said and "soft-NMS from IoU 0.8" in said
-    assert "NMS" not in evaluation.settings(replace(co.Config(), **co.VARIANTS["co_deformable"]))
-    said = evaluation.settings(replace(co.Config(), **co.VARIANTS["vit_l"]))
+    assert "NMS" not in evaluation.settings(*configure(co, co.VARIANTS["co_deformable"]))
+    said = evaluation.settings(*configure(co, co.VARIANTS["vit_l"]))
     assert "short side 1280 px but long side at most 2048 px" in said and "multiple of 32" in said and "the 1000 best" in said
-    assert "the 100 best" in evaluation.settings(deformable_detr.Config())
+    assert "the 100 best" in evaluation.settings(*configure(deformable_detr))
 
 
 def test_options_beside_the_weights_tell_what_no_shape_shows(tmp_path):
     released_file(tmp_path / "a.pth", "deformable_detr_two_stage", num_queries=7, nheads=4, dilation=True, lr=2e-4)
-    _, cfg, _ = models.load_model(tmp_path / "a.pth")
-    assert (cfg.num_queries, cfg.num_heads, cfg.dilation, cfg.lr) == (7, 4, True, deformable_detr.Config().lr)
+    _, _, cfg, recipe, *_ = models.load_model(tmp_path / "a.pth")
+    assert (cfg.num_queries, cfg.num_heads, cfg.dilation, recipe) == (7, 4, True, deformable_detr.RECIPE)
     released_file(tmp_path / "b.pth", "deformable_detr", num_queries=5)
-    _, cfg, _ = models.load_model(tmp_path / "b.pth", variant="dc5")
+    _, _, cfg, *_ = models.load_model(tmp_path / "b.pth", variant="dc5")
     assert cfg.dilation and cfg.num_feature_levels == 4   # what shapes show stays
     with pytest.raises(ValueError, match="expected --variant to be one of single_scale, dc5, refine, two_stage, got 'dc6'"):
         models.load_model(tmp_path / "b.pth", variant="dc6")
@@ -116,7 +117,7 @@ def arguments(tmp_path, model, *more):
 
 def started(tmp_path, model, class_names, *more):
     """What `train.py --init` starts from, and its report."""
-    run, cfg = train.parse(arguments(tmp_path, model, *more))
+    run, cfg, _ = train.parse(arguments(tmp_path, model, *more))
     fresh, _ = importlib.import_module(model).build(cfg, len(class_names))
     report = train.start_weights(run, cfg, fresh, class_names)
     return fresh.state_dict(), "\n".join(report)
