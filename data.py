@@ -40,7 +40,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -50,6 +49,7 @@ from engine.coco_json import Problem
 from engine.errors import UserError
 from engine.images import UnreadableImage, read_header, read_image, upright_size
 from engine.notices import one_line
+from engine.segmentations import decode_mask
 from engine.workers import TIMEOUT, affordable_workers, one_line_errors, start_worker
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)   # of ImageNet, RGB
@@ -142,24 +142,6 @@ def offsets(lengths: list[int]) -> np.ndarray:
     return np.cumsum([0, *lengths])
 
 
-def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
-    """Decode polygons, compressed or uncompressed RLE to a mask (height, width) uint8.
-
-    Raises UserError if the segmentation was made for another image size.
-    """
-    if isinstance(segmentation, list):
-        polygons = coco_mask.frPyObjects(segmentation, height, width)
-        segmentation = coco_mask.merge(polygons)
-    elif isinstance(segmentation["counts"], list):
-        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
-    mask = coco_mask.decode(segmentation)
-    if mask.shape != (height, width):
-        raise UserError(
-            f"segmentation: expected a mask of (h, w) = {height, width} px, got {mask.shape}; "
-            "run python -m tools.check_data DIR")
-    return mask
-
-
 # ----------------------------------------------------------------------------------- data sets
 
 class DetectionData(Dataset):
@@ -195,6 +177,10 @@ class DetectionData(Dataset):
         """
         return index, self.image(index)
 
+    def is_readable(self, index: int) -> bool:
+        """Whether the image of a sample is its own, as far as is known."""
+        return True
+
     def prepare(self) -> None:
         """Fill caches in the parent process, so that the workers inherit them."""
 
@@ -227,10 +213,10 @@ class DetectionData(Dataset):
         keep = np.flatnonzero(~objects.crowd & has_area(boxes))
         target = {"labels": objects.labels[keep], "boxes": boxes[keep]}
         if self.load_masks and self.has_masks:
-            masks = np.zeros((len(keep), height, width), np.uint8)
-            for mask, row in zip(masks, keep):
-                mask[:] = decode_mask(json.loads(objects.segmentations[row]), height, width)
-            target["masks"] = masks
+            target["masks"] = np.zeros((len(keep), height, width), np.uint8)
+            for mask, row in zip(target["masks"], keep):
+                if self.is_readable(index):
+                    mask[:] = decode_mask(json.loads(objects.segmentations[row]), height, width)
         return target
 
     def coco(self) -> COCO:
@@ -390,7 +376,7 @@ class CocoFolder(DetectionData):
         # In training the next readable image, in evaluation only this one.
         candidates = [index]
         if self.split == "train":
-            candidates = [(index + k) % len(self) for k in range(len(self))]
+            candidates = itertools.chain(range(index, len(self)), range(index))
         for candidate in candidates:
             if self.unreadable[candidate]:
                 continue
@@ -404,6 +390,9 @@ class CocoFolder(DetectionData):
                 "python -m tools.check_data DIR")
         size = self.sizes[index].clip(1, MAX_GRAY_SIDE)
         return index, Image.new("RGB", tuple(size.tolist()), GRAY)
+
+    def is_readable(self, index):
+        return not self.unreadable[index]
 
     def _count_unreadable(self, index, error):
         """Warn once about an unreadable image; raise UserError if there are too many."""

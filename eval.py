@@ -227,7 +227,7 @@ def detect_images(paths, model, detect, cfg, recipe, meta, out, device, threshol
         try:
             image = data.read_image(path)
         except data.UnreadableImage as error:
-            print(f"skipped {path}: {error}", file=sys.stderr)
+            print(f"skipped {error}", file=sys.stderr)
             continue
         detection = detect_image(model, detect, image, cfg, recipe, device, amp)
         rows = coco_results([detection], [image_id], meta["category_ids"])

@@ -1,11 +1,31 @@
-"""Segmentations of a COCO json: check every number before pycocotools' C code sees it."""
+"""Segmentations of a COCO json: decode them, and check every number before pycocotools sees it."""
 import numpy as np
+from pycocotools import mask as coco_mask
 
+from engine.errors import UserError
 from engine.images import MAX_PIXELS
 from engine.notices import one_line
 
 MAX_COORDINATE = 1e5    # px
 MAX_OUTLINE = 1e6       # px; pycocotools' memory grows with the length of a polygon's outline
+
+
+def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
+    """Decode polygons, compressed or uncompressed RLE to a mask (height, width) uint8.
+
+    Raises UserError if the segmentation was made for another image size.
+    """
+    if isinstance(segmentation, list):
+        polygons = coco_mask.frPyObjects(segmentation, height, width)
+        segmentation = coco_mask.merge(polygons)
+    elif isinstance(segmentation["counts"], list):
+        segmentation = coco_mask.frPyObjects(segmentation, *segmentation["size"])
+    mask = coco_mask.decode(segmentation)
+    if mask.shape != (height, width):
+        raise UserError(
+            f"segmentation: expected a mask of (h, w) = {height, width} px, got {mask.shape}; "
+            "run python -m tools.check_data DIR")
+    return mask
 
 
 def segmentation_fault(segmentation, size: tuple[int, int]) -> str | None:

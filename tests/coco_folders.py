@@ -100,3 +100,8 @@ def perfect_results(dataset):
             results.append({"image_id": target["image_id"], "bbox": box, "score": 1.0,
                             "category_id": dataset.category_ids[label]})
     return results
+
+
+def epoch_of(loader):
+    """Places in the data set of the images of each batch."""
+    return [[target["index"] for target in targets] for _, _, targets in loader]

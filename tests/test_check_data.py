@@ -1,6 +1,5 @@
 """The data set check: every problem is reported by file and id, and nothing ends in a traceback."""
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,6 @@ from pycocotools import mask as coco_mask
 import data
 from coco_folders import (POLYGON, annotation, category, edit_json, image_entry, json_file,
                           truncate, write_folder)
-from engine import coco_json, notices
 from engine.errors import UserError
 from engine.segmentations import decode_counts, segmentation_fault
 from tools import check_data

@@ -183,8 +183,8 @@ def unused_classes(dataset: DetectionData) -> list[Problem]:
     """Report classes without one object in the training set."""
     problems = []
     for label in np.flatnonzero(class_counts(dataset) == 0):
-        where = (f"{dataset.class_names[label]!r} (id {dataset.category_ids[label]}): remove it from "
-                 "categories if it is a placeholder")
+        name = dataset.class_names[label]
+        where = f"{name!r} (id {dataset.category_ids[label]}): remove it if it is a placeholder"
         problems.append(Problem("warning", "class without objects", where))
     return problems
 
