@@ -226,8 +226,8 @@ def detect_images(paths, model, detect, cfg, recipe, meta, out, device, threshol
     for path, image_id in zip(paths, image_ids(paths), strict=True):
         try:
             image = data.read_image(path)
-        except data.BROKEN_IMAGE as error:
-            print(f"skipped {path}: {error}", file=sys.stderr)
+        except data.UnreadableImage as error:
+            print(f"skipped {error}", file=sys.stderr)
             continue
         detection = detect_image(model, detect, image, cfg, recipe, device, amp)
         rows = coco_results([detection], [image_id], meta["category_ids"])

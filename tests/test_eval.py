@@ -250,7 +250,7 @@ def make_scenes(n, **options):
 
 def test_images_without_objects_and_a_model_without_detections_are_evaluated():
     dataset = make_scenes(16)
-    empty = dataset.take([i for i in range(16) if not len(dataset.objects(i).labels)])
+    empty = dataset.subset([i for i in range(16) if not len(dataset.objects(i).labels)])
     assert len(empty) >= 1
     model = Perfect(empty)
     metrics = evaluation.evaluate(model, model.detect, empty, Config(), "cpu", batch_size=2)
