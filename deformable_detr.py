@@ -15,7 +15,6 @@ enough where DETR needs 500. There are no anchors to tune, and no NMS.
     section 4.2, A.4 two-stage                     propose_two_stage, encoder_proposals
     A.4 initialization                             init_transformer, prediction_heads
     section 5 set loss with focal classification   Criterion, matcher.SetLoss
-    detections (DETR, code)                        detect
 
     symbol     here
     x_l        one level of the pyramid, (B, C, H_l, W_l); all of them flattened: Memory.tokens
@@ -34,17 +33,15 @@ Differences from the paper
     sets the size (code).
  5. A.4 stops the gradient of every inverse sigmoid; here, as in the code, the loss of the first
     layer trains the reference point.
- 6. Two-stage: objectness is column 0 of the class logits, trained with all labels set to 0 (code;
-    the paper has a binary layer).
+ 6. Two-stage: objectness is column 0 of the class logits, all labels being 0 (code; paper: binary).
  7. Two-stage: content and position of a query both come from the sine embedding of its box (code;
     the paper speaks of positional embeddings only).
  8. Two-stage: proposals with nearly equal scores may trade ranks, see dino.py. There are at most
     as many queries as tokens, so that images of any size work.
  9. The box head runs once a layer; the authors evaluate it twice on the same input.
-10. Classes are 0..n-1 of the data set (80 in COCO); the authors use the 91 columns of COCO's ids.
-    `engine/released.py` translates released weights.
+10. Classes are 0..n-1 of the data set (80 in COCO), not COCO's ids (91 columns).
 11. Where the hardware supports it, train.py computes in bfloat16 autocast (not with `--amp false`),
-    all class and box heads and reference points in float32; the authors compute in float32.
+    reference points and all class and box heads in float32; the authors compute in float32.
 12. train.py skips a step whose loss is not finite; the authors stop.
 """
 import math
@@ -112,11 +109,8 @@ class Queries(NamedTuple):
 
 
 class Memory(NamedTuple):
-    """The encoder's tokens ("memory" in DETR's code; nothing to do with RAM) and where they lie.
-
-    All feature levels form one sequence, the finest level first, each level row by row. Encoder
-    layers replace `tokens`. The last three fields serve heads and analyses of other files.
-    """
+    """The encoder's output ("memory" in DETR's code, not RAM); at first its input. All levels form
+    one sequence, the finest first, each row by row. The last three fields serve other files."""
     tokens: Tensor               # (B, S, C)
     positions: Tensor            # (B, S, C) sine and level embeddings
     padding: Tensor              # (B, S) True on padding
@@ -133,12 +127,13 @@ class Memory(NamedTuple):
 
 class DeformableDETR(nn.Module):
     """Figure 1. `backbone` maps images to [C2, C3, C4, C5] and has their widths in `channels`."""
+    sine = dict(temperature=10000.0, shift=0.5)   # of `sine_positions`
 
     def __init__(self, backbone: nn.Module, cfg: Config, num_classes: int):
         super().__init__()
         if cfg.two_stage and not cfg.with_box_refine:
-            raise UserError("expected with_box_refine beside two_stage (proposals are refined layer by "
-                            "layer), got two_stage alone: add --with_box_refine true")
+            raise UserError("expected with_box_refine beside two_stage (proposals are refined), "
+                            "got two_stage alone: add --with_box_refine true")
         C = cfg.dim
         self.cfg = cfg
         self.backbone = backbone
@@ -182,7 +177,7 @@ class DeformableDETR(nn.Module):
         images, padding = pad_to_multiple(images, padding, self.cfg.size_divisor)
         features = self.backbone(images)
         pyramid = project(self.input_proj, features[-self.num_maps:])    # [(B, C, H_l, W_l)]
-        memory = flatten_pyramid(pyramid, padding, self.level_embed, features)
+        memory = flatten_pyramid(pyramid, padding, self.level_embed, features, self.sine)
         references = encoder_references(memory)                          # (B, S, L, 2)
         for layer in self.encoder:
             memory = memory._replace(tokens=layer(memory, references))
@@ -198,10 +193,8 @@ class DeformableDETR(nn.Module):
         return Queries(content, position, reference), None
 
     def propose_two_stage(self, memory: Memory) -> tuple[Queries, dict]:
-        """Appendix A.4: every token proposes a box, and the best boxes become the references.
-
-        Their sine embeddings give the queries. Also returns the predictions of all S tokens.
-        """
+        """Appendix A.4: every token proposes a box, and the best boxes become the references, their
+        sine embeddings the queries. Also returns the predictions of all S tokens."""
         tokens, proposals = encoder_proposals(memory)                    # (B, S, C), (B, S, 4)
         tokens = self.enc_output_norm(self.enc_output(tokens))
         logits = in_float32(self.class_embed[-1], tokens)                # (B, S, num_classes)
@@ -218,9 +211,9 @@ class DeformableDETR(nn.Module):
     def decode(self, memory: Memory, queries: Queries, attn_mask: Tensor | None = None):
         """Sections 4.1 and 4.2: predictions of every layer and their states (B, Nq, C), two lists.
 
-        A box is an offset from the reference: from a point, the center only (A.3), from a box, all
-        four coordinates. With refinement the box of each layer, detached, is the reference of the
-        next one: b_d = sigmoid(delta_d + logit(b_d-1)).
+        A box is an offset from the reference: its center from a point (A.3), all of it from a box.
+        With refinement the box of each layer, detached, is the reference of the next one:
+        b_d = sigmoid(delta_d + logit(b_d-1)).
         """
         content, position, reference = queries
         layers, states = [], []
@@ -283,16 +276,16 @@ def project(projections: nn.ModuleList, maps: list[Tensor]) -> list[Tensor]:
 
 
 def flatten_pyramid(pyramid: list[Tensor], padding: Tensor, level_embed: Tensor, features: list,
-                    temperature: float = 10000.0, shift: float = 0.5) -> Memory:
+                    sine: dict) -> Memory:
     """Join levels [(B, C, H_l, W_l)] to the tokens that enter the encoder. padding (B, H, W) of the
-    images, level_embed (L, C); temperature, shift: see `sine_positions`."""
+    images, level_embed (L, C); sine: options of `sine_positions`."""
     dtype = level_embed.dtype
     tokens, positions, paddings, ratios = [], [], [], []
     for x, embed in zip(pyramid, level_embed):
         mask = F.interpolate(padding[:, None].float(), x.shape[-2:])[:, 0].bool()    # (B, H_l, W_l)
-        sine = sine_positions(mask, x.shape[1], temperature, shift, dtype)
+        position = sine_positions(mask, x.shape[1], dtype=dtype, **sine)
         tokens.append(x.flatten(2).transpose(1, 2))                      # (B, H_l W_l, C)
-        positions.append(sine + embed)                                   # (B, H_l W_l, C)
+        positions.append(position + embed)                               # (B, H_l W_l, C)
         paddings.append(mask.flatten(1))                                 # (B, H_l W_l)
         width = (~mask[:, 0]).to(dtype).mean(1)
         height = (~mask[:, :, 0]).to(dtype).mean(1)
@@ -305,12 +298,9 @@ def flatten_pyramid(pyramid: list[Tensor], padding: Tensor, level_embed: Tensor,
 
 def sine_positions(padding: Tensor, dim: int, temperature: float = 10000.0, shift: float = 0.5,
                    dtype: torch.dtype = torch.float32) -> Tensor:
-    """Position embeddings (B, H W, dim) of the cells of a map with padding (B, H, W).
-
-    The first half of the features encodes y, the second half x. Both are counted over cells that
-    are not padding and divided by the number of these. `shift` 0.5 measures at the center of a
-    cell (Deformable DETR), 0 at its right and lower edge (DETR, DINO).
-    """
+    """Position embeddings (B, H W, dim) of the cells of a map with padding (B, H, W): first y, then
+    x, counted over cells that are not padding and divided by their number. `shift` 0.5 measures at
+    the center of a cell (Deformable DETR), 0 at its right and lower edge (DETR, DINO)."""
     valid = ~padding
     y = valid.cumsum(1).to(dtype)        # (B, H, W); a sum of integers, so its order is irrelevant
     x = valid.cumsum(2).to(dtype)
@@ -347,10 +337,8 @@ def level_sizes(memory: Memory) -> Tensor:
 
 def encoder_references(memory: Memory) -> Tensor:
     """Section 4.1: the reference of a token in every level is its own place -> (B, S, L, 2).
-
-    A token's place in its level, divided by this level's valid ratio, is its place in the image;
-    times the ratio of another level, its place there. Rounding makes the ratios differ slightly.
-    """
+    Dividing by its level's valid ratio gives its place in the image, multiplying by another level's
+    ratio its place there; because of rounding the ratios of the levels differ slightly."""
     ratios = memory.valid_ratios                                         # (B, L, 2)
     places = []
     for centers, size, ratio in zip(cell_centers(memory), level_sizes(memory), ratios.unbind(1)):
@@ -402,19 +390,13 @@ class DecoderLayer(nn.Module):
         """Queries x and position (B, Nq, C), reference (B, Nq, 2 or 4) of the unpadded image,
         attn_mask (Nq, Nq) True = blocked -> (B, Nq, C)."""
         x = self.norm2(x + self.dropout(self.self_attn(x, position, attn_mask)))
-        query = x + position
-        references = per_level(reference, memory.valid_ratios)           # (B, Nq, L, 2 or 4)
-        tokens = memory.tokens
-        attended = self.cross_attn(query, references, tokens, memory.shapes, memory.padding)
+        ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)      # (B, L, 2 or 4)
+        references = reference[:, :, None] * ratios[:, None]             # (B, Nq, L, 2 or 4)
+        attended = self.cross_attn(x + position, references, memory.tokens, memory.shapes,
+                                   memory.padding)
         x = self.norm1(x + self.dropout(attended))
         hidden = self.dropout(F.relu(self.linear1(x)))
         return self.norm3(x + self.dropout(self.linear2(hidden)))
-
-
-def per_level(reference: Tensor, valid_ratios: Tensor) -> Tensor:
-    """Points or boxes (B, Nq, 2 or 4) of the unpadded image -> (B, Nq, L, 2 or 4) of each level."""
-    ratios = valid_ratios.repeat(1, 1, reference.shape[-1] // 2)         # (B, L, 2 or 4)
-    return reference[:, :, None] * ratios[:, None]
 
 
 class SelfAttention(nn.Module):
@@ -483,11 +465,9 @@ def offset_boxes(offsets: Tensor, reference: Tensor, eps: float = 1e-5) -> Tenso
 
 @torch.no_grad()
 def proposal_boxes(memory: Memory) -> tuple[Tensor, Tensor]:
-    """A.4: the box that each token proposes, (B, S, 4) in [0, 1], and whether it is usable, (B, S).
-
-    Its center is that of the cell, its side 0.05 * 2^level, 0 being the finest level. It is usable
-    if the cell is not padding and all coordinates lie strictly within (0.01, 0.99).
-    """
+    """A.4: the box that each token proposes, (B, S, 4) in [0, 1], and whether it is usable, (B, S):
+    the cell's center, and sides 0.05 * 2^level, 0 being the finest level; usable if the cell is not
+    padding and all coordinates lie strictly within (0.01, 0.99)."""
     valid_sizes = (memory.valid_ratios * level_sizes(memory)).round()    # (B, L, 2) cells
     boxes = []
     for level, centers in enumerate(cell_centers(memory)):
@@ -627,11 +607,9 @@ def param_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
 
 @torch.no_grad()
 def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
-    """Select the `cfg.top_k` best (query, class) pairs of each image; no threshold, no NMS.
-
-    sizes (B, 2): height and width, in pixels, of the images that the boxes are wanted for. Returns,
-    per image and best first, scores, labels, query (k,) and boxes (k, 4) xyxy in pixels.
-    """
+    """Select the `cfg.top_k` best (query, class) pairs of each image; no threshold, no NMS. sizes
+    (B, 2): height and width of the images that the boxes are wanted for. Returns, per image and
+    best first, scores, labels, query (k,) and boxes (k, 4) xyxy in pixels."""
     scores = at_least_float32(outputs["pred_logits"]).sigmoid()          # (B, Nq, num_classes)
     num_classes = scores.shape[-1]
     k = min(cfg.top_k, scores[0].numel())

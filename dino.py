@@ -38,19 +38,17 @@ Differences from the paper
  4. The box head runs on the state for the next reference and on its LayerNorm for the prediction
     (code).
  5. There are at most MAX_DENOISING_QUERIES (2 dn_number if that is more): first groups are left
-    out, then a random choice of objects in each image; the authors have no limit. A dn_number
-    below 50 means 2 dn_number groups whatever the number of objects (code).
+    out, then random objects; the authors have no limit. A dn_number below 50 means 2 dn_number
+    groups whatever the number of objects (code).
  6. There are at most as many proposals as tokens, so that images of any size work.
  7. Coordinates are embedded in the order y, x, w, h (code; DAB-DETR, Eq. 2: x, y, w, h), and the
     MLP after them ends without DAB-DETR's last ReLU (code).
- 8. The encoder's loss covers the selected proposals only, with their classes (code; the paper says
-    only where the loss is).
+ 8. The encoder's loss covers the selected proposals only, with their classes (code).
  9. Proposals whose scores differ by less than a rounding error may trade ranks between devices and
     implementations, and learned contents meet other boxes: float32 and float64 place 0 and 6 of
     900 differently in two images (random weights); one such pair changes the gradient by 1e-3.
 10. "static" and "pure" query selection rebuild rows of Table 4; how they start is our choice.
-11. `denoising="plain"` has no negatives and keeps the corner noise (DN-DETR moves centers and
-    sizes).
+11. `denoising="plain"` keeps the corner noise (DN-DETR moves centers and sizes).
 12. Precision, classes and skipped steps: as in deformable_detr.py, 10 to 12. The authors trained in
     float32 with TF32 matrix products.
 """
@@ -61,20 +59,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+import deformable_detr
 from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
 from deformable_detr import (  # noqa: F401
-    MLP, DecoderLayer, EncoderLayer, Memory, Queries, box_head, class_head, detect,
-    encoder_proposals, encoder_references, flatten_pyramid, gather_rows, in_float32,
-    init_transformer, input_projections, named_layers, offset_boxes, pad_to_multiple, project,
-    sine_embedding, slice_queries)
+    MLP, DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head, detect,
+    encoder_proposals, gather_rows, in_float32, init_transformer, input_projections, named_layers,
+    offset_boxes, sine_embedding, slice_queries)
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
-from matcher import Group, Matches, SetLoss, Weights, copy_to_device, count_boxes
+from matcher import Group, Matches, copy_to_device, count_boxes
 
 EPS = 1e-3         # of every inverse sigmoid; 1e-5 in Deformable DETR
 GIOU_EPS = 1e-6    # added to union and enclosing area; 0 in Deformable DETR
 MAX_DENOISING_QUERIES = 400    # per image
+CHOICES = {"denoising": ("none", "plain", "contrastive"),
+           "query_selection": ("static", "pure", "mixed")}
 
 
 @dataclass
@@ -132,11 +132,14 @@ VARIANTS = {
 
 class DINO(nn.Module):
     """Figure 2. `backbone` maps images to [C2, C3, C4, C5] and has their widths in `channels`."""
+    sine = dict(temperature=20.0, shift=0.0)   # of position embeddings, as in DAB-DETR
 
     def __init__(self, backbone: nn.Module, cfg: Config, num_classes: int):
         super().__init__()
-        check_choice("denoising", cfg.denoising, ("none", "plain", "contrastive"))
-        check_choice("query_selection", cfg.query_selection, ("static", "pure", "mixed"))
+        for field, choices in CHOICES.items():
+            if getattr(cfg, field) not in choices:
+                raise UserError(f"expected {field} to be one of {', '.join(choices)}, "
+                                f"got {getattr(cfg, field)!r}")
         C = cfg.dim
         self.cfg = cfg
         self.backbone = backbone
@@ -202,25 +205,13 @@ class DINO(nn.Module):
             outputs["dn_outputs"] |= {"matches": denoising.matches, "groups": denoising.groups}
         return outputs
 
-    def encode(self, images: Tensor, padding: Tensor) -> Memory:
-        """Encode as Deformable DETR, with sine positions of temperature 20 measured at the edges of
-        cells (DAB-DETR)."""
-        images, padding = pad_to_multiple(images, padding, self.cfg.size_divisor)
-        features = self.backbone(images)
-        pyramid = project(self.input_proj, features[-self.num_maps:])    # [(B, C, H_l, W_l)]
-        memory = flatten_pyramid(pyramid, padding, self.level_embed, features,
-                                 temperature=20.0, shift=0.0)
-        references = encoder_references(memory)                          # (B, S, L, 2)
-        for layer in self.encoder:
-            memory = memory._replace(tokens=layer(memory, references))
-        return memory
+    encode = DeformableDETR.encode   # backbone, projections and encoder are unchanged
 
     def propose(self, memory: Memory) -> tuple[Queries, dict | None]:
         """Section 3.4: make the decoder's input; also returns the predictions of the proposals.
 
         static: content and boxes are learned. pure: both come from the best tokens. mixed: boxes
-        come from the best tokens, content is learned. Tokens are sorted, so row i of the learned
-        content always meets the i-th best box.
+        come from the best tokens, in order; row i of the learned content meets the i-th best box.
         """
         B, S, _ = memory.tokens.shape
         if self.cfg.query_selection == "static":
@@ -276,12 +267,6 @@ class DINO(nn.Module):
         return self.ref_point_head(embedding.to(memory.tokens.dtype))
 
 
-def check_choice(field: str, value: str, choices: tuple[str, ...]):
-    """Refuse a misspelled choice with a UserError."""
-    if value not in choices:
-        raise UserError(f"expected {field} to be one of {', '.join(choices)}, got {value!r}")
-
-
 def num_maps(levels: int) -> int:
     """How many backbone maps become feature levels: at most C3 to C5, with five levels also C2."""
     return 4 if levels >= 5 else min(levels, 3)
@@ -330,12 +315,10 @@ def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes:
     and, if contrastive, as a negative query (noise of one to two scales).
 
     Copy e of object j of an image is its denoising query e N + j, so a group is [N positives |
-    N negatives]. Images with fewer than N objects fill up with queries of zeros and the box (0.5,
-    0.5, 0.5, 0.5). Without objects in the batch P is 0.
-
-    To use it elsewhere, in training: put content and reference before your own queries, give
-    attn_mask to self-attention, split off the first P outputs of every layer and compute their loss
-    with `Criterion.denoising`. Of cfg only `denoising` and dn_* are used.
+    N negatives]. Where an image has fewer than N objects, queries have zeros for content and the
+    box (0.5, 0.5, 0.5, 0.5). To use it elsewhere, in training: put content and reference before
+    your own queries, give attn_mask to self-attention, split off the first P outputs of every layer
+    and compute their loss with `Criterion.denoising`. Of cfg it reads `denoising` and dn_*.
     """
     device = label_enc.weight.device
     per_object = 2 if cfg.denoising == "contrastive" else 1
@@ -347,7 +330,7 @@ def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes:
     R = G * per_object
     P = R * N
 
-    # Where each chosen object stands: image b, number j among the chosen, row among all objects.
+    # For each chosen object: its image b, its number j there, its row among all objects.
     first = 0
     columns = []
     for b, (target, c) in enumerate(zip(targets, chosen)):
@@ -357,7 +340,7 @@ def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes:
     labels = torch.cat([t["labels"] for t in targets])[row]              # (T,)
     boxes = torch.cat([t["boxes"] for t in targets])[row]                # (T, 4)
 
-    # Noise.
+    # Labels and boxes of all copies, with noise.
     noise = (draw or draw_noise)(R, len(labels), num_classes, device)
     copies = torch.arange(R, device=device)
     negative = copies % per_object == 1                                  # (R,)
@@ -365,7 +348,7 @@ def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes:
     noised = noised_boxes(boxes, noise, negative, cfg.dn_box_noise)      # (R, T, 4)
     noised = inverse_sigmoid(noised, EPS).sigmoid()                      # away from 0 and 1
 
-    # Queries.
+    # Copies as queries.
     query = copies[:, None] * N + j                                      # (R, T)
     where = (image.expand_as(query), query)
     content = label_enc.weight.new_zeros(B, P, label_enc.embedding_dim)
@@ -398,51 +381,43 @@ def noised_boxes(boxes: Tensor, noise: Noise, negative: Tensor, scale: float) ->
 
 
 def denoising_mask(count: int, group_size: int, num_queries: int, device) -> Tensor:
-    """Attention mask (P + Nq, P + Nq), row = query, column = key, True = blocked (DN-DETR, Eq. 7).
-
-    The P = `count` denoising queries are hidden from other groups and from matching queries;
-    matching queries are visible to all.
-    """
+    """Attention mask (P + Nq, P + Nq), row = query, column = key, True = blocked (DN-DETR, Eq. 7):
+    the P = `count` denoising queries are hidden from other groups and from matching queries."""
     group = torch.full((count + num_queries,), -1, device=device)        # -1: matching queries
     group[:count] = torch.arange(count, device=device) // max(1, group_size)
     return (group >= 0) & (group[:, None] != group)
 
 
-class Criterion:
+class Criterion(deformable_detr.Criterion):
     """The set loss of every decoder layer and of the selected proposals, and the denoising loss."""
 
     def __init__(self, cfg: Config):
-        cost = Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou)
-        loss = Weights(cfg.loss_class, cfg.loss_l1, cfg.loss_giou)
-        self.set_loss = SetLoss(cost, loss, GIOU_EPS)
+        super().__init__(cfg)
+        self.set_loss.eps = GIOU_EPS
 
     def __call__(self, outputs: dict, targets: list[dict], num_boxes=None) -> dict[str, Tensor]:
         """Compute the weighted losses {"cls", "l1", "giou", "aux0.cls", ..., "enc.cls", ...,
         "dn.cls", "dn.aux0.cls", ...}. Arguments as in `deformable_detr.Criterion`."""
         if num_boxes is None:
             num_boxes = count_boxes(targets)
-        layers = named_layers(outputs)
-        if "enc_outputs" in outputs:
-            layers["enc"] = outputs["enc_outputs"]
-        matches, = self.set_loss.match_groups([Group(layers, targets)])
-        losses = self.set_loss.compute_losses(layers, targets, matches, num_boxes)
+        losses = super().__call__(outputs, targets, num_boxes)
         if "dn_outputs" in outputs:
             losses |= self.denoising(outputs["dn_outputs"], targets, num_boxes)
         return losses
 
+    def groups(self, outputs: dict, targets: list[dict]) -> list[Group]:
+        """List what is to be matched: the decoder layers and the selected proposals."""
+        layers = named_layers(outputs)
+        if "enc_outputs" in outputs:
+            layers["enc"] = outputs["enc_outputs"]
+        return [Group(layers, targets)]
+
     def denoising(self, outputs: dict, targets: list[dict], num_boxes) -> dict[str, Tensor]:
-        """Section 3.3: positives recover their object, all others are background; the matches are
-        known."""
-        layers = {}
-        for name, layer in named_layers(outputs).items():
-            layers[f"dn.{name}".rstrip(".")] = layer
+        """Section 3.3: positives recover their object, all others are background. No matching."""
+        layers = {f"dn.{name}".rstrip("."): x for name, x in named_layers(outputs).items()}
         matches = [outputs["matches"]] * len(layers)
         divisor = num_boxes * outputs["groups"]
         return self.set_loss.compute_losses(layers, targets, matches, divisor)
-
-    def match(self, outputs: dict, targets: list[dict]) -> Matches:
-        """Match the last layer: per image query indices and object indices, on the host."""
-        return self.set_loss.match(outputs, targets)
 
 
 def build(cfg: Config, num_classes: int) -> tuple[DINO, Criterion]:

@@ -129,6 +129,7 @@ class HDETR(nn.Module):
         self.class_embed = nn.ModuleList(deepcopy(classes) for _ in range(count))
         self.bbox_embed = nn.ModuleList(deepcopy(boxes) for _ in range(count))
 
+    sine = DeformableDETR.sine
     encode = DeformableDETR.encode   # backbone, projections and encoder are unchanged
 
     def forward(self, images: Tensor, padding: Tensor, targets=None) -> dict:
