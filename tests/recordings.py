@@ -121,7 +121,7 @@ class TrainingRun:
         self.rates = [group["lr"] for group in self.optimizer.param_groups]
         model.train()
 
-    def step(self, number, steps_per_epoch, batch):
+    def step(self, number, steps_per_epoch, batch, check=True):
         """Step `number`, counted from 0 -> weighted losses, gradient norm before clipping."""
         import train
         factor = train.lr_factor(self.recipe, number, steps_per_epoch)
@@ -132,7 +132,7 @@ class TrainingRun:
         _, losses, norm, finite = train.step(
             self.model, self.model, self.criterion, self.optimizer, train.Average(self.model, 0.0),
             [(images, padding, targets)], self.recipe.clip, False, number, 1)
-        assert finite
+        assert not check or finite
         return losses, norm
 
 
