@@ -33,13 +33,13 @@ from pycocotools import mask as rle
 import data
 import visualize
 from engine import commands, files
+from engine.commands import open_detector
 from engine.errors import UserError
 from engine.inference import above, detect_image, predict, require_finite
-from engine.loaded import load_model
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
 
-__all__ = ["detect_image", "evaluate", "load_model", "score"]
+__all__ = ["detect_image", "evaluate", "open_detector", "score"]
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # the kinds of figures and their names in short; segm_cls: masks ranked without their own score
 KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}
@@ -414,8 +414,7 @@ def main(argv=None):
     with commands.user_errors("eval.py"):
         options.check()
         device, rank, world = commands.join_processes(options.device)
-        detector = commands.open_detector(options.checkpoint, device, options.variant,
-                                          options.detector)
+        detector = open_detector(options.checkpoint, device, options.variant, options.detector)
         top_k = max(detector.cfg.top_k, options.max_dets)
         detector = detector._replace(cfg=replace(detector.cfg, top_k=top_k))
         if options.eval_size:

@@ -1,5 +1,5 @@
-"""engine/inference.py: what detect_image takes and refuses, boxes in pixels of the original, results
-that are not finite."""
+"""engine/inference.py: what detect_image takes and refuses, boxes in pixels of the original, and
+results that are not finite."""
 import importlib
 
 import numpy as np
