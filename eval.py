@@ -62,8 +62,9 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, am
     score of their box (where they have scores of their own), "images", "seconds", "score_seconds"},
     figures as in `engine.scoring.score`."""
     start = time.perf_counter()
-    results = collect_results(model, detect, dataset, cfg, device, batch_size, max_dets, amp,
-                              workers, rank, world)
+    cfg = replace(cfg, top_k=max(cfg.top_k, max_dets))
+    results = collect_results(model, detect, dataset, cfg, device, batch_size, amp, workers, rank,
+                              world)
     scoring = time.perf_counter()
     metrics = score_results(dataset, results, max_dets, rank, world)
     end = time.perf_counter()
@@ -72,8 +73,8 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, am
 
 
 @torch.no_grad()
-def collect_results(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, amp=False,
-                    workers=0, rank=0, world=1):
+def collect_results(model, detect, dataset, cfg, device, batch_size=1, amp=False, workers=0,
+                    rank=0, world=1):
     """Detect on this rank's images, every world-th -> COCO results, see `coco_results`."""
     results = []
     error = None
@@ -81,7 +82,7 @@ def collect_results(model, detect, dataset, cfg, device, batch_size=1, max_dets=
     try:
         for outputs, targets in predict(model, dataset, indices, device, batch_size, amp, workers):
             sizes = torch.stack([target["orig_size"] for target in targets])   # (B, 2), h and w
-            detections = detect(outputs, sizes.to(device), max(cfg.top_k, max_dets))
+            detections = detect(outputs, sizes.to(device), cfg)
             image_ids = [target["image_id"] for target in targets]
             results += coco_results(detections, image_ids, dataset.category_ids)
     except UserError as caught:
@@ -371,8 +372,7 @@ def run_on_data(options, detector, out, device, rank, world):
 
     start = time.perf_counter()
     results = collect_results(detector.model, detector.paper.detect, dataset, detector.cfg, device,
-                              options.batch_size, options.max_dets, options.amp, workers, rank,
-                              world)
+                              options.batch_size, options.amp, workers, rank, world)
     if options.save_detections or not labeled:
         path = folder / "detections.json"
         count = write_results(path, results, options.boxes_only, rank, world)

@@ -6,7 +6,7 @@ group of queries is matched to the objects repeated K times. All weights are sha
 
     paper                                             here
     section 3.2.1 hybrid branch: two query groups     HDETR.propose, group_mask, HDETR.forward
-    section 3.2.1 one-to-many matching, Eq. 1-2       Criterion, Criterion.one_to_many, repeat_objects
+    section 3.2.1 one-to-many matching, Eq. 1-2       Criterion, matcher.Group.copies
     section 4.2, Table 8 mixed query selection        HDETR.propose (from DINO)
     section 4.2, Table 8 look forward twice           HDETR.decode (from DINO)
     Tables 1, 8 and 14 recipe                         Config
@@ -41,7 +41,8 @@ from backbones import build_backbone
 from deformable_detr import (DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head,
                              detect, encoder_proposals, init_transformer, input_projections, named_layers,  # noqa: F401
                              num_maps, offset_boxes, param_groups, sine_embedding, take)
-from matcher import count_boxes
+from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
+from matcher import Group
 
 
 @dataclass
@@ -70,31 +71,14 @@ class Config:
     loss_class: float = 2.0
     loss_l1: float = 5.0
     loss_giou: float = 2.0
-    lr: float = 2e-4                       # for exactly `batch_size` images a step
-    lr_backbone: float = 2e-5
-    lr_offsets: float = 2e-5               # sampling offsets
-    weight_decay: float = 1e-4
-    clip: float = 0.1                      # global gradient norm
-    batch_size: int = 16                   # images a step over all ranks and accumulated micro-batches
-    epochs: int = 12
-    schedule: str = "step"                 # step: x 0.1 after epoch lr_drop; cosine: to 1 %; flat
-    lr_drop: int = 11
-    warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
-    ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
-    max_size: int = 1333                   # of the long side
-    crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False             # other colours, now and then inverted
-    eval_size: int = 800                   # short side, pixels
     size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
+RECIPE = Recipe(lr=2e-4, lr_backbone=2e-5, lr_offsets=2e-5, batch_size=16, epochs=12, lr_drop=11)
+
+
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
-SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
-             decoder_layers=3, ffn_dim=384, num_queries=40, num_queries_one2many=120, k_one2many=4, lr=6e-4,
-             lr_backbone=6e-4, lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=10, schedule="cosine",
-             warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128,
-             size_divisor=32)
+SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, num_queries_one2many=120, k_one2many=4) | dict(epochs=10)
 VARIANTS = {
     "baseline": dict(num_queries_one2many=0),
     "24_epochs": dict(epochs=24, lr_drop=20),
@@ -193,21 +177,15 @@ class Criterion(deformable_detr.Criterion):
     def __call__(self, outputs: dict, targets: list[dict], num_boxes: float | None = None) -> dict:
         """-> weighted losses {"cls", "aux0.cls", ..., "enc.cls", ..., "many.cls", "many.aux0.cls", ...}."""
         losses = super().__call__(outputs, targets, num_boxes)
-        return losses | (self.one_to_many(outputs["many_outputs"], targets, num_boxes) if "many_outputs" in outputs else {})
+        return {name: self.factor * x if name.startswith("many.") else x for name, x in losses.items()}
 
-    def one_to_many(self, outputs: dict, targets: list[dict], num_boxes: float | None) -> dict:
-        """Eq. 2: every object K times, so that the one-to-one matching finds K queries for it."""
-        layers = {f"many.{name}".rstrip("."): layer for name, layer in named_layers(outputs).items()}
-        repeated = repeat_objects(targets, self.copies)
-        matches, = self.set_loss.match((list(layers.values()), repeated))
-        num_boxes = num_boxes * self.copies if num_boxes else count_boxes(repeated)
-        losses = self.set_loss.price(layers, repeated, matches, num_boxes)
-        return {name: self.factor * value for name, value in losses.items()}
-
-
-def repeat_objects(targets: list[dict], copies: int) -> list[dict]:
-    """Labels (n,) and boxes (n, 4) of each image, one after the other `copies` times."""
-    return [{"labels": t["labels"].repeat(copies), "boxes": t["boxes"].repeat(copies, 1)} for t in targets]
+    def groups(self, outputs: dict, targets: list[dict]) -> list[Group]:
+        """Eq. 2: every object counts K times, so that the one-to-one matching finds K queries for it."""
+        groups = super().groups(outputs, targets)
+        if "many_outputs" in outputs:
+            layers = {f"many.{name}".rstrip("."): x for name, x in named_layers(outputs["many_outputs"]).items()}
+            groups.append(Group(layers, targets, self.copies))
+        return groups
 
 
 def build(cfg: Config, num_classes: int) -> tuple[HDETR, Criterion]:

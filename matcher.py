@@ -1,26 +1,38 @@
-"""Set prediction: match every prediction set to the objects of its image one to one, then charge it.
+"""Set prediction: Hungarian matching of predictions to objects, and the set loss (class, L1, GIoU).
 
-DETR (Carion et al. 2020, section 3.1) with the focal classification of Deformable DETR (Zhu et al. 2021, section 5).
+DETR (Carion et al. 2020, section 3.1) with the focal classification of Deformable DETR (Zhu et al.
+2021, section 5). Other code calls the two parts HungarianMatcher and SetCriterion.
 
-    C(i, j)  = w_cls c_cls(i, j) + w_l1 ||b_i - g_j||_1 - w_giou GIoU(b_i, g_j)             match_cost
-    sigma    = argmin over assignments of sum_j C(sigma(j), j)                              hungarian
-    L        = [ v_cls sum_i focal(logits_i, label of i or background)                      SetLoss.price
-               + sum_j v_l1 ||b_sigma(j) - g_j||_1 + v_giou (1 - GIoU(b_sigma(j), g_j)) ] / objects in the batch
+    paper                                                                              here
+    C(i, j) = w_cls c_cls(i, j) + w_l1 ||b_i - g_j||_1 - w_giou GIoU(b_i, g_j)         match_cost
+    sigma = the assignment with the smallest sum over j of C(sigma(j), j)              assign
+    L = [ sum_i v_cls focal(logits_i, label of i, or background)                       SetLoss
+          + sum_j v_l1 ||b_sigma(j) - g_j||_1 + v_giou (1 - GIoU(b_sigma(j), g_j)) ]
+        / number of objects in the batch
 
-What other code calls HungarianMatcher is match_cost and hungarian here, SetCriterion is SetLoss:
+For one set of predictions, `match` is all there is:
 
-    set_loss = SetLoss(cost=Weights(2, 5, 2), loss=Weights(2, 5, 2))          # w and v
-    layers = {"": last, "aux0": first}                                        # each {"pred_logits", "pred_boxes"}
-    matches, = set_loss.match((list(layers.values()), targets))
-    loss = sum(set_loss.price(layers, targets, matches, count_boxes(targets)).values())
+    for query, index in match(outputs, targets, Weights(cls=2, l1=5, giou=2)):     # image by image
+        boxes, objects = outputs["pred_boxes"][b, query], targets[b]["boxes"][index]
 
-There is no column for background. On many ranks the normaliser is the mean of `count_boxes` over them.
-All layers and images are matched with one copy to the host and charged with one set of tensor operations: layers with
-equal shapes are stacked. Symbols: A stacked layers, B images, Nq queries, K classes, n objects in one image,
-n_max objects in the fullest image of the batch.
+A detector has a set for every decoder layer. `SetLoss.match_groups` matches all of them with a
+single copy to the host, because the GPU has to finish its queue before the host can read a cost:
 
-Departs: costs between different images are not computed (the authors compute and discard them); everything runs in
-float32 or float64 whatever the autocast; a cost that is not finite does not stop the matching (SciPy's raises).
+    set_loss = SetLoss(cost=Weights(2, 5, 2), loss=Weights(2, 5, 2))
+    layers = {"": last, "aux0": first}                 # each {"pred_logits", "pred_boxes"}
+    matches, = set_loss.match_groups([Group(layers, targets)])
+    losses = set_loss.compute_losses(layers, targets, matches, count_boxes(targets))
+
+Symbols: A layers, B images, Nq queries, K classes, n objects in one image, n_max in the image with
+the most objects, T in the batch. Boxes are (cx, cy, w, h) in [0, 1]. Background has no cost column;
+as a label it is K.
+
+Differences from the paper
+ 1. The class cost is a difference of focal losses (Deformable DETR code); DETR's was -p.
+ 2. Costs between different images are not computed; the authors compute and discard them.
+ 3. A cost that is not finite counts as a very high one; SciPy refuses it. The loss of such a
+    prediction is not finite either, and the training loop reports that.
+ 4. Half-precision predictions are matched and compared in float32.
 """
 from typing import Callable, NamedTuple
 
@@ -32,7 +44,11 @@ from torch.nn.utils.rnn import pad_sequence
 
 from boxes import box_cxcywh_to_xyxy, generalized_box_iou, paired_giou
 
-ALPHA, GAMMA = 0.25, 2.0   # focal loss, of the cost and of the loss
+ALPHA = 0.25        # focal loss: weight of the positive class
+GAMMA = 2.0         # focal loss: exponent that reduces the loss of easy examples
+BAD_COST = 1e9      # stands for a cost that is not finite
+
+Matches = list[tuple[Tensor, Tensor]]   # per image: query indices and object indices, on the host
 
 
 class Weights(NamedTuple):
@@ -42,121 +58,202 @@ class Weights(NamedTuple):
     giou: float
 
 
-def at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+class Group(NamedTuple):
+    """Predictions of equal shape that are matched to the same objects, e.g. all decoder layers."""
+    layers: dict[str, dict]    # by the name of their losses: {"pred_logits", "pred_boxes"}
+    targets: list[dict]        # per image: labels (n,) and boxes (n, 4)
+    copies: int = 1            # queries that every object is matched to
 
 
-def stack(predictions: list[dict]) -> tuple[Tensor, Tensor]:
-    """Predictions of equal shape -> logits (A, B, Nq, K) and boxes (A, B, Nq, 4), at least float32."""
-    return (at_least_float32(torch.stack([p["pred_logits"] for p in predictions])),
-            at_least_float32(torch.stack([p["pred_boxes"] for p in predictions])))
+def match(predictions: dict, targets: list[dict], weights: Weights, eps: float = 0.0) -> Matches:
+    """Match one set of predictions to the objects of each image, one to one.
+
+    predictions: `pred_logits` (B, Nq, K) and `pred_boxes` (B, Nq, 4); targets: per image `labels`
+    (n,) and `boxes` (n, 4); eps: added to the denominators of GIoU.
+    Returns per image min(Nq, n) pairs: query indices, rising, and the indices of their objects.
+    """
+    logits = at_least_float32(predictions["pred_logits"])
+    boxes = at_least_float32(predictions["pred_boxes"])
+    cost = match_cost(logits, boxes, targets, weights, eps)        # (B, Nq, n_max)
+    return assign(cost.cpu(), targets)
 
 
 @torch.no_grad()
-def match_cost(logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weights, eps: float = 0.0) -> Tensor:
-    """Cost of giving each prediction each object of its image.
+def match_cost(
+    logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weights, eps: float = 0.0
+) -> Tensor:
+    """Cost of assigning each prediction to each object of its image.
 
-    logits (A, B, Nq, K), boxes (A, B, Nq, 4), targets B dictionaries with `labels` (n,) and `boxes` (n, 4)
-    -> (A, B, Nq, n_max); columns beyond an image's n are meaningless. `eps` as in `paired_giou`.
-    c_cls is the focal loss of "this class" minus that of "not this class" (Deformable DETR code; DETR used -p).
+    logits (..., B, Nq, K), boxes (..., B, Nq, 4) -> (..., B, Nq, n_max). Where an image has fewer
+    than n_max objects, its last columns mean nothing.
     """
-    labels = pad_sequence([t["labels"] for t in targets], batch_first=True)                  # (B, n_max)
-    objects = pad_sequence([t["boxes"] for t in targets], batch_first=True).to(boxes.dtype)  # (B, n_max, 4)
-    index = labels[None, :, None, :].expand(*logits.shape[:-1], -1)                          # (A, B, Nq, n_max)
-    p = logits.gather(-1, index).sigmoid()
+    labels = pad_sequence([t["labels"] for t in targets], batch_first=True)      # (B, n_max)
+    objects = pad_sequence([t["boxes"] for t in targets], batch_first=True)      # (B, n_max, 4)
+    objects = objects.to(boxes.dtype)
+
+    # Class: focal loss of "this class" minus focal loss of "not this class".
+    column = labels[:, None].expand(*logits.shape[:-1], -1)                      # (..., Nq, n_max)
+    p = logits.gather(-1, column).sigmoid()
     positive = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
     negative = (1 - ALPHA) * p ** GAMMA * -(1 - p + 1e-8).log()
-    l1 = (boxes[..., :, None, :] - objects[:, None, :, :]).abs().sum(-1)                     # (A, B, Nq, n_max)
+
+    l1 = (boxes[..., :, None, :] - objects[:, None, :, :]).abs().sum(-1)         # (..., Nq, n_max)
     giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects), eps)
     return weights.cls * (positive - negative) + weights.l1 * l1 - weights.giou * giou
 
 
-def hungarian(costs: list[Tensor], counts: list[list[int]]) -> list[list[list[tuple[Tensor, Tensor]]]]:
-    """The cheapest one-to-one assignment of every image in every stacked prediction.
+def assign(cost: Tensor, targets: list[dict], copies: int = 1) -> Matches:
+    """Find the cheapest assignment of every image.
 
-    costs: tensors (A, B, Nq, n_max), copied to the host together; counts: for each tensor n of each of the B images
-    -> for each tensor, A lists of B pairs (query indices, object indices), int64 on the host, by query; min(Nq, n) pairs
-    each. A NaN or infinite cost counts as a very high one: the loss of such predictions is not finite either, and the training
-    loop reports that with the names of the images.
+    cost (B, Nq, n_max) on the host. Every object is matched to `copies` queries, as if it stood
+    `copies` times in the image; the returned indices are those of the objects, not of the copies.
     """
-    host = torch.cat([c.reshape(-1) for c in costs]).cpu().nan_to_num(nan=1e9, posinf=1e9, neginf=1e9)
     matches = []
-    for cost, flat, objects in zip(costs, host.split([c.numel() for c in costs]), counts):
-        flat = flat.view(cost.shape).numpy()
-        matches.append([[tuple(torch.as_tensor(i, dtype=torch.int64) for i in linear_sum_assignment(image[:, :n]))
-                         for image, n in zip(layer, objects)] for layer in flat])
+    for image_cost, target in zip(cost, targets):
+        n = len(target["labels"])
+        columns = image_cost[:, :n].nan_to_num(BAD_COST, BAD_COST, BAD_COST)     # (Nq, n)
+        columns = columns.repeat(1, copies)                                      # (Nq, copies n)
+        query, column = linear_sum_assignment(columns.numpy())
+        matches.append((torch.as_tensor(query), torch.as_tensor(column % max(1, n))))
     return matches
 
 
-def focal_loss(logits: Tensor, labels: Tensor, boxes: Tensor = None, target_boxes: Tensor = None) -> Tensor:
-    """Sigmoid focal loss (Lin et al. 2017, Eq. 5) per query and class: logits (..., Nq, K), labels (..., Nq) where K means
-    background -> (..., Nq, K). Boxes are not used here; losses that weigh by overlap need them."""
-    one_hot = F.one_hot(labels, logits.shape[-1] + 1)[..., :-1].to(logits.dtype)   # (..., Nq, K)
-    p = logits.sigmoid()
-    p_true = p * one_hot + (1 - p) * (1 - one_hot)
-    alpha = ALPHA * one_hot + (1 - ALPHA) * (1 - one_hot)
-    return alpha * (1 - p_true) ** GAMMA * F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
-
-
 class SetLoss:
-    """Matching and losses of prediction sets: {"pred_logits" (B, Nq, K), "pred_boxes" (B, Nq, 4) cxcywh in [0, 1]}.
+    """Matching and losses of sets of predictions.
 
-    cost, loss: `Weights`; eps: added in GIoU denominators; class_loss(logits, labels, boxes, target boxes) -> loss per
-    query and class, where target boxes of background queries are zero.
+    cost, loss: `Weights` of the terms; eps: added to the denominators of GIoU.
+    class_loss(logits, labels, boxes, target_boxes) gives the loss of each query and class, shaped
+    as logits; target boxes of background queries are zero.
     """
 
-    def __init__(self, cost: Weights, loss: Weights, eps: float = 0.0, class_loss: Callable = focal_loss):
-        self.cost, self.loss, self.eps, self.class_loss = cost, loss, eps, class_loss
+    def __init__(
+        self, cost: Weights, loss: Weights, eps: float = 0.0, class_loss: Callable | None = None
+    ):
+        self.cost = cost
+        self.loss = loss
+        self.eps = eps
+        self.class_loss = class_loss or focal_loss
 
-    def match(self, *groups: tuple[list[dict], list[dict]]) -> list:
-        """Each group is (predictions of equal shape, targets) -> per group A lists of B index pairs. One host copy."""
-        costs = [match_cost(*stack(predictions), targets, self.cost, self.eps) for predictions, targets in groups]
-        return hungarian(costs, [[len(t["labels"]) for t in targets] for _, targets in groups])
+    def match(self, predictions: dict, targets: list[dict]) -> Matches:
+        """Match one set of predictions, as the function `match` does."""
+        return match(predictions, targets, self.cost, self.eps)
 
-    def price(self, predictions: dict[str, dict], targets: list[dict], matches: list, normaliser: float) -> dict:
-        """Weighted losses of named predictions of equal shape, given their matches (one list of B pairs each).
+    def match_groups(self, groups: list[Group]) -> list[list[Matches]]:
+        """Match every layer of every group, with one copy to the host.
 
-        -> {"name.cls": scalar, "name.l1": ..., "name.giou": ...} (no dot for the name ""), each a sum over queries
-        divided by `normaliser`, the number of objects.
+        Returns for each group a list of A `Matches`, in the order of its layers.
         """
-        logits, boxes = stack(list(predictions.values()))
-        device = logits.device
-        layer, image, query, row = flatten_matches(matches, targets).to(device)              # each (matched,)
-        gt_labels = torch.cat([t["labels"] for t in targets])
-        gt_boxes = torch.cat([t["boxes"] for t in targets]).to(boxes.dtype)
-        where = (layer, image, query)
-        labels = torch.full(logits.shape[:-1], logits.shape[-1], dtype=torch.int64, device=device)   # (A, B, Nq)
-        labels[where] = gt_labels[row]
-        target_boxes = torch.zeros_like(boxes)                                               # (A, B, Nq, 4)
-        target_boxes[where] = gt_boxes[row]
-        cls = self.class_loss(logits, labels, boxes, target_boxes).flatten(1).sum(1)         # (A,)
-        matched = boxes[where]                                                               # (matched, 4)
-        zero = boxes.new_zeros(len(logits))
-        l1 = zero.index_add(0, layer, (matched - gt_boxes[row]).abs().sum(-1))               # (A,)
-        giou = paired_giou(box_cxcywh_to_xyxy(matched), box_cxcywh_to_xyxy(gt_boxes[row]), self.eps)
-        giou = zero.index_add(0, layer, 1 - giou)                                            # (A,)
+        costs = []
+        for group in groups:
+            logits, boxes = stack_layers(list(group.layers.values()))
+            costs.append(match_cost(logits, boxes, group.targets, self.cost, self.eps))
+        return [
+            [assign(layer_cost, group.targets, group.copies) for layer_cost in cost]
+            for group, cost in zip(groups, copy_to_host(costs))
+        ]
+
+    def compute_losses(
+        self, layers: dict[str, dict], targets: list[dict], matches: list[Matches], num_boxes
+    ) -> dict[str, Tensor]:
+        """Compute the weighted losses of layers of equal shape whose matches are known.
+
+        Each loss is a sum over queries divided by `num_boxes`, the number of objects.
+        Returns {"NAME.cls": scalar, "NAME.l1": ..., "NAME.giou": ..., ...}; the layer named "" has
+        no dot. All layers are stacked, so that each operation runs once.
+        """
+        logits, boxes = stack_layers(list(layers.values()))              # (A, B, Nq, K or 4)
+        true_labels = torch.cat([t["labels"] for t in targets])                  # (T,)
+        true_boxes = torch.cat([t["boxes"] for t in targets]).to(boxes.dtype)    # (T, 4)
+        pairs = copy_to_device(index_matches(matches, targets), logits.device)   # (4, pairs)
+        layer, image, query, row = pairs
+        matched = (layer, image, query)
+
+        # Class: matched queries learn the label of their object, the others background.
+        background = logits.shape[-1]
+        labels = torch.full_like(logits[..., 0], background, dtype=torch.int64)  # (A, B, Nq)
+        labels[matched] = true_labels[row]
+        target_boxes = torch.zeros_like(boxes)                                   # (A, B, Nq, 4)
+        target_boxes[matched] = true_boxes[row]
+        cls = self.class_loss(logits, labels, boxes, target_boxes)               # (A, B, Nq, K)
+        cls = cls.flatten(1).sum(1)                                              # (A,)
+
+        # Boxes: matched queries only, summed layer by layer.
+        predicted = boxes[matched]                                               # (pairs, 4)
+        wanted = true_boxes[row]                                                 # (pairs, 4)
+        l1 = (predicted - wanted).abs().sum(-1)                                  # (pairs,)
+        giou = paired_giou(box_cxcywh_to_xyxy(predicted), box_cxcywh_to_xyxy(wanted), self.eps)
+        zero = boxes.new_zeros(len(boxes))
+        l1 = zero.index_add(0, layer, l1)                                        # (A,)
+        giou = zero.index_add(0, layer, 1 - giou)                                # (A,)
+
         losses = {}
-        for i, name in enumerate(predictions):
-            for term in Weights._fields:
-                value = {"cls": cls, "l1": l1, "giou": giou}[term][i]
-                losses[f"{name}.{term}".lstrip(".")] = getattr(self.loss, term) * value / normaliser
+        for i, name in enumerate(layers):
+            prefix = f"{name}." if name else ""
+            losses[prefix + "cls"] = self.loss.cls * cls[i] / num_boxes
+            losses[prefix + "l1"] = self.loss.l1 * l1[i] / num_boxes
+            losses[prefix + "giou"] = self.loss.giou * giou[i] / num_boxes
         return losses
 
 
-def flatten_matches(matches: list, targets: list[dict]) -> Tensor:
-    """A lists of B pairs -> one int64 tensor (4, matched): layer, image, query, row of the concatenated targets.
+def focal_loss(logits: Tensor, labels: Tensor, boxes=None, target_boxes=None) -> Tensor:
+    """Sigmoid focal loss of each query and class (Lin et al. 2017, Eq. 5).
 
-    One tensor, so that it reaches the device in one copy.
+    logits (..., Nq, K), labels (..., Nq) with K for background -> (..., Nq, K). The boxes are not
+    used; a `class_loss` that depends on the overlap needs them.
     """
-    start, columns = [0], [torch.zeros(4, 0, dtype=torch.int64)]
-    for t in targets:
-        start.append(start[-1] + len(t["labels"]))
-    for a, images in enumerate(matches):
-        for b, (query, index) in enumerate(images):
-            columns.append(torch.stack((torch.full_like(query, a), torch.full_like(query, b), query, index + start[b])))
+    classes = torch.arange(logits.shape[-1], device=logits.device)               # (K,)
+    one_hot = (labels[..., None] == classes).to(logits.dtype)                    # (..., Nq, K)
+    p = logits.sigmoid()
+    p_true = p * one_hot + (1 - p) * (1 - one_hot)
+    alpha = ALPHA * one_hot + (1 - ALPHA) * (1 - one_hot)
+    cross_entropy = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
+    return alpha * (1 - p_true) ** GAMMA * cross_entropy
+
+
+def stack_layers(layers: list[dict]) -> tuple[Tensor, Tensor]:
+    """Stack predictions of equal shape: logits (A, B, Nq, K) and boxes (A, B, Nq, 4)."""
+    logits = torch.stack([layer["pred_logits"] for layer in layers])
+    boxes = torch.stack([layer["pred_boxes"] for layer in layers])
+    return at_least_float32(logits), at_least_float32(boxes)
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert half precision to float32; leave float32 and float64 as they are."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x
+
+
+def index_matches(matches: list[Matches], targets: list[dict]) -> Tensor:
+    """Write the matches of A layers as one table, one column a pair: (4, pairs) int64.
+
+    The rows are layer, image, query, and the object's row among the objects of all images.
+    """
+    columns = []
+    for a, layer_matches in enumerate(matches):
+        first = 0
+        for b, (query, index) in enumerate(layer_matches):
+            layer = torch.full_like(query, a)
+            image = torch.full_like(query, b)
+            columns.append(torch.stack((layer, image, query, first + index)))
+            first += len(targets[b]["labels"])
     return torch.cat(columns, 1)
 
 
-def count_boxes(targets: list[dict]) -> float:
-    """Number of objects in the batch, at least 1: the normaliser of every loss."""
-    return float(max(1, sum(len(t["labels"]) for t in targets)))
+def count_boxes(targets: list[dict], copies: int = 1) -> float:
+    """Count the objects of the batch, each `copies` times; at least 1. Losses are divided by it."""
+    return float(max(1, copies * sum(len(t["labels"]) for t in targets)))
+
+
+def copy_to_host(tensors: list[Tensor]) -> list[Tensor]:
+    """Copy tensors of one dtype to the host together: the host waits for the device once."""
+    sizes = [x.numel() for x in tensors]
+    flat = torch.cat([x.flatten() for x in tensors]).cpu()
+    return [part.view(x.shape) for part, x in zip(flat.split(sizes), tensors)]
+
+
+def copy_to_device(x: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to the device without waiting for what the device still has to do."""
+    if device.type == "cuda":
+        x = x.pin_memory()
+    return x.to(device, non_blocking=True)

@@ -16,6 +16,7 @@ train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy
 picture here.
 """
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -195,8 +196,8 @@ def run_on_file(checkpoint, image, device, top_k=0):
     with recorded_attention(detector.model) as records:
         outputs = infer(detector.model, eval_transform(detector.recipe), picture, device)
     size = torch.tensor([[picture.height, picture.width]], device=device)      # (1, 2)
-    top_k = max(detector.cfg.top_k, top_k)
-    return detector, picture, outputs, records, detector.paper.detect(outputs, size, top_k)[0]
+    cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, top_k))
+    return detector, picture, outputs, records, detector.paper.detect(outputs, size, cfg)[0]
 
 
 def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg", rank: int = 0,
@@ -450,7 +451,7 @@ def noised_boxes_of_checkpoint(checkpoint: str, out: str = "noised_boxes.jpg", d
         n: Number of images.
     """
     detector, dataset = with_data(open_detector(checkpoint), data)
-    model, paper, cfg = detector[:3]
+    model, paper, cfg, *_ = detector
     if not hasattr(paper, "denoising_queries") or not hasattr(model, "label_enc"):
         raise UserError("expected a model trained with denoising queries, got "
                         f"{detector.meta['model_name']} without: give a checkpoint of dino.py with "

@@ -9,8 +9,9 @@ import torch.distributed as dist
 
 import data
 from engine.class_rows import fit_classes
+from engine.datasets import validation_set
 from engine.errors import UserError
-from engine.loaded import load_model, validation_set
+from engine.models import load_model
 
 
 @contextlib.contextmanager
@@ -19,7 +20,7 @@ def user_errors(program):
     mend: a UserError, a missing file, a full or read-only disk."""
     try:
         yield
-    except (UserError, ValueError, FileNotFoundError) as error:
+    except UserError as error:
         sys.exit(f"{program}: {error}")
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""

@@ -1,7 +1,6 @@
-"""The error that a user can mend."""
+"""The one kind of exception that is written for the person at the command line."""
 
 
 class UserError(ValueError):
-    """Wrong input, not a bug: one line that says what was expected, what came, and what to do.
-
-    The command lines print it without a traceback and exit with code 1."""
+    """A mistake that a user can correct. The message is one line: what was expected, what was
+    found instead, and what to do. Command lines print it without a traceback."""

@@ -55,7 +55,7 @@ def detect_with(model, detect, transform, image, cfg, device, amp=False, name="t
     """The `cfg.top_k` best detections of one PIL RGB image; `name` stands in errors."""
     outputs = infer(model, transform, image, device, amp)
     size = torch.tensor([[image.height, image.width]], device=device)          # (1, 2)
-    detection = detect(outputs, size, cfg.top_k)[0]
+    detection = detect(outputs, size, cfg)[0]
     require_finite(detection, name)
     return detection
 

@@ -117,7 +117,7 @@ def memory_of(tokens, shapes, padding=None):
 
 
 def test_recorded_sampling_points_reproduce_the_output_of_every_decoder_layer(checkpoint):
-    model, cfg, _ = models.load_model(checkpoint)
+    model, _, cfg, *_ = models.load_model(checkpoint)
     for module in model.modules():                # offsets and weights that differ between queries
         if isinstance(module, MSDeformAttn):
             torch.nn.init.normal_(module.sampling_offsets.weight, std=0.3)

@@ -1,7 +1,6 @@
 """eval.py and engine/scoring.py: AP cases by hand, perfect predictions on real data, the way from a
 detection to the results json, processes that share the data, and what users get wrong."""
 import csv
-import importlib
 import json
 import math
 import multiprocessing
@@ -21,6 +20,7 @@ from ranks import forked
 from tiny_checkpoint import damage, write_checkpoint
 
 import data
+import dino
 import eval as evaluation
 import scenes
 from engine import class_rows, datasets, machine, models, scoring
@@ -215,12 +215,12 @@ class Perfect(torch.nn.Module):
     def forward(self, images, padding, targets=None):
         return {"images": [next(self.order) for _ in images]}
 
-    def detect(self, outputs, sizes, top_k):
+    def detect(self, outputs, sizes, cfg):
         found = []
         annotations = self.dataset.coco().imgToAnns
         for index, (h, w) in zip(outputs["images"], sizes.tolist()):
             rows = annotations[int(self.dataset.image_ids[index])]
-            rows = [row for row in rows if not row["iscrowd"]][:top_k]
+            rows = [row for row in rows if not row["iscrowd"]][:cfg.top_k]
             corners = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32)
             corners = corners.reshape(-1, 4)
             corners[:, 2:] += corners[:, :2]
@@ -237,7 +237,7 @@ class Perfect(torch.nn.Module):
         return found
 
 
-CONFIG = type("Config", (), {"top_k": 100})
+CONFIG = dino.Config(top_k=100)
 
 
 def make_scenes(n, **options):
@@ -397,7 +397,7 @@ def test_images_without_objects_and_a_model_without_detections_are_evaluated():
     metrics = evaluation.evaluate(model, model.detect, empty, CONFIG, "cpu", batch_size=2)
     assert metrics["bbox"]["AP"] == -1 and metrics["images"] == len(empty)
 
-    def nothing(outputs, sizes, top_k):
+    def nothing(outputs, sizes, cfg):
         return [detection([]) for _ in sizes]
 
     metrics = evaluation.evaluate(Perfect(dataset), nothing, dataset, CONFIG, "cpu")
@@ -579,17 +579,17 @@ def test_data_of_other_classes_is_an_error_that_lists_both(shared, checkpoint):
 
 def test_released_heads_lose_their_unused_columns_when_the_data_has_coco_classes(tmp_path):
     path = write_checkpoint(tmp_path / "released.pt", class_names=class_rows.coco_columns())
-    model, cfg, meta = models.load_model(path)
+    model, paper, cfg, _, meta, _ = models.load_model(path)
     dataset = type("Coco", (), {"class_names": class_rows.COCO_NAMES, "name": "coco"})
-    paper = importlib.import_module("dino")
     fitted = class_rows.fit_classes(model, paper, cfg, meta, dataset)
     before, after = (m.class_embed[0].weight for m in (model, fitted))
     assert after.shape[0] == 80 and torch.equal(after, before[class_rows.COCO_IDS])
 
 
 def test_released_weights_without_data_ask_for_it():
-    with pytest.raises(ValueError, match="--data"):
-        datasets.validation_set(None, None, {})
+    released = models.Loaded(None, None, None, None, {}, None)
+    with pytest.raises(UserError, match="--data"):
+        datasets.validation_set("", released)
 
 
 # ---- what users get wrong ------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """engine/inference.py: what detect_image takes and refuses, boxes in pixels of the original, and
 results that are not finite."""
 import importlib
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -106,8 +107,9 @@ def test_boxes_come_back_in_pixels_of_a_picture_that_is_not_square(detector):
             assert images.shape == (1, 3, 30, 45)
             return outputs
 
-    cfg = type("Config", (), {"top_k": 1, "eval_size": 30, "max_size": 60})
-    constant = detector._replace(model=Constant(1, 1), paper=paper, cfg=cfg, recipe=cfg)
+    cfg = replace(detector.cfg, top_k=1)
+    recipe = replace(detector.recipe, eval_size=30, max_size=60)
+    constant = detector._replace(model=Constant(1, 1), paper=paper, cfg=cfg, recipe=recipe)
     found = inference.detect_image(constant, Image.new("RGB", (90, 60)))
     assert found["boxes"].tolist() == [[0, 15, 90, 45]] and found["labels"].tolist() == [0]
 

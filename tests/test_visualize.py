@@ -18,6 +18,7 @@ import visualize
 from engine import drawing, plots
 from engine.commands import open_detector
 from engine.errors import UserError
+from engine.recipe import configure
 
 
 @pytest.fixture(scope="module", params=["dino", "deformable_detr"])
@@ -285,7 +286,8 @@ def test_ground_truth_is_in_pixels_of_the_original_image(shared):
 def test_noised_boxes_show_positives_within_and_negatives_beyond_the_noise(tmp_path, monkeypatch,
                                                                            denoising):
     dino = importlib.import_module("dino")
-    cfg = dino.Config(**{**dino.SMALL, "denoising": denoising, "dn_box_noise": 0.2})
+    changes = {"denoising": denoising, "dn_box_noise": 0.2}
+    cfg, _ = configure(dino, dino.SMALL, changes)
     boxes = [torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.6, 0.2, 0.3], [0.6, 0.4, 0.3, 0.3]]),
              torch.tensor([[0.4, 0.4, 0.4, 0.4]])]
     targets = [{"labels": torch.zeros(len(b), dtype=torch.int64), "boxes": b} for b in boxes]
@@ -333,7 +335,7 @@ def test_noised_boxes_need_a_model_with_denoising(checkpoint, tmp_path):
 
 def test_noised_boxes_of_images_without_objects_are_refused(tmp_path):
     dino = importlib.import_module("dino")
-    cfg = dino.Config(**dino.SMALL)
+    cfg, _ = configure(dino, dino.SMALL)
     targets = [{"labels": torch.zeros(0, dtype=torch.int64), "boxes": torch.zeros(0, 4)}]
     queries = dino.denoising_queries(targets, torch.nn.Embedding(9, 32), 8, cfg, 12)
     if queries is not None:
