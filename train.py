@@ -187,7 +187,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                         checkpoints.save(out / "best.pt", whole_state(run, cfg, recipe, train_set, model, average, None, now, []))
                     if rank == 0:
                         visualize.curves(out)
-                        visualize.predictions(average.model, paper.detect, val_set, cfg, recipe, device, out / "predictions.png")
+                        visualize.predictions(average.model, paper.detect, val_set, cfg, device, out / "predictions.png")
             now.epoch, now.batch = epoch + 1, 0
             if run.overfit and record.get("AP", 0.0) >= OVERFIT_AP:
                 log.say(f"--overfit {run.overfit}: AP {record['AP']:.3f}, data and installation can learn")
