@@ -10,6 +10,7 @@ from engine.recipe import override
 from engine import models
 from engine import authors_names
 from engine import released
+import deformable_detr
 import recordings
 from deformable_detr import (
     RECIPE, SMALL, VARIANTS, Config, Criterion, DeformableDETR, Memory, build, detect,
@@ -40,13 +41,20 @@ def test_models_with_a_narrow_resnet_equal_the_authors(golden, variant):
 
 
 @pytest.mark.parametrize("variant", ["plain", "single_scale", "refine", "two_stage"])
-def test_full_size_models_equal_the_authors(golden, recipe, variant):
+def test_full_size_models_equal_the_authors(golden, recipe, monkeypatch, variant):
     rec = golden(f"10_full_deformable_{variant}")
     cfg = replace(Config(**config_fields(rec)), dropout=0.0)
     model, criterion = build(cfg, 91)
+    # The recording has float32 positions, which matters where an image has only padding: there the
+    # angles are half a million.
+    monkeypatch.setattr(deformable_detr, "sine_positions", float32_positions)
     # float32 would rank nearly tied proposals differently.
     dtype = torch.float64 if variant == "two_stage" else torch.float32
     recordings.check_model(rec, model, criterion, FAMILY[variant], dtype, recipe, detect=detect)
+
+
+def float32_positions(padding, dim, temperature, shift, dtype):
+    return sine_positions(padding, dim, temperature, shift)
 
 
 @pytest.mark.parametrize("variant, file, tensors, parameters", [
