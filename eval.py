@@ -30,11 +30,12 @@ import torch
 import tyro
 from pycocotools import mask as rle
 
-import data
 import visualize
 from engine import commands, files
 from engine.commands import open_detector
+from engine.coco_json import read_json
 from engine.errors import UserError
+from engine.images import UnreadableImage, read_image
 from engine.inference import above, detect_image, predict, require_finite
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
@@ -112,7 +113,7 @@ def ground_truth(dataset, rank=0, world=1):
     shares = _TRUTHS.setdefault(dataset, {})
     if (rank, world) not in shares:
         rows = list(range(rank, len(dataset), world))
-        share = dataset if world == 1 else dataset.take(rows)
+        share = dataset if world == 1 else dataset.subset(rows)
         shares[rank, world] = share.coco()
     return shares[rank, world]
 
@@ -230,7 +231,7 @@ def read_listing(path, meta):
     """A COCO json for the ids of --images -> its images, category id of each class of the model.
 
     Classes are matched by name. UserError where the json lacks one."""
-    listing = data.read_json(Path(path))
+    listing = read_json(path)
     ids = {category["name"]: category["id"] for category in listing.get("categories", ())}
     lacking = [name for name in meta["class_names"] if name not in ids]
     if lacking or "images" not in listing:
@@ -254,9 +255,9 @@ def detect_images(paths, ids, detector, category_ids, out, threshold=0.3, amp=Fa
     counts = {}
     for path, image_id in zip(paths, ids, strict=True):
         try:
-            image = data.read_image(path)
-        except data.BROKEN_IMAGE as error:
-            print(f"skipped {path}: {error}", file=sys.stderr)
+            image = read_image(path)
+        except UnreadableImage as error:
+            print(f"skipped {error}", file=sys.stderr)
             continue
         detection = detect_image(detector, image, amp)
         shown = above(detection, threshold)

@@ -10,22 +10,17 @@ DETR (Carion et al. 2020, section 3.1) with the focal classification of Deformab
           + sum_j v_l1 ||b_sigma(j) - g_j||_1 + v_giou (1 - GIoU(b_sigma(j), g_j)) ]
         / number of objects in the batch
 
-For one set of predictions, `match` is all there is:
-
-    for query, index in match(outputs, targets, Weights(cls=2, l1=5, giou=2)):     # image by image
-        boxes, objects = outputs["pred_boxes"][b, query], targets[b]["boxes"][index]
-
-A detector has a set for every decoder layer. `SetLoss.match_groups` matches all of them with a
-single copy to the host, because the GPU has to finish its queue before the host can read a cost:
+For one set of predictions `match` is enough. A detector has a set for every decoder layer;
+`SetLoss.match_groups` matches all of them with a single copy to the host, because the host can read
+a cost only when the GPU has finished all the work before it:
 
     set_loss = SetLoss(cost=Weights(2, 5, 2), loss=Weights(2, 5, 2))
     layers = {"": last, "aux0": first}                 # each {"pred_logits", "pred_boxes"}
     matches, = set_loss.match_groups([Group(layers, targets)])
     losses = set_loss.compute_losses(layers, targets, matches, count_boxes(targets))
 
-Symbols: A layers, B images, Nq queries, K classes, n objects in one image, n_max in the image with
-the most objects, T in the batch. Boxes are (cx, cy, w, h) in [0, 1]. Background has no cost column;
-as a label it is K.
+A layers, B images, Nq queries, K classes, n objects in one image, n_max in the image with the most
+objects, T in the batch. Boxes are (cx, cy, w, h) in [0, 1]. Label K is background.
 
 Differences from the paper
  1. The class cost is a difference of focal losses (Deformable DETR code); DETR's was -p.
@@ -34,7 +29,7 @@ Differences from the paper
     prediction is not finite either, and the training loop reports that.
  4. Half-precision predictions are matched and compared in float32.
 """
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -68,9 +63,9 @@ class Group(NamedTuple):
 def match(predictions: dict, targets: list[dict], weights: Weights, eps: float = 0.0) -> Matches:
     """Match one set of predictions to the objects of each image, one to one.
 
-    predictions: `pred_logits` (B, Nq, K) and `pred_boxes` (B, Nq, 4); targets: per image `labels`
-    (n,) and `boxes` (n, 4); eps: added to the denominators of GIoU.
-    Returns per image min(Nq, n) pairs: query indices, rising, and the indices of their objects.
+    predictions: `pred_logits` (B, Nq, K), `pred_boxes` (B, Nq, 4); targets: per image `labels` (n,)
+    and `boxes` (n, 4); eps: added to the denominators of GIoU. Returns, per image, min(Nq, n) query
+    indices, rising, and the indices of their objects.
     """
     logits = at_least_float32(predictions["pred_logits"])
     boxes = at_least_float32(predictions["pred_boxes"])
@@ -79,9 +74,8 @@ def match(predictions: dict, targets: list[dict], weights: Weights, eps: float =
 
 
 @torch.no_grad()
-def match_cost(
-    logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weights, eps: float = 0.0
-) -> Tensor:
+def match_cost(logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weights,
+               eps: float = 0.0) -> Tensor:
     """Cost of assigning each prediction to each object of its image.
 
     logits (..., B, Nq, K), boxes (..., B, Nq, 4) -> (..., B, Nq, n_max). Where an image has fewer
@@ -126,9 +120,7 @@ class SetLoss:
     as logits; target boxes of background queries are zero.
     """
 
-    def __init__(
-        self, cost: Weights, loss: Weights, eps: float = 0.0, class_loss: Callable | None = None
-    ):
+    def __init__(self, cost: Weights, loss: Weights, eps: float = 0.0, class_loss=None):
         self.cost = cost
         self.loss = loss
         self.eps = eps
@@ -152,14 +144,13 @@ class SetLoss:
             for group, cost in zip(groups, copy_to_host(costs))
         ]
 
-    def compute_losses(
-        self, layers: dict[str, dict], targets: list[dict], matches: list[Matches], num_boxes
-    ) -> dict[str, Tensor]:
+    def compute_losses(self, layers: dict[str, dict], targets: list[dict],
+                       matches: list[Matches], num_boxes) -> dict[str, Tensor]:
         """Compute the weighted losses of layers of equal shape whose matches are known.
 
-        Each loss is a sum over queries divided by `num_boxes`, the number of objects.
-        Returns {"NAME.cls": scalar, "NAME.l1": ..., "NAME.giou": ..., ...}; the layer named "" has
-        no dot. All layers are stacked, so that each operation runs once.
+        Each is a sum over queries divided by `num_boxes`, the number of objects. Returns
+        {"NAME.cls": scalar, "NAME.l1": ..., "NAME.giou": ..., ...}; the name "" has no dot. The
+        layers are stacked, so that each operation runs once.
         """
         logits, boxes = stack_layers(list(layers.values()))              # (A, B, Nq, K or 4)
         true_labels = torch.cat([t["labels"] for t in targets])                  # (T,)
@@ -233,9 +224,8 @@ def index_matches(matches: list[Matches], targets: list[dict]) -> Tensor:
     for a, layer_matches in enumerate(matches):
         first = 0
         for b, (query, index) in enumerate(layer_matches):
-            layer = torch.full_like(query, a)
-            image = torch.full_like(query, b)
-            columns.append(torch.stack((layer, image, query, first + index)))
+            place = torch.tensor([[a], [b]]).expand(2, len(query))
+            columns.append(torch.cat((place, torch.stack((query, first + index)))))
             first += len(targets[b]["labels"])
     return torch.cat(columns, 1)
 

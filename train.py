@@ -352,7 +352,7 @@ def epoch_batches(dataset, plan: Plan, run: Run, epoch: int, start: int):
 
     The order depends on (seed, epoch) alone and a sample on (seed, epoch, index) alone, so neither workers, ranks nor a
     restart change what is trained on. The images that do not fill a last batch wait for another epoch."""
-    order = data.stream("order", run.seed, epoch)
+    order = data.random_generator("order", run.seed, epoch)
     order = np.concatenate([order.permutation(len(dataset)) for _ in range(plan.repeats)])
     micro = order[:plan.steps * plan.total].reshape(-1, plan.micro)[start * run.accum * plan.world:][plan.rank::plan.world]
     dataset.set_epoch(epoch)

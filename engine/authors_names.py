@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backbones import learned
+from backbones import drop_derived_buffers
 from engine.errors import UserError
 
 
@@ -48,10 +48,11 @@ def from_authors(state: dict, family: str) -> dict:
     """Rename a state dict of the authors to our names.
 
     Second copies of a head are compared with the first and dropped. Counters and tables that follow
-    from the shapes are dropped as well (`backbones.learned`); `to_authors` does not restore them.
+    from the shapes are dropped as well (`backbones.drop_derived_buffers`); `to_authors` does not
+    restore them.
     Raises UserError when two copies that must be equal differ, or when tied heads differ.
     """
-    state = learned(drop_profiler_counters(state))
+    state = drop_derived_buffers(drop_profiler_counters(state))
     kind = FAMILIES[family]
     if kind.model_name == "co_detr":
         return translate_co_detr(state)

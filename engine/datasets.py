@@ -6,6 +6,7 @@ import data
 from engine import datasets
 import scenes
 from data import CocoFolder, eval_transform, train_transform
+from engine.class_labels import match_classes
 from scenes import NUM_TRAIN, NUM_VAL, Shapes
 
 def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NUM_TRAIN, num_val=NUM_VAL):
@@ -22,6 +23,7 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
         train.transform = eval_transform(recipe)
         return train, copy.copy(train)
     val = dataset("val", num_val)
+    match_classes(val, train.class_names, train.category_ids)
     train.transform, val.transform = train_transform(recipe, seed), eval_transform(recipe)
     return train, val
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 
-from backbones import BACKBONES, build_backbone, learned
+from backbones import BACKBONES, build_backbone, drop_derived_buffers
 from engine.authors_names import (
     CO_DETR_HEAD, FAMILIES, count_layers, from_authors, from_transformers)
 from engine.checkpoints import FORMAT
@@ -40,6 +40,9 @@ TWO_STAGE_OPTIONS = {"num_queries": "num_queries", "two_stage_num_proposals": "n
 # Options with a single value that our models can represent.
 REQUIRED_OPTIONS = {"activation_function": "relu", "position_embedding_type": "sine",
                     "position_embedding": "sine"}
+# Backbones that differ from another one in no shape: FocalNet-L with 4 levels divides the sum of
+# its modulators (FocalNet-DINO, whose names are DINO's) or does not (detrex): --variant decides.
+AMBIGUOUS_BACKBONES = ("focalnet_l_4level",)
 # Pairs of options that have one Config field.
 EQUAL_OPTIONS = (
     ("enc_n_points", "dec_n_points"), ("encoder_n_points", "decoder_n_points"),
@@ -127,7 +130,7 @@ def recognize_backbone(state: dict) -> dict:
     """{"backbone": name} of the backbone in a released state dict; {} when it has none."""
     theirs = {re.sub(r"^backbone\.(0\.)?(body\.)?", "", key): value
               for key, value in state.items() if key.startswith("backbone.")}
-    shapes = backbone_shapes(learned(theirs))
+    shapes = backbone_shapes(drop_derived_buffers(theirs))
     if not shapes:
         return {}
     for name in BACKBONES:
@@ -213,7 +216,10 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
     fields = {field.name for field in dataclasses.fields(paper.Config)}
     found |= {ours: options[theirs] for theirs, ours in known.items()
               if theirs in options and ours in fields}
-    config = {**paper.VARIANTS.get(variant, {}), **found, "backbone_weights": "imagenet"}
+    chosen = paper.VARIANTS.get(variant, {})
+    if found.get("backbone") in AMBIGUOUS_BACKBONES and "backbone" in chosen:
+        found["backbone"] = chosen["backbone"]
+    config = {**chosen, **found, "backbone_weights": "imagenet"}
 
     columns = len(weights[detector_prefix(weights) + "class_embed.0.weight"])
     labels = options.get("id2label", dict(enumerate(meta.get("CLASSES", ()))))

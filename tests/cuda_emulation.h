@@ -15,6 +15,8 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <set>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -29,7 +31,7 @@ using std::exp, std::floor, std::max, std::min;
 struct uint2 { unsigned x, y; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 template <typename T> T __ldg(const T* from) { return *from; }
-template <typename T> T atomicAdd(T* to, T x) { T before = *to; *to += x; return before; }
+inline float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 
 // Half types: round to nearest even, as the GPU does.
 struct __half { uint16_t bits; };
@@ -47,6 +49,7 @@ inline __nv_bfloat16 __float2bfloat16_rn(float x) {
 using cudaStream_t = void*;
 using cudaError_t = int;
 namespace emulation { inline int launch_error = 0; }
+constexpr int cudaErrorInvalidConfiguration = 9;
 inline int cudaGetLastError() { return std::exchange(emulation::launch_error, 0); }
 inline const char* cudaGetErrorString(cudaError_t code) { return code == 9 ? "invalid configuration argument" : "no error"; }
 
@@ -83,6 +86,47 @@ template <typename T> T shuffle_xor(T x, int mask) {
   return x;
 }
 
+inline unsigned ballot(bool condition) {
+  mailbox[current] = condition;
+  warp_barrier();
+  unsigned bits = 0;
+  for (int t = 0; t < 32; t++) bits |= unsigned(mailbox[current / 32 * 32 + t] & 1) << t;
+  warp_barrier();
+  return bits;
+}
+
+// Counts how many 32-byte sectors the additions of each warp touch, instruction by instruction: the
+// n-th addition of every thread of a warp is one instruction.
+inline std::vector<int> additions;                           // per thread
+inline std::set<std::tuple<unsigned, int, int, uintptr_t>> sectors;
+inline bool counting = false;
+inline void count_addition(const void* to) {
+  if (counting) sectors.insert({block.x, current / 32, additions[current]++, reinterpret_cast<uintptr_t>(to) / 32});
+}
+}  // namespace emulation
+
+template <typename T> T atomicAdd(T* to, T x) {
+  T before = *to;
+  *to += x;
+  emulation::count_addition(to);
+  return before;
+}
+
+inline void add_four(float* to, float a, float b, float c, float d) {
+  const float x[4] = {a, b, c, d};
+  for (int i = 0; i < 4; i++) to[i] += x[i];
+  emulation::count_addition(to);
+}
+
+// Starts or ends counting -> sectors counted so far.
+extern "C" inline __attribute__((used)) int count_sectors(int counting) {
+  const int count = emulation::sectors.size();
+  emulation::sectors.clear();
+  emulation::counting = counting;
+  return count;
+}
+
+namespace emulation {
 template <typename Kernel> void launch(int64_t blocks, int size, Kernel kernel) {
   if (blocks <= 0 || blocks > 0x7fffffff || size > 1024) { launch_error = 9; return; }
   body = kernel, block_size = {unsigned(size)};
@@ -90,6 +134,7 @@ template <typename Kernel> void launch(int64_t blocks, int size, Kernel kernel) 
   for (unsigned b = 0; b < blocks; b++) {
     block = {b};
     arrived.assign(size / 32 + 1, 0), generation.assign(size / 32 + 1, 0), mailbox.assign(size + 32, 0);
+    additions.assign(size, 0);
     for (int t = 0; t < size; t++) {
       Thread& thread = threads[t];
       thread.done = false, thread.stack.resize(1 << 16);
@@ -115,4 +160,5 @@ template <typename Kernel> void launch(int64_t blocks, int size, Kernel kernel) 
 #define blockIdx emulation::block
 #define blockDim emulation::block_size
 #define __syncwarp() emulation::warp_barrier()
+#define __ballot_sync(lanes, condition) emulation::ballot(condition)
 #define __shfl_xor_sync(lanes, x, mask) emulation::shuffle_xor(x, mask)

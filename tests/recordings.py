@@ -98,16 +98,42 @@ def authors_loss(name):
     return "_".join([TERMS[term], *(w.removeprefix("aux") for w in where)])
 
 
-def check_losses(rec, losses, prefix="", rtol=1e-5, enc="enc"):
+def check_losses(rec, losses, prefix="", rtol=1e-5, enc="enc", atol=1e-6):
     """Every weighted term and the total."""
     values = dict(zip(rec[prefix + "loss_names"].tolist(), rec[prefix + "loss_values"] * rec[prefix + "loss_weights"]))
     expected = {k: v for k, v in values.items() if k.startswith(tuple(TERMS.values())) and
                 dict(zip(rec[prefix + "loss_names"].tolist(), rec[prefix + "loss_weights"]))[k] != 0}
     ours = {authors_loss(name).replace("enc", enc): float(value.detach()) for name, value in losses.items()}
     for name, value in expected.items():
-        np.testing.assert_allclose(ours.pop(name, 0.0), value, rtol=rtol, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(ours.pop(name, 0.0), value, rtol=rtol, atol=atol, err_msg=name)
     assert all(v == 0 for v in ours.values()), f"losses the authors do not have: {ours}"
     np.testing.assert_allclose(float(sum(losses.values()).detach()), float(rec[prefix + "total"]), rtol=rtol / 5)
+
+
+class TrainingRun:
+    """train.py's optimizer, learning rates and step on one process, for recorded batches."""
+
+    def __init__(self, paper, model, criterion, recipe):
+        self.model, self.criterion, self.recipe = model, criterion, recipe
+        groups = paper.param_groups(model, recipe)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=recipe.lr, weight_decay=recipe.weight_decay, fused=True)
+        self.rates = [group["lr"] for group in self.optimizer.param_groups]
+        model.train()
+
+    def step(self, number, steps_per_epoch, batch, check=True):
+        """Step `number`, counted from 0 -> weighted losses, gradient norm before clipping."""
+        import train
+        factor = train.lr_factor(self.recipe, number, steps_per_epoch)
+        for group, rate in zip(self.optimizer.param_groups, self.rates):
+            group["lr"] = rate * factor
+        images, padding, targets = batch
+        targets = [{**t, "index": i} for i, t in enumerate(targets)]
+        _, losses, norm, finite = train.step(
+            self.model, self.model, self.criterion, self.optimizer, train.Average(self.model, 0.0),
+            [(images, padding, targets)], self.recipe.clip, False, number, 1)
+        assert not check or finite
+        return losses, norm
 
 
 def check_matches(rec, matches, name, prefix=""):

@@ -1,12 +1,13 @@
-"""Deformable attention: one definition, three implementations (C++ loops; CUDA, here under emulation; CUDA on a GPU)."""
+"""Deformable attention: the reference implementation, and the kernels compared with it.
+
+The kernels are the C++ loops, the CUDA source under emulation, and the CUDA kernel on a GPU.
+"""
 import ctypes
-import importlib.util
 import math
 import os
 import re
 import shutil
 import subprocess
-import sys
 import warnings
 from pathlib import Path
 
@@ -17,12 +18,16 @@ from torch.autograd import gradcheck
 from torch.library import opcheck
 
 import deformable_attn
-from deformable_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused, ms_deform_attn_torch, sampling_locations
+import deformable_attn_build as build
+from deformable_attn import (MSDeformAttn, ms_deform_attn, ms_deform_attn_fused,
+                             ms_deform_attn_torch, sampling_locations)
 
 ROOT = Path(deformable_attn.__file__).parent
 CUDA_SOURCE = ROOT / "deformable_attn_kernel.cu"
+SM_90 = ("-D__CUDA_ARCH__=900", "-D__CUDACC_VER_MAJOR__=12", "-D__CUDACC_VER_MINOR__=1")
 HALVES = (torch.float16, torch.bfloat16)
-ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}    # of a tensor's largest value
+# The largest error allowed, relative to the largest value of a tensor.
+ROUNDING = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PYRAMID = [(5, 7), (3, 4), (1, 1), (1, 3)]
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
@@ -34,26 +39,39 @@ def compile_cpp(source, target, *flags):
     return target
 
 
-@pytest.fixture(scope="session")
-def emulated(tmp_path_factory):
-    """The CUDA source, rewritten just enough to be C++ and run one thread after another: see cuda_emulation.h."""
+def emulate(folder, *flags):
+    """The CUDA source, rewritten just enough to be C++ and run one thread after another."""
     if shutil.which("c++") is None:
         pytest.skip("no C++ compiler c++ on the PATH")
     source = re.sub(r"#include <cuda.*\n", "", CUDA_SOURCE.read_text())
     source, launches = re.subn(r"(\w+<T, \w+>)<<<(\w+), (\w+), 0, stream>>>\((\w+)\);",
                                r"emulation::launch(\2, \3, [&] { \1(\4); });", source)
-    assert launches == 2 and "<<<" not in source
-    folder = tmp_path_factory.mktemp("emulation")
-    (folder / "kernel.cpp").write_text(f'#include "{ROOT / "tests" / "cuda_emulation.h"}"\n{source}')
-    library = compile_cpp(folder / "kernel.cpp", folder / "kernel.so", "-O1", "-fno-strict-aliasing", "-shared", "-fPIC",
-                          "-Wno-unknown-pragmas")
-    return deformable_attn.Kernels(library, tuple(deformable_attn.DTYPES))
+    source, additions = re.subn(r"asm volatile\(.*?\);", "add_four(to, x[0], x[1], x[2], x[3]);",
+                                source, flags=re.S)
+    assert launches == 3 and "<<<" not in source and additions == 1
+    header = ROOT / "tests" / "cuda_emulation.h"
+    (folder / "kernel.cpp").write_text(f'#include "{header}"\n{source}')
+    library = compile_cpp(folder / "kernel.cpp", folder / "kernel.so", "-O1", "-shared", "-fPIC",
+                          "-fno-strict-aliasing", "-Wno-unknown-pragmas", *flags)
+    return build.Kernels(ctypes.CDLL(str(library)), tuple(build.DTYPES))
+
+
+@pytest.fixture(scope="session")
+def emulated(tmp_path_factory):
+    """As compiled below sm_90: one addition at a time."""
+    return emulate(tmp_path_factory.mktemp("emulation"))
+
+
+@pytest.fixture(scope="session")
+def emulated_sm_90(tmp_path_factory):
+    """As compiled for sm_90 by CUDA 12.1: four additions at a time."""
+    return emulate(tmp_path_factory.mktemp("emulation_sm_90"), *SM_90)
 
 
 @pytest.fixture(scope="session")
 def loops():
-    kernels = deformable_attn._kernels("cpu", None)
-    if isinstance(kernels, deformable_attn.BuildError):
+    kernels = build.load_kernels("cpu", None)
+    if isinstance(kernels, build.BuildError):
         pytest.skip(str(kernels))
     return kernels
 
@@ -100,9 +118,9 @@ def run(kernels, shapes, inputs, grad_output):
     kernels, deterministic = kernels
     flat, fused = [n for shape in shapes for n in shape], inputs[3] is not None
     value, points, weights, reference = [None if t is None else t.detach() for t in inputs]
-    output = deformable_attn.run_forward(kernels, value, flat, points, weights, reference)
-    grads = deformable_attn.run_backward(kernels, grad_output.to(value.dtype), output, value, flat, points, weights, reference,
-                                         fused, deterministic)
+    output = build.run_forward(kernels, value, flat, points, weights, reference)
+    grads = build.run_backward(kernels, grad_output.to(value.dtype), value, flat, points, weights,
+                               reference, fused, deterministic)
     return [output, *grads[:4 if fused else 3]]
 
 
@@ -175,8 +193,7 @@ def test_recorded_module(golden, monkeypatch, impl, reference, mask):
     module.load_state_dict({key[3:]: array.double() for key, array in recorded.items() if key.startswith("sd.")})
     inputs = {key: recorded[name].double().requires_grad_() for key, name in
               dict(query="query", ref=reference, features="features").items()}
-    fused = ms_deform_attn_fused
-    monkeypatch.setattr(deformable_attn, "ms_deform_attn_fused", lambda *args: fused(*args, impl=impl))
+    monkeypatch.setattr(MSDeformAttn, "impl", impl)
     shapes = [tuple(shape) for shape in recorded["shapes"].tolist()]
     output = module(inputs["query"], inputs["ref"], inputs["features"], shapes, recorded["padding_mask"] if mask == "mask" else None)
     output.backward(recorded["grad_output"].double())
@@ -220,7 +237,7 @@ def test_beside_a_box_the_outermost_point_of_the_ring_lies_on_its_border():
 
 # ---- Compiled kernels against the definition ------------------------------------------------------------------------
 
-@pytest.mark.parametrize("dtype", deformable_attn.DTYPES)
+@pytest.mark.parametrize("dtype", build.DTYPES)
 @pytest.mark.parametrize("reference", [0, 2, 4])
 @pytest.mark.parametrize("sizes", [dict(D=8, M=4), dict(D=5, K=1), dict(D=32, M=2, K=4, B=1, Nq=None), dict(D=72, M=1, K=5)])
 def test_dtype_matrix(kernels, dtype, reference, sizes):
@@ -410,156 +427,22 @@ def test_wrong_arguments_are_named():
 
 
 def test_launch_error_raises(emulated):
-    too_much = deformable_attn.Problem(B=2**40, Nq=1, S=2, M=1, D=4, L=1, K=1)
+    too_much = build.Problem(B=2**40, Nq=1, S=2, M=1, D=4, L=1, K=1)
     with pytest.raises(RuntimeError, match="forward_float32 on cpu: invalid configuration"):
         emulated.launch(emulated.library.forward_float32, too_much, torch.device("cpu"))
-
-
-# ---- Building -------------------------------------------------------------------------------------------------------
-
-def python(code, **environment):
-    """A fresh interpreter on this folder -> its completed process."""
-    return subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
-
-
-def fake_compiler(path, text, code=1):
-    """A compiler that leaves a mark, says `text` and exits with `code`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(f'#!/bin/sh\necho called >> "{path.parent}/called"\necho "{text}" >&2\nexit {code}\n')
-    path.chmod(0o755)
-    return path
-
-
-def test_import_never_compiles(tmp_path):
-    for name in ("c++", "g++", "nvcc", "ninja"):
-        fake_compiler(tmp_path / "bin" / name, "no compiler here")
-    modules = [path.stem for path in sorted(ROOT.glob("*.py"))]
-    done = python(f"import {', '.join(modules)}", PATH=str(tmp_path / "bin"), TORCH_EXTENSIONS_DIR=str(tmp_path / "cache"))
-    assert done.returncode == 0, done.stderr
-    assert not (tmp_path / "bin" / "called").exists() and not (tmp_path / "cache").exists()
-
-
-USE = """
-import torch, deformable_attn as d
-value, locations, weights = torch.ones(1, 4, 1, 2), torch.full((1, 1, 1, 1, 1, 2), 0.5), torch.ones(1, 1, 1, 1, 1)
-for _ in range(3):
-    print(d.ms_deform_attn(value, [(2, 2)], locations, weights).tolist())
-"""
-
-
-@pytest.fixture
-def fall_back(monkeypatch, capsys):
-    """`fall_back(CXX=...)` uses the operator with nothing built yet: three times the right output, and one warning, its text."""
-    def use(**environment):
-        for name, value in environment.items():
-            monkeypatch.setenv(name, str(value))
-        deformable_attn._kernels.cache_clear()
-        with pytest.warns(UserWarning) as record:
-            exec(USE, {})
-        assert capsys.readouterr().out.splitlines() == ["[[[1.0, 1.0]]]"] * 3
-        warning, = record
-        return str(warning.message)
-    yield use
-    deformable_attn._kernels.cache_clear()
-
-
-@pytest.mark.parametrize("compiler, reason", [("broken", "kernel.cpp:3: error: this compiler is broken"),
-                                              ("absent", "no C++ compiler")])
-def test_broken_compiler_falls_back(tmp_path, fall_back, compiler, reason):
-    fake_compiler(tmp_path / "broken", "In file included:\nkernel.cpp:3: error: this compiler is broken\nmore")
-    assert reason in fall_back(CXX=tmp_path / compiler, TORCH_EXTENSIONS_DIR=tmp_path / "cache")
-    assert list((tmp_path / "cache").glob("*")) == []                     # nothing half-built is left to be picked up
-
-
-@pytest.mark.filterwarnings("ignore")
-def test_broken_nvcc_falls_back(tmp_path, monkeypatch):
-    """The CUDA build as it runs beside a GPU, with an nvcc that fails: one warning with its first error, then PyTorch."""
-    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
-    if not cpp_extension.is_ninja_available():
-        pytest.skip("no ninja")
-    fake_compiler(tmp_path / "cuda" / "bin" / "nvcc", "kernel.cu(3): error: this nvcc is broken\nmore")
-    monkeypatch.setattr(cpp_extension, "CUDA_HOME", str(tmp_path / "cuda"))
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(torch.version, "cuda", torch.version.cuda or "13.0")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (9, 0))
-    with pytest.warns(UserWarning, match=r"kernel.cu\(3\): error: this nvcc is broken") as record:
-        assert isinstance(deformable_attn._kernels.__wrapped__("cuda", 0), deformable_attn.BuildError)
-    assert len([w for w in record if "plain PyTorch" in str(w.message)]) == 1
-    assert (tmp_path / "cuda" / "bin" / "called").exists() and list((tmp_path / "cache").glob("*")) == []
-
-
-def test_cache_key(tmp_path, monkeypatch):
-    """Another source, torch, CUDA or architecture is another file."""
-    for suffix in ("cpp", "cu", "py"):
-        shutil.copy(ROOT / f"deformable_attn{'' if suffix == 'py' else '_kernel'}.{suffix}", tmp_path)
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(deformable_attn, "__file__", str(tmp_path / "deformable_attn.py"))
-
-    def compile(source, scratch):
-        (scratch / "kernel.so").write_bytes(b"")
-        return scratch / "kernel.so"
-
-    build = lambda: deformable_attn.build("cu", ["13.0", "90"], compile).name
-    first = build()
-    assert build() == first
-    names = {first, deformable_attn.build("cu", ["13.0", "80"], compile).name, deformable_attn.build("cu", ["12.8", "90"], compile).name}
-    monkeypatch.setattr(torch, "__version__", "2.99")
-    names.add(build())
-    monkeypatch.undo()
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    monkeypatch.setattr(deformable_attn, "__file__", str(tmp_path / "deformable_attn.py"))
-    with (tmp_path / "deformable_attn_kernel.cu").open("a") as file:
-        file.write("// changed\n")
-    names.add(build())
-    assert len(names) == 5
-
-
-def test_an_unwritable_cache_falls_back(tmp_path, fall_back):
-    (tmp_path / "file").write_text("")
-    assert "TORCH_EXTENSIONS_DIR" in fall_back(TORCH_EXTENSIONS_DIR=tmp_path / "file" / "cache")
-
-
-def test_no_deprecated_aten():
-    for suffix in ("cpp", "cu"):
-        source = (ROOT / f"deformable_attn_kernel.{suffix}").read_text()
-        for spelling in (".type()", "THC", ".data<", "printf(", "AT_ASSERTM", "torch/", "ATen"):
-            assert spelling not in source, spelling
-
-
-def test_the_problem_struct_is_the_same_in_all_three_files():
-    structs = [re.search(r"struct Problem \{(.*?)\n\};", (ROOT / f"deformable_attn_kernel.{s}").read_text(), re.S)[1] for s in ("cpp", "cu")]
-    fields = [re.findall(r"\*?(\w+)(?:\[32\])?[,;]", re.sub(r"//.*", "", struct)) for struct in structs]
-    assert fields[0] == fields[1] == [name for name, _ in deformable_attn.Problem._fields_]
-
-
-def test_the_two_kernel_files_stand_beside_a_file_copied_alone(tmp_path, loops):
-    for name in ("deformable_attn.py", "deformable_attn_kernel.cpp", "deformable_attn_kernel.cu"):
-        shutil.copy(ROOT / name, tmp_path)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", USE], cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.parametrize("architecture", [80, 90])
-def test_nvcc_compiles(tmp_path, architecture):
-    """Without optimisation, which takes most of the time and warns of nothing."""
-    if shutil.which("nvcc") is None:
-        pytest.skip("no nvcc on the PATH")
-    no_half_shortcuts = [f"-D__CUDA_NO_{name}__" for name in ("HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS")]
-    subprocess.run(["nvcc", "-std=c++17", f"-arch=sm_{architecture}", "-Werror", "all-warnings", *no_half_shortcuts,     # as torch does
-                    "-Xcicc", "-O0", "-Xptxas", "-O0", "-cubin", str(CUDA_SOURCE), "-o", str(tmp_path / "kernel.cubin")], check=True)
 
 
 # ---- On a GPU -------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="session")
 def gpu():
-    kernels = deformable_attn._kernels("cuda", torch.cuda.current_device())
-    assert not isinstance(kernels, deformable_attn.BuildError), kernels
+    kernels = build.load_kernels("cuda", torch.cuda.current_device())
+    assert not isinstance(kernels, build.BuildError), kernels
     return kernels
 
 
 @needs_gpu
-@pytest.mark.parametrize("dtype", deformable_attn.DTYPES)
+@pytest.mark.parametrize("dtype", build.DTYPES)
 @pytest.mark.parametrize("deterministic", [False, True])
 def test_gpu_dtype_matrix(gpu, deterministic, dtype):
     for sizes in (dict(D=8, M=4), dict(D=5, K=1), dict(D=32, M=2, K=4, Nq=None), dict(D=1025, M=1), dict(B=0), dict(Nq=0)):

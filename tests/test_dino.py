@@ -134,7 +134,7 @@ def test_a_crowd_does_not_make_memory_explode(dn_number, denoising):
     targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.rand(n, 4)} for n in (300, 2, 0)]
     cfg = Config(dn_number=dn_number, denoising=denoising)
     dn = denoising_queries(targets, torch.nn.Embedding(4, 8), 3, cfg, 10)
-    assert 0 < dn.content.shape[1] <= max(dino.MAX_SLOTS, 2 * dn_number)
+    assert 0 < dn.content.shape[1] <= max(dino.MAX_DENOISING_QUERIES, 2 * dn_number)
     assert all(len(index) == len(set(index.tolist())) * dn.groups for _, index in dn.matches)
 
 

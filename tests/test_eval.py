@@ -391,7 +391,7 @@ def test_against_the_json_as_it_is_perfect_predictions_score_what_pycocotools_sa
 
 def test_images_without_objects_and_a_model_without_detections_are_evaluated():
     dataset = make_scenes(16)
-    empty = dataset.take([i for i in range(16) if not len(dataset.objects(i).labels)])
+    empty = dataset.subset([i for i in range(16) if not len(dataset.objects(i).labels)])
     assert len(empty) >= 1
     model = Perfect(empty)
     metrics = evaluation.evaluate(model, model.detect, empty, CONFIG, "cpu", batch_size=2)
