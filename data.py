@@ -296,7 +296,7 @@ class CocoFolder(DetectionData):
         self.path = Path(annotations or coco_json.json_path(root, split))
         content = coco_json.read_json(self.path, root, split)
         if split == "test":
-            content.setdefault("annotations", [])   # the json of a test server has none
+            content.setdefault("annotations", [])     # a test server keeps its annotations
         self.problems = coco_json.json_problems(content)
         coco_json.refuse_fatal(self.path, self.problems)
         self.folder = Path(images or coco_json.images_folder(root, split, content))
