@@ -190,7 +190,7 @@ def scenes(out: str = "scenes.jpg", n: int = 32):
 # ---- inside the model ----------------------------------------------------------------------------
 
 def run_on_file(checkpoint, image, device, top_k=0):
-    """Run a checkpoint on one image file -> the detector, the PIL image, the model's outputs, records
+    """Run a checkpoint on one image -> the detector, the PIL image, the model's outputs, records
     of the decoder's attention, and the best `top_k` detections (at least `cfg.top_k`)."""
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
