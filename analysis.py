@@ -241,8 +241,8 @@ def iof_iob(counts):
     """The IoF-IoB curve (Co-DETR, Eq. 8) from pixel counts (2, SCORE_STEPS) of a whole data set.
 
     Above a threshold lies the share IoF of the foreground, below it the share IoB of the
-    background. A curve further up and right separates them better; the area under it is the probability that a
-    foreground pixel scores higher than a background pixel.
+    background. A curve further up and right separates them better; the area under it is the
+    probability that a foreground pixel scores higher than a background pixel.
     -> {"IoB": 0, 0.01, ..., 1, "IoF": 101 numbers there, "area": number}"""
     share = counts / counts.sum(1, keepdim=True).clamp(min=1)                  # (2, steps)
     cumulative = torch.cat((torch.zeros(2, 1), share.double().cumsum(1)), 1)   # (2, steps + 1)

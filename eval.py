@@ -4,6 +4,7 @@
     python eval.py --checkpoint FILE --data DIR                    AP on another COCO-layout folder
     python eval.py --checkpoint FILE --json image_info_test.json   detections for a test server
     python eval.py --checkpoint FILE --images a.jpg photos/        pictures, tables, counts
+    python eval.py --checkpoint FILE --images a.jpg --tile 640     small objects in large images
     torchrun --nproc_per_node 8 eval.py --checkpoint FILE          processes share the images
 
 AP, AP50, AP75 and the size bands are pycocotools' figures, for boxes and, where detections carry
@@ -13,6 +14,7 @@ From an image to AP: `detect` gives corner boxes in pixels of the original image
 0..N-1; `coco_results` turns them into what a COCO json holds (x, y, w, h, the category id of the
 json, compressed RLE); `score` compares the results with the ground truth of `dataset.coco()`.
 """
+import contextlib
 import csv
 import glob
 import json
@@ -22,6 +24,7 @@ import time
 import weakref
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -29,20 +32,24 @@ import numpy as np
 import torch
 import tyro
 from pycocotools import mask as rle
+from tqdm import tqdm
 
-import data
 import visualize
 from engine import commands, files
 from engine.commands import open_detector
+from engine.coco_json import read_json
 from engine.errors import UserError
-from engine.inference import above, detect_image, predict, require_finite
+from engine.images import UnreadableImage, read_image
+from engine.inference import detect_image, predict, require_finite
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
+from engine.tiles import detect_tiled
 
 __all__ = ["detect_image", "evaluate", "open_detector", "score"]
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # the kinds of figures and their names in short; segm_cls: masks ranked without their own score
 KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}
+DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint knows no better
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 # data set -> its ground truth for pycocotools, made once: training evaluates after every epoch
 _TRUTHS = weakref.WeakKeyDictionary()
@@ -67,6 +74,8 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, am
                               world)
     scoring = time.perf_counter()
     metrics = score_results(dataset, results, max_dets, rank, world)
+    for kind in metrics.values():
+        del kind["curves"]         # too long for the log of a run
     end = time.perf_counter()
     return {**metrics, "images": len(dataset), "seconds": end - start,
             "score_seconds": end - scoring}
@@ -77,25 +86,43 @@ def collect_results(model, detect, dataset, cfg, device, batch_size=1, amp=False
                     rank=0, world=1):
     """Detect on this rank's images, every world-th -> COCO results, see `coco_results`."""
     results = []
-    error = None
     indices = range(rank, len(dataset), world)
-    try:
+    with errors_of_all_ranks(world):
         for outputs, targets in predict(model, dataset, indices, device, batch_size, amp, workers):
             sizes = torch.stack([target["orig_size"] for target in targets])   # (B, 2), h and w
             detections = detect(outputs, sizes.to(device), cfg)
             image_ids = [target["image_id"] for target in targets]
             results += coco_results(detections, image_ids, dataset.category_ids)
-    except UserError as caught:
-        error = caught
-    # one rank's error ends all of them: none waits for results that never come
-    errors = [e for e in gather(error, world) if e is not None]
-    if errors:
-        raise errors[0]
     return results
 
 
+def collect_tiled(detector, dataset, options, rank=0, world=1):
+    """`collect_results` from tiles of this rank's images."""
+    results = []
+    with errors_of_all_ranks(world):
+        for index in tqdm(range(rank, len(dataset), world), leave=False, disable=None):
+            _, image = dataset.load_or_substitute(index)
+            found = detect_tiled(detector, image, options.tile, options.overlap, options.amp)
+            results += coco_results([found], [dataset.image_ids[index]], dataset.category_ids)
+    return results
+
+
+@contextlib.contextmanager
+def errors_of_all_ranks(world):
+    """One rank's UserError is raised on all: none waits for results that never come."""
+    error = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    errors = [e for e in gather(error, world) if e is not None]
+    if errors:
+        raise errors[0]
+
+
 def score_results(dataset, results, max_dets=100, rank=0, world=1):
-    """The results of this rank's images -> {"bbox": figures, ...} of all ranks, see `evaluate`."""
+    """The results of this rank's images -> {"bbox": figures, ...} of all ranks, see `evaluate`,
+    with the `curves` of every class."""
     truth = ground_truth(dataset, rank, world)
     metrics = {"bbox": score(truth, results, "bbox", max_dets, rank, world)}
     keys = set().union(*gather({key for row in results for key in row}, world))
@@ -112,7 +139,7 @@ def ground_truth(dataset, rank=0, world=1):
     shares = _TRUTHS.setdefault(dataset, {})
     if (rank, world) not in shares:
         rows = list(range(rank, len(dataset), world))
-        share = dataset if world == 1 else dataset.take(rows)
+        share = dataset if world == 1 else dataset.subset(rows)
         shares[rank, world] = share.coco()
     return shares[rank, world]
 
@@ -183,6 +210,26 @@ def class_table(metrics, kinds):
     return lines
 
 
+def threshold_table(metrics):
+    """For each class the threshold with the best F1, as text."""
+    per_class = metrics["bbox"]["per_class"]
+    width = max(map(len, per_class), default=0) + 2
+    columns = ("threshold", "precision", "recall", "F1")
+    lines = ["threshold of the best F1 for each class, boxes at IoU 0.5:",
+             " " * width + "".join(f"{name:>11}" for name in columns)]
+    for name, row in per_class.items():
+        lines.append(f"{name:{width}}" + "".join(cell(row[column], 11) for column in columns))
+    return "\n".join(lines)
+
+
+def thresholds(metrics):
+    """{class name: threshold with the best F1} for classes that were detected at all.
+
+    train.py stores it in best.pt, where --images looks for it."""
+    per_class = metrics["bbox"]["per_class"]
+    return {name: row["threshold"] for name, row in per_class.items() if row["threshold"] > 0}
+
+
 def cell(value, width=8):
     return f"{'-':>{width}}" if value == -1 else f"{value:>{width}.3f}"
 
@@ -230,7 +277,7 @@ def read_listing(path, meta):
     """A COCO json for the ids of --images -> its images, category id of each class of the model.
 
     Classes are matched by name. UserError where the json lacks one."""
-    listing = data.read_json(Path(path))
+    listing = read_json(path)
     ids = {category["name"]: category["id"] for category in listing.get("categories", ())}
     lacking = [name for name in meta["class_names"] if name not in ids]
     if lacking or "images" not in listing:
@@ -239,36 +286,41 @@ def read_listing(path, meta):
     return listing["images"], [ids[name] for name in meta["class_names"]]
 
 
-def detect_images(paths, ids, detector, category_ids, out, threshold=0.3, amp=False):
+def detect_images(paths, ids, detect, class_names, category_ids, out, thresholds):
     """Detect on image files and write what was found into the folder `out`.
 
-    NAME.jpg            each image with its detections of at least `threshold`
+    detect: a PIL image -> its detections, such as `detect_image`.
+
+    NAME.jpg            each image with its detections of at least the score thresholds[label]
     detections.json     COCO results, the `cfg.top_k` best of each image with file and class names
-    detections.csv      file, class, score, x, y, w, h of detections of at least `threshold`, px
+    detections.csv      file, class, score, x, y, w, h of the drawn detections, px
     counts.csv          for each image the number of objects of each class, and their sum
 
     Files that are no complete image are named and skipped. -> the number of images read"""
-    class_names = detector.meta["class_names"]
     results = []
     boxes = []
     counts = {}
     for path, image_id in zip(paths, ids, strict=True):
         try:
-            image = data.read_image(path)
-        except data.UnreadableImage as error:
+            image = read_image(path)
+        except UnreadableImage as error:
             print(f"skipped {error}", file=sys.stderr)
             continue
-        detection = detect_image(detector, image, amp)
-        shown = above(detection, threshold)
+        detection = detect(image)
+        labels = detection["labels"].tolist()
+        least = torch.tensor([thresholds[label] for label in labels])
+        drawn = detection["scores"].cpu() >= least                             # (k,)
+        shown = {key: value[drawn.to(value.device)] for key, value in detection.items()}
         names = [class_names[label] for label in shown["labels"].tolist()]
         counts[path] = Counter(names)
 
         rows = coco_results([detection], [image_id], category_ids)
-        for row, label in zip(rows, detection["labels"].tolist(), strict=True):
+        for row, label, listed in zip(rows, labels, drawn.tolist(), strict=True):
             results.append({**row, "file_name": path.name, "category_name": class_names[label]})
-        for name, row in zip(names, rows):           # best first: those above the threshold
-            x, y, w, h = (round(value, 1) for value in row["bbox"])
-            boxes.append((str(path), name, round(row["score"], 4), x, y, w, h))
+            if listed:
+                x, y, w, h = (round(value, 1) for value in row["bbox"])
+                score = round(row["score"], 4)
+                boxes.append((str(path), class_names[label], score, x, y, w, h))
         picture = visualize.draw_detections(image, shown, class_names)
         visualize.save_picture(picture, picture_path(out, path, image_id, counts))
         found = ", ".join(f"{count} {name}" for name, count in counts[path].items())
@@ -307,10 +359,15 @@ class Options:
                                  # the json whose image ids and category ids are used
     images: Annotated[list[str] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
     # detect on these files, folders or glob patterns
-    score_threshold: float = 0.3  # minimum score to draw and to count, with --images
+    score_threshold: float | None = None  # minimum score to draw and to count, with --images;
+                                 # default: for each class that of the best F1 in training, or 0.3
     max_dets: int = 100          # maximum detections per image and class in AP
     save_detections: bool = False  # also write detections.json, the COCO results of the data
     boxes_only: bool = False     # leave the masks out of detections.json
+    tile: int = 0                # detect on tiles of this many px too, for small objects in large
+                                 # images
+    overlap: float = 0.2         # fraction of a tile that neighbors share; objects up to this size
+                                 # are never cut
     eval_size: int = 0           # short side of the images, px; default: that of the checkpoint
     out: str = ""                # folder for results; default: that of the checkpoint
     batch_size: int = 1          # images at a time; with 1 nothing is padded
@@ -327,7 +384,10 @@ class Options:
         require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
         require(self.workers >= -1, "--workers of at least -1", self.workers)
         require(self.eval_size >= 0, "--eval_size of at least 1", self.eval_size)
-        require(0 <= self.score_threshold <= 1, "--score_threshold in 0..1", self.score_threshold)
+        require(self.tile == 0 or self.tile >= 16, "--tile of at least 16", self.tile)
+        require(0 <= self.overlap <= 0.9, "--overlap in 0..0.9", self.overlap)
+        threshold = self.score_threshold
+        require(threshold is None or 0 <= threshold <= 1, "--score_threshold in 0..1", threshold)
         require(self.images != [], "--images PATH ...", "no path")
 
 
@@ -343,6 +403,14 @@ def settings(cfg, recipe):
             f"out: the {cfg.top_k} best (query, class) pairs{nms}")
 
 
+def class_thresholds(meta, given):
+    """The minimum score of each class: the given one, else that of the checkpoint, else 0.3."""
+    if given is not None:
+        return [given] * len(meta["class_names"])
+    stored = meta.get("thresholds", {})
+    return [stored.get(name, DEFAULT_THRESHOLD) for name in meta["class_names"]]
+
+
 def run_on_images(options, detector, out):
     """--images: draw and list the detections on image files."""
     paths = find_images(options.images)
@@ -352,10 +420,16 @@ def run_on_images(options, detector, out):
         listed, category_ids = read_listing(options.json, detector.meta)
     ids = image_ids(paths, listed)
     folder = files.prepare_folder(options.out or out / "detections")
-    read = detect_images(paths, ids, detector, category_ids, folder, options.score_threshold,
-                         options.amp)
-    print(f"{read} of {len(paths)} images drawn (scores of at least {options.score_threshold}), "
-          f"see {folder}")
+    least = class_thresholds(detector.meta, options.score_threshold)
+    if options.tile:
+        detect = partial(detect_tiled, detector, tile=options.tile, overlap=options.overlap,
+                         amp=options.amp)
+    else:
+        detect = partial(detect_image, detector, amp=options.amp)
+    read = detect_images(paths, ids, detect, detector.meta["class_names"], category_ids, folder,
+                         least)
+    scores = ", ".join(f"{value:.2f}" for value in sorted(set(least)))
+    print(f"{read} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
     if not read:
         sys.exit(1)
 
@@ -371,8 +445,11 @@ def run_on_data(options, detector, out, device, rank, world):
     say(settings(detector.cfg, detector.recipe))
 
     start = time.perf_counter()
-    results = collect_results(detector.model, detector.paper.detect, dataset, detector.cfg, device,
-                              options.batch_size, options.amp, workers, rank, world)
+    if options.tile:
+        results = collect_tiled(detector, dataset, options, rank, world)
+    else:
+        results = collect_results(detector.model, detector.paper.detect, dataset, detector.cfg,
+                                  device, options.batch_size, options.amp, workers, rank, world)
     if options.save_detections or not labeled:
         path = folder / "detections.json"
         count = write_results(path, results, options.boxes_only, rank, world)
@@ -385,6 +462,7 @@ def run_on_data(options, detector, out, device, rank, world):
     end = time.perf_counter()
     metrics |= {"images": len(dataset), "seconds": end - start, "score_seconds": end - scoring}
     say(table(metrics))
+    say(f"\n{threshold_table(metrics)}")
     say(f"\n{dataset.name}: {len(dataset)} images, best {options.max_dets} detections of each, "
         f"{end - start:.1f} s ({end - scoring:.1f} s of them scoring)")
     if rank == 0:

@@ -31,10 +31,11 @@ from PIL import Image, ImageDraw
 
 from analysis import decoder_attention, discriminability, encoder_norms, recorded_attention
 from boxes import box_cxcywh_to_xyxy
-from data import BROKEN_IMAGE, eval_transform
+from data import eval_transform
 from engine.commands import open_detector, require, user_errors, with_data
 from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError
+from engine.images import UnreadableImage
 from engine.inference import above, as_rgb, detect_image, detect_with, infer
 from engine.plots import compare_curves, curves, ladder, read_log, save_figure
 from scenes import Shapes
@@ -75,7 +76,7 @@ def open_picture(dataset, index):
     """The original image at `index`; None where it cannot be read."""
     try:
         return dataset.image(index)
-    except BROKEN_IMAGE:
+    except UnreadableImage:
         return None
 
 
@@ -189,7 +190,7 @@ def scenes(out: str = "scenes.jpg", n: int = 32):
 # ---- inside the model ----------------------------------------------------------------------------
 
 def run_on_file(checkpoint, image, device, top_k=0):
-    """Run a checkpoint on one image file -> the detector, the PIL image, the model's outputs, records
+    """Run a checkpoint on one image -> the detector, the PIL image, the model's outputs, records
     of the decoder's attention, and the best `top_k` detections (at least `cfg.top_k`)."""
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)

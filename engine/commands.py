@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 import data
 from engine.class_rows import fit_classes
+from engine.coco_json import read_json
 from engine.datasets import validation_set
 from engine.errors import UserError
 from engine.models import load_model
@@ -46,7 +47,7 @@ def with_data(detector, folder="", json=""):
     -> the detector with the classes of the data (released heads have unused columns), the data set,
     of the split "test" where the json lacks annotations"""
     if json:
-        labeled = "annotations" in data.read_json(Path(json))
+        labeled = "annotations" in read_json(json)
         folder = folder or Path(json).parent.parent
         masks = getattr(detector.paper, "NEEDS_MASKS", False)
         dataset = data.CocoFolder(folder, "val" if labeled else "test", annotations=json,

@@ -3,7 +3,6 @@
 A detection is a dictionary: scores (k,), labels (k,) in 0..N-1, boxes (k, 4) xyxy in pixels of the
 original image, query (k,), and where the model makes masks, masks (k, h, w) and mask_scores (k,).
 """
-import io
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from tqdm import tqdm
 
 import data
 from engine.errors import UserError
+from engine.images import read_image, to_rgb
 
 ARRAYS = "a NumPy array (h, w) of uint8 or uint16, or (h, w, 3) RGB or (h, w, 4) RGBA of uint8"
 ARRAY_KINDS = (((), "uint8"), ((), "uint16"), ((3,), "uint8"), ((4,), "uint8"))
@@ -82,41 +82,17 @@ def as_rgb(image):
     Arrays: (h, w) gray of uint8 or uint16, (h, w, 3) RGB or (h, w, 4) RGBA of uint8 (OpenCV's
     images are BGR: give `array[..., ::-1]`). UserError for anything else."""
     if isinstance(image, (str, Path)):
-        return read_path(Path(image))
+        return read_image(image)
     if isinstance(image, np.ndarray):
         image = from_array(image)
     if not isinstance(image, Image.Image):
         raise UserError(f"expected a path, a PIL image or {ARRAYS}, got {type(image).__name__}")
     if 0 in image.size:
         raise UserError(f"expected an image with pixels, got one of {image.width} x {image.height}")
-    image = ImageOps.exif_transpose(image)
     try:
-        if image.mode.startswith(("I", "F")):   # 16 bits or more: the reader of files has the rule
-            return data.read_image(as_file(image))
-        if image.mode == "P":
-            image = image.convert("RGBA")       # a palette may hold transparency
-        return image.convert("RGB")
-    except data.BROKEN_IMAGE as error:
+        return to_rgb(ImageOps.exif_transpose(image))
+    except (ValueError, OSError, SyntaxError) as error:
         raise UserError(f"expected an image that Pillow can decode, got {error}") from error
-
-
-def as_file(image):
-    """A PIL image as a file in memory."""
-    file = io.BytesIO()
-    image.save(file, "TIFF")
-    file.seek(0)
-    return file
-
-
-def read_path(path):
-    """An image file -> PIL RGB image. UserError names the file."""
-    if not path.is_file():
-        raise UserError(f"{path}: expected an image file, got none there")
-    try:
-        return data.read_image(path)
-    except data.BROKEN_IMAGE as error:
-        raise UserError(f"{path}: expected an image, got a file that cannot be read "
-                        f"({error})") from error
 
 
 def from_array(array):

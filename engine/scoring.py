@@ -48,9 +48,10 @@ def score(gt, results, iou_type="bbox", max_dets=100, rank=0, world=1):
     figures of all.
 
     -> {AP, AP50, AP75, APs, APm, APl, ARs, ARm, ARl, AR1, AR10, AR<max_dets>, max_dets,
-    per_class {name: {AP, AP50, objects}}}; -1 where the ground truth has no such object. UserError
-    for results of images or categories that the ground truth does not have, and for results that
-    are not finite."""
+    per_class {name: {AP, AP50, objects, and those of `operating_point`}}, curves {name: {precision,
+    score}, 101 numbers each at recall 0, 0.01, ..., 1 and IoU 0.5}}; -1 where the ground truth has
+    no such object. UserError for results of images or categories that the ground truth does not
+    have, and for results that are not finite."""
     matches = match_images(gt, results, iou_type, max_dets)
     categories = [gt.cats[category] for category in sorted(gt.cats)]
     if world == 1:
@@ -117,7 +118,8 @@ def make_evaluation(gt, detections, iou_type, category_ids, max_dets):
 
 
 def accumulate(parts, category_ids, iou_type, max_dets):
-    """Matches of all ranks -> pycocotools' precision (T, R, K, A, M) and recall (T, K, A, M).
+    """Matches of all ranks -> COCOeval with `eval`: precision (T, R, K, A, M), scores of the same
+    shape, recall (T, K, A, M).
 
     T IoU thresholds, R recall levels, K classes, A area ranges (all, small, medium, large), M
     limits of detections; -1 where there are no objects."""
@@ -144,28 +146,51 @@ def accumulate(parts, category_ids, iou_type, max_dets):
                 "gtIgnore": part.gt_ignored[g]}
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation.accumulate()
-    return evaluation.eval["precision"], evaluation.eval["recall"], evaluation.params.maxDets
+    return evaluation
 
 
 def figures(parts, categories, iou_type, max_dets):
     """The table of `score` from the Matches of all ranks."""
     category_ids = [category["id"] for category in categories]
-    precision, recall, limits = accumulate(parts, category_ids, iou_type, max_dets)
+    evaluation = accumulate(parts, category_ids, iou_type, max_dets)
+    precision = evaluation.eval["precision"]
+    recall = evaluation.eval["recall"]
     result = {"AP": mean(precision[:, :, :, 0, -1]),
               "AP50": mean(precision[0, :, :, 0, -1]),
               "AP75": mean(precision[5, :, :, 0, -1])}
     for area in (1, 2, 3):
         result["AP" + AREAS[area]] = mean(precision[:, :, :, area, -1])
         result["AR" + AREAS[area]] = mean(recall[:, :, area, -1])
-    for m, limit in enumerate(limits):
+    for m, limit in enumerate(evaluation.params.maxDets):
         result[f"AR{limit}"] = mean(recall[:, :, 0, m])
     counts = count_objects(parts, len(categories))
     per_class = {}
+    curves = {}
     for k, category in enumerate(categories):
+        curve = {"precision": precision[0, :, k, 0, -1].tolist(),              # (R,) at IoU 0.5
+                 "score": evaluation.eval["scores"][0, :, k, 0, -1].tolist()}
+        curves[category["name"]] = curve
         per_class[category["name"]] = {"AP": mean(precision[:, :, k, 0, -1]),
                                        "AP50": mean(precision[0, :, k, 0, -1]),
-                                       "objects": counts[k]}
-    return {**result, "max_dets": max_dets, "per_class": per_class}
+                                       "objects": counts[k],
+                                       **operating_point(**curve)}
+    return {**result, "max_dets": max_dets, "per_class": per_class, "curves": curves}
+
+
+def operating_point(precision, score):
+    """The score threshold with the best F1 of one class at IoU 0.5.
+
+    precision, score: 101 numbers each, at recall 0, 0.01, ..., 1, as pycocotools makes them: the
+    best precision at this recall or beyond, and the score at which the recall is reached.
+    -> {"threshold", "precision", "recall", "F1"}; all -1 where the class is never detected."""
+    precision = np.array(precision).clip(0)
+    recall = np.linspace(0, 1, len(precision))
+    f1 = 2 * precision * recall / np.maximum(precision + recall, 1e-12)
+    best = f1.argmax()
+    if f1[best] == 0:
+        return {"threshold": -1.0, "precision": -1.0, "recall": -1.0, "F1": -1.0}
+    return {"threshold": float(score[best]), "precision": float(precision[best]),
+            "recall": float(recall[best]), "F1": float(f1[best])}
 
 
 def count_objects(parts, num_classes):

@@ -4,6 +4,7 @@ import csv
 import json
 import math
 import multiprocessing
+import re
 import sys
 from contextlib import redirect_stdout
 from io import StringIO
@@ -23,7 +24,7 @@ import data
 import dino
 import eval as evaluation
 import scenes
-from engine import class_rows, datasets, machine, models, scoring
+from engine import checkpoints, class_rows, datasets, machine, models, scoring
 from engine.errors import UserError
 
 
@@ -127,8 +128,8 @@ def test_per_class_figures_carry_the_names_of_the_json_and_count_objects_without
                categories=[(3, "dog"), (9, "owl")])
     gt.dataset["annotations"][2]["iscrowd"] = 1
     per_class = evaluation.score(gt, [result(1, 3, [0, 0, 20, 20], 1.0)])["per_class"]
-    assert per_class == {"dog": {"AP": pytest.approx(1), "AP50": pytest.approx(1), "objects": 1},
-                         "owl": {"AP": 0, "AP50": 0, "objects": 1}}
+    rows = {name: (row["AP"], row["AP50"], row["objects"]) for name, row in per_class.items()}
+    assert rows == {"dog": (pytest.approx(1), pytest.approx(1), 1), "owl": (0, 0, 1)}
 
 
 def test_max_dets_is_a_limit_per_image_and_class_and_renames_the_recall():
@@ -171,6 +172,59 @@ def test_scoring_prints_nothing_and_changes_no_result(capfd):
     before = json.dumps(rows)
     evaluation.score(gt, rows)
     assert capfd.readouterr().out == "" and json.dumps(rows) == before
+
+
+# ---- operating point -----------------------------------------------------------------------------
+
+def test_the_threshold_of_the_best_f1_by_hand():
+    """Four objects; hits at 0.9, 0.8, 0.6 and a false alarm at 0.7: F1 is 2/3 at 0.8 (precision 1,
+    recall 1/2), 3/4 at 0.6 (precision and recall 3/4)."""
+    boxes = [[30 * i, 0, 20, 20] for i in range(4)]
+    gt = truth([(1, 7, box) for box in boxes])
+    rows = [result(1, 7, box, score) for box, score in zip(boxes, (0.9, 0.8, 0.6))]
+    rows.append(result(1, 7, [0, 60, 20, 20], 0.7))
+    row = evaluation.score(gt, rows)["per_class"]["cat"]
+    assert row["threshold"] == 0.6
+    assert (row["precision"], row["recall"], row["F1"]) == pytest.approx((0.75, 0.75, 0.75))
+    # a further false alarm above the third hit: precision 3/5, F1 2/3; the two first are as good,
+    rows.append(result(1, 7, [30, 60, 20, 20], 0.65))
+    rows.append(result(1, 7, [60, 60, 20, 20], 0.65))     # and with two more they are better
+    row = evaluation.score(gt, rows)["per_class"]["cat"]
+    assert row["threshold"] == 0.8 and row["F1"] == pytest.approx(2 / 3)
+
+
+def test_a_class_that_is_never_detected_has_no_threshold():
+    gt = truth([(1, 7, [0, 0, 20, 20])], categories=[(7, "cat"), (8, "dog")])
+    figures = evaluation.score(gt, [])
+    assert [row["threshold"] for row in figures["per_class"].values()] == [-1, -1]
+    assert evaluation.thresholds({"bbox": figures}) == {}
+    text = evaluation.threshold_table({"bbox": figures})
+    assert re.search(r"cat +- +- +- +-\n", text)
+
+
+def test_the_thresholds_of_a_checkpoint_are_used_unless_one_is_given():
+    meta = {"class_names": ["cat", "dog"], "thresholds": {"dog": 0.6}}
+    assert evaluation.class_thresholds(meta, None) == [0.3, 0.6]
+    assert evaluation.class_thresholds(meta, 0.0) == [0.0, 0.0]
+    assert evaluation.class_thresholds({"class_names": ["cat"]}, None) == [0.3]
+
+
+def test_each_class_is_listed_from_its_own_threshold_on(checkpoint, tmp_path, capsys):
+    scenes.Shapes("val", 3).image(1).save(tmp_path / "a.png")
+    words = ("--images", tmp_path / "a.png", "--out", tmp_path / "out")
+    evaluate_checkpoint(checkpoint, *words)
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    best = {}
+    for row in rows:
+        best.setdefault(row["category_name"], row["score"])
+    state = checkpoints.load(checkpoint)
+    name = rows[0]["category_name"]
+    others = dict.fromkeys(best, 1.0)
+    checkpoints.save(tmp_path / "best.pt", state | {"thresholds": others | {name: best[name]}})
+    evaluate_checkpoint(tmp_path, *words)
+    lines = read_csv(tmp_path / "out" / "detections.csv")
+    assert [line["class"] for line in lines] == [name]
+    assert f"{best[name]:.2f}, 1.00), see" in capsys.readouterr().out
 
 
 # ---- several processes ---------------------------------------------------------------------------
@@ -600,6 +654,8 @@ def test_released_weights_without_data_ask_for_it():
     (("--max_dets", "0"), "--max_dets of at least 1.*got 0"),
     (("--workers", "-2"), "--workers.*got -2"),
     (("--eval_size", "-3"), "--eval_size of at least 1.*got -3"),
+    (("--tile", "-5"), "--tile of at least 16.*got -5"),
+    (("--overlap", "1"), "--overlap in 0..0.9.*got 1.0"),
     (("--score_threshold", "nan"), "--score_threshold.*got nan"),
     (("--score_threshold", "30"), "--score_threshold.*got 30"),
     (("--device", "tpu"), "--device: expected cpu or cuda.*tpu"),

@@ -83,7 +83,7 @@ def test_pictures_are_turned_upright_as_their_files_are(tmp_path):
     (Image.new("RGB", (0, 4)), "with pixels"),
     (torch.zeros(3, 4, 4), "got Tensor"),
     (None, "got NoneType"),
-    ("nowhere.jpg", "nowhere.jpg: expected an image file, got none there")])
+    ("nowhere.jpg", "nowhere.jpg: expected a readable image")])
 def test_what_is_no_image_is_refused_in_one_line(image, message):
     with pytest.raises(UserError, match=message) as refused:
         inference.as_rgb(image)
@@ -92,7 +92,7 @@ def test_what_is_no_image_is_refused_in_one_line(image, message):
 
 def test_a_broken_file_is_refused_by_name(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"no image")
-    with pytest.raises(UserError, match="broken.jpg: expected an image"):
+    with pytest.raises(UserError, match="broken.jpg: expected a readable image"):
         inference.as_rgb(tmp_path / "broken.jpg")
 
 
