@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import train
 from engine import authors_names
 from backbones.resnet import Bottleneck, ResNet
 
@@ -142,17 +143,17 @@ def check_matches(rec, matches, name, prefix=""):
         assert sorted(zip(query.tolist(), index.tolist())) == sorted(zip(*expected.tolist())), f"{name}, image {i}"
 
 
-def check_gradients(rec, model, family):
+def check_gradients(rec, model, family, tolerance=1e-3):
     """Norm and a fixed projection of every parameter's gradient, under the authors' names."""
     grads = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
     theirs = authors_names.to_authors(grads, family)
     largest = rec["grad_norm"].max()
     waves = np.cos(0.7 * (np.arange(max(p.numel() for p in model.parameters())) + 1.0))
-    dot_tolerance = max(1e-3, 20 * float(rec["noise.grad_dot_rel"])) if "noise.grad_dot_rel" in rec else 1e-3
+    dot_tolerance = max(tolerance, 20 * float(rec["noise.grad_dot_rel"])) if "noise.grad_dot_rel" in rec else tolerance
     for name, norm, dot in zip(rec["grad_names"].tolist(), rec["grad_norm"], rec["grad_dot"]):
         grad = theirs[name].double().flatten().numpy()
         scale = max(norm, largest / 1000)
-        assert abs(np.linalg.norm(grad) - norm) < 1e-3 * scale, f"gradient norm of {name}"
+        assert abs(np.linalg.norm(grad) - norm) < tolerance * scale, f"gradient norm of {name}"
         projected = grad @ waves[:grad.size]
         assert abs(projected - dot) < dot_tolerance * scale, f"gradient of {name}"
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -183,6 +184,63 @@ def check_model(rec, model, criterion, family, dtype=torch.float32, recipe=None,
     return outputs
 
 
+def check_steps(rec, model, criterion, groups, recipe, family):
+    """Four steps of training as `train.py` makes them, in float64: losses, gradients, and what every parameter and Adam's
+    two moments become. Positions are float32, so tolerances are those of the second column of the recordings' table."""
+    load(model, weights(rec), family, torch.float64)
+    model.train()
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    base_lrs = [group["lr"] for group in optimizer.param_groups]
+    names = {id(p): name for name, p in model.named_parameters()}
+    ours = {names[id(p)]: i for i, group in enumerate(optimizer.param_groups) for p in group["params"]}
+    theirs = dict(zip(rec["param_names"].tolist(), rec["param_group"].tolist()))
+    assert authors_names.to_authors(ours, family) == theirs, "parameter groups"
+    old = parameters(model, family)
+    check_figures(rec, "param", 0, old, 1e-6)
+    for step in range(4):
+        part = {key.split(".", 1)[1]: value for key, value in rec.items() if key.startswith(f"step{step + 1}.")}
+        targets = [{**target, "index": i} for i, target in enumerate(read_targets(part, dtype=torch.float64))]
+        factor = train.lr_factor(recipe, step, settings(rec)["steps_per_epoch"])
+        for group, lr in zip(optimizer.param_groups, base_lrs):
+            group["lr"] = lr * factor
+        np.testing.assert_allclose([group["lr"] for group in optimizer.param_groups], rec["lr"][step])
+        batch = (*images_and_padding(part, torch.float64, None), targets)
+        _, losses, norm, finite = train.step(model, model, criterion, optimizer, train.Average(model, 0.0), [batch], recipe.clip,
+                                             False, step, 1)
+        assert finite
+        check_losses(part, losses, rtol=1e-5)
+        np.testing.assert_allclose(norm, part["grad_total_norm"], rtol=1e-5)
+        before_clipping = (norm + 1e-6) / recipe.clip
+        grads = {name: p.grad * before_clipping for name, p in model.named_parameters() if p.requires_grad}
+        check_figures(rec, "grad", step, authors_names.to_authors(grads, family), 2e-4)
+        new = parameters(model, family)
+        check_figures(rec, "param", step + 1, new, 1e-6)
+        check_figures(rec, "delta", step, {name: new[name] - old[name] for name in new}, 1e-3)
+        for moment, name in (("adam_m", "exp_avg"), ("adam_v", "exp_avg_sq")):
+            state = {names[id(p)]: state[name] for p, state in optimizer.state.items()}
+            check_figures(rec, moment, step, authors_names.to_authors(state, family), 1e-3)
+        old = new
+
+
+def parameters(model, family):
+    """Copies of all trainable parameters, under the authors' names."""
+    ours = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    return authors_names.to_authors(ours, family)
+
+
+def check_figures(rec, kind, row, tensors, tolerance):
+    """Norm, and dot product with cos(0.7 (i + 1)), of every tensor against one row of a recording; errors are relative to the
+    norm, or to a thousandth of the largest norm."""
+    norms = rec[f"{kind}_norm"][row]
+    for i, name in enumerate(rec["param_names"].tolist()):
+        value = tensors[name].flatten().numpy()
+        scale = max(norms[i], norms.max() / 1000)
+        assert abs(np.linalg.norm(value) - norms[i]) <= tolerance * scale, f"{kind} norm {row} of {name}"
+        if f"{kind}_dot" in rec:
+            dot = value @ np.cos(0.7 * (np.arange(value.size) + 1.0))
+            assert abs(dot - rec[f"{kind}_dot"][row][i]) <= tolerance * scale, f"{kind} dot {row} of {name}"
+
+
 def check_outputs(rec, outputs):
     """Logits and boxes of every layer, the encoder, and its input; tolerances are those the recordings state."""
     layers = outputs["aux_outputs"] + [outputs]
@@ -197,11 +255,11 @@ def check_outputs(rec, outputs):
         close(stacked(dn, "pred_boxes"), rec["out.dn_boxes"], 5e-5, "denoising boxes")
     memory = outputs["memory"]
     assert [list(s) for s in memory.shapes] == rec["inner.shapes"].tolist()
-    for name, value, tolerance in (("memory", memory.tokens, 1e-4), ("encoder_pos", memory.positions, 1e-4),
-                                   ("valid_ratios", memory.valid_ratios, 1e-6),
-                                   ("padding_mask_flat", memory.padding, 0)):
+    for name, field, tolerance in (("memory", "tokens", 1e-4), ("encoder_pos", "positions", 1e-4),
+                                   ("pos", "positions", 1e-4), ("valid_ratios", "valid_ratios", 1e-6),
+                                   ("padding_mask_flat", "padding", 0)):
         if f"inner.{name}" in rec:
-            close(value, rec[f"inner.{name}"], tolerance, name)
+            close(getattr(memory, field), rec[f"inner.{name}"], tolerance, name)
     if "inner.memory_mean_abs_per_image" in rec:
         close(memory.tokens.abs().mean((1, 2)), rec["inner.memory_mean_abs_per_image"], 1e-5, "mean of memory")
 
