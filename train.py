@@ -208,6 +208,7 @@ def step(net, model, criterion, optimizer, average, batches: list, clip: float, 
     before = [b.clone() for b in statistics]
     optimizer.zero_grad(set_to_none=True)
     losses = {}
+    criterion.share = 1 / len(batches)   # what a loss that is a mean (DETR's class loss) is multiplied by
     for i, (images, padding, targets) in enumerate(batches):
         targets = data.to_device(targets, device)
         with net.no_sync() if world > 1 and i + 1 < len(batches) else contextlib.nullcontext():

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import nn
 
+import train
 from engine import authors_names
 from backbones.resnet import Bottleneck, ResNet
 
@@ -151,7 +152,7 @@ def check_matches(rec, matches, name, prefix=""):
         assert sorted(zip(query.tolist(), index.tolist())) == expected, f"{name}, image {i}"
 
 
-def check_gradients(rec, model, family):
+def check_gradients(rec, model, family, tolerance=1e-3):
     """Norm and a fixed projection of every parameter's gradient, under the authors' names."""
     grads = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -160,11 +161,11 @@ def check_gradients(rec, model, family):
     theirs = authors_names.to_authors(grads, family)
     largest = rec["grad_norm"].max()
     waves = np.cos(0.7 * (np.arange(max(p.numel() for p in model.parameters())) + 1.0))
-    dot_tolerance = max(1e-3, 20 * float(rec.get("noise.grad_dot_rel", 0)))
+    dot_tolerance = max(tolerance, 20 * float(rec.get("noise.grad_dot_rel", 0)))
     for name, norm, dot in zip(rec["grad_names"].tolist(), rec["grad_norm"], rec["grad_dot"]):
         grad = theirs[name].double().flatten().numpy()
         scale = max(norm, largest / 1000)
-        assert abs(np.linalg.norm(grad) - norm) < 1e-3 * scale, f"gradient norm of {name}"
+        assert abs(np.linalg.norm(grad) - norm) < tolerance * scale, f"gradient norm of {name}"
         projected = grad @ waves[:grad.size]
         assert abs(projected - dot) < dot_tolerance * scale, f"gradient of {name}"
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -214,12 +215,13 @@ def check_outputs(rec, outputs):
         close(stacked(dn, "pred_boxes"), rec["out.dn_boxes"], 5e-5, "denoising boxes")
     memory = outputs["memory"]
     assert [list(s) for s in memory.shapes] == rec["inner.shapes"].tolist()
-    for name, value, tolerance in (("memory", memory.tokens, 1e-4),
-                                   ("encoder_pos", memory.positions, 1e-4),
-                                   ("valid_ratios", memory.valid_ratios, 1e-6),
-                                   ("padding_mask_flat", memory.padding, 0)):
+    for name, field, tolerance in (("memory", "tokens", 1e-4),
+                                   ("encoder_pos", "positions", 1e-4),
+                                   ("pos", "positions", 1e-4),
+                                   ("valid_ratios", "valid_ratios", 1e-6),
+                                   ("padding_mask_flat", "padding", 0)):
         if f"inner.{name}" in rec:
-            close(value, rec[f"inner.{name}"], tolerance, name)
+            close(getattr(memory, field), rec[f"inner.{name}"], tolerance, name)
     if "inner.memory_mean_abs_per_image" in rec:
         mean = memory.tokens.abs().mean((1, 2))
         close(mean, rec["inner.memory_mean_abs_per_image"], 1e-5, "mean of memory")
