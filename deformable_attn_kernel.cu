@@ -168,16 +168,14 @@ DEVICE void store(T* to, int left, const C (&from)[N]) {
 // to[i] += x[i] for those of the N channels that exist.
 template <int N, Width W, typename C> DEVICE void add(C* to, int left, const C (&x)[N]) {
   if (W != STEPS && left <= 0) return;
-#if VECTOR_ADDITION
   if constexpr (W != ANY && N == 4) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
                  ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-    return;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int i = 0; i < N; i++)
-    if (W != ANY || i < left) atomicAdd(to + i, x[i]);
+    for (int i = 0; i < N; i++)
+      if (W != ANY || i < left) atomicAdd(to + i, x[i]);
+  }
 }
 
 template <typename C> DEVICE C sum_over_group(C x, int lanes) {

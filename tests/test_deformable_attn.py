@@ -8,6 +8,7 @@ import os
 import re
 import shutil
 import subprocess
+import textwrap
 import warnings
 from pathlib import Path
 
@@ -100,8 +101,11 @@ def problem(shapes=PYRAMID, B=2, Nq=6, M=3, D=5, K=3, reference=0, dtype=torch.f
     return value, locations.to(wide), normal(B, Nq, M, L, K).to(wide), None
 
 
-def definition(shapes, inputs, grad_output=None):
-    """The float64 definition on (possibly rounded) inputs -> output, or [output, gradients ...]."""
+def expected_output(shapes, inputs, grad_output=None):
+    """The reference implementation in float64 on (possibly rounded) inputs.
+
+    -> output, or [output, gradients ...]
+    """
     inputs = [None if t is None else t.detach().double().requires_grad_() for t in inputs]
     value, points, weights, reference = inputs
     if reference is None:
@@ -163,6 +167,30 @@ def test_the_definition_equals_loops_over_every_pixel():
     assert torch.allclose(ms_deform_attn_torch(value, shapes, locations, weights), expected.flatten(2), atol=1e-12)
 
 
+def test_the_literal_loop_agrees_with_every_implementation(loops, emulated):
+    """The .cpp file opens with it: the forward pass written out, in double precision."""
+    value, locations, weights, _ = problem(D=8)
+    expected = torch.full((2, 6, 24), math.nan, dtype=torch.float64)
+    tensors = dict(weights=weights, output=expected)
+    loops("forward_literal", [n for shape in PYRAMID for n in shape], value, locations, **tensors)
+    arguments = (value, PYRAMID, locations, weights)
+    assert torch.allclose(ms_deform_attn_torch(*arguments), expected, atol=1e-12)
+    assert torch.allclose(ms_deform_attn(*arguments, impl="kernel"), expected, atol=1e-12)
+    results = run((emulated, False), PYRAMID, (*arguments[::2][:1], locations, weights, None),
+                  torch.ones_like(expected))
+    assert torch.allclose(results[0], expected, atol=1e-12)
+
+
+def test_the_example_of_the_docstring_runs():
+    example = re.search(r"tokens:\n\n(    maps = .*?)\n\nThis file", deformable_attn.__doc__, re.S)
+    names = dict(torch=torch, MSDeformAttn=MSDeformAttn)
+    exec(textwrap.dedent(example[1]), names)
+    assert names["output"].shape == (2, 20 * 30 + 10 * 15, 256)
+    first, last = names["reference"][0, [0, 599], 0].tolist()
+    assert first == pytest.approx([0.5 / 30, 0.5 / 20])
+    assert last == pytest.approx([29.5 / 30, 19.5 / 20])
+
+
 def implementations():
     return ["torch", "loops", "emulated", "emulated, deterministic"]
 
@@ -174,7 +202,7 @@ def test_recorded_sampling(golden, request, name, case):
     shapes = [tuple(shape) for shape in recorded["shapes"].tolist()]
     inputs = [recorded[key].double() for key in ("value", "locations", "weights")] + [None]
     if name == "torch":
-        results = definition(shapes, inputs, recorded["grad_output"])
+        results = expected_output(shapes, inputs, recorded["grad_output"])
     else:
         fixture, _, deterministic = name.partition(", ")
         results = run((request.getfixturevalue(fixture), bool(deterministic)), shapes, inputs, recorded["grad_output"])
@@ -246,7 +274,7 @@ def test_dtype_matrix(kernels, dtype, reference, sizes):
     grad_output = torch.randn(inputs[0].shape[0], inputs[1].shape[1], inputs[0][0, 0].numel(), generator=generator).to(dtype)
     results = run(kernels, PYRAMID, inputs, grad_output)
     assert [r.dtype for r in results] == [dtype, *(t.dtype for t in inputs if t is not None)]
-    assert_close(results, definition(PYRAMID, inputs, grad_output), ROUNDING[dtype])
+    assert_close(results, expected_output(PYRAMID, inputs, grad_output), ROUNDING[dtype])
 
 
 @pytest.mark.parametrize("sizes", [dict(B=1), dict(B=65, Nq=1), dict(B=154, Nq=1), dict(B=0), dict(Nq=0), dict(D=1), dict(D=24), dict(D=33),
@@ -257,7 +285,7 @@ def test_any_batch(kernels, sizes):
     grad_output = torch.ones(inputs[0].shape[0], inputs[1].shape[1], inputs[0].shape[2] * inputs[0].shape[3])
     results = run(kernels, sizes["shapes"], inputs, grad_output)
     if grad_output.numel():
-        assert_close(results, definition(sizes["shapes"], inputs, grad_output), 2e-6)
+        assert_close(results, expected_output(sizes["shapes"], inputs, grad_output), 2e-6)
     else:
         assert results[0].numel() == 0 and not results[1].any()
 
@@ -283,6 +311,78 @@ def test_a_location_that_is_no_number_reaches_only_its_own_query_and_head(kernel
         assert (grad_value - expected_value).abs().max() < 1e-5           # the other looks of the row count as before
         assert torch.allclose(output[~output.isnan()], expected[~output.isnan()], atol=1e-5)
         assert torch.equal(ms_deform_attn_torch(value, PYRAMID, points, weights).isnan(), output.isnan())
+
+
+@pytest.mark.parametrize("name", implementations()[:3])
+def test_a_value_that_is_not_finite_does_not_reach_points_outside_the_map(request, name):
+    """Points that read it are not finite; points outside the map give zero in every case."""
+    value = torch.ones(1, 12, 1, 8)
+    value[0, 0] = math.inf
+    value[0, 5, 0, 3] = math.nan
+    x, y = torch.meshgrid(torch.linspace(-1.03, 2, 15), torch.linspace(-0.97, 2, 14),
+                          indexing="ij")
+    locations = torch.stack([x, y], -1).view(1, -1, 1, 1, 1, 2)
+    weights = torch.ones(locations.shape[:-1])
+    inputs = (value, locations, weights, None)
+    expected = expected_output([(3, 4)], inputs)
+    if name == "torch":
+        output = ms_deform_attn_torch(value, [(3, 4)], locations, weights)
+    else:
+        kernels = request.getfixturevalue(name)
+        output = build.run_forward(kernels, value, [3, 4], locations, weights, None)
+    assert torch.equal(output.isfinite(), expected.isfinite())
+    assert 0.5 < output.isfinite().float().mean() < 1
+    outside = ((x < -0.13) | (x > 1.13) | (y < -0.17) | (y > 1.17)).flatten()
+    assert not output[0, outside].any()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_smooth_maps_give_exact_gradients_of_the_logits_in_half_precision(emulated, dtype):
+    """Values that are alike make the gradients of a row's logits small beside their parts.
+
+    Rounding the output before their mean is taken gives all of them one error of one sign.
+    """
+    value, offsets, logits, reference = problem(D=32, K=4, reference=2, dtype=torch.float64)
+    offsets = offsets.mul(0.2)
+    reference = reference.mul(0.2).add(0.4)
+    shapes = [(8, 8), (6, 6)]
+    value = 1 + 0.03 * problem(shapes, D=32)[0]
+    inputs = [value.to(dtype), offsets[:, :, :, :2].to(dtype), logits[:, :, :, :2].to(dtype),
+              reference[:, :, :2].float()]
+    grad_output = torch.ones(2, 6, 96, dtype=dtype)
+    exact = expected_output(shapes, inputs, grad_output)[3]
+    result = run((emulated, False), shapes, inputs, grad_output)[3].double()
+    assert (result - exact).abs().max() <= ROUNDING[dtype] * exact.abs().max()
+    assert result.sum((-1, -2)).abs().max() <= 2 * ROUNDING[dtype] * exact.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("sizes", [dict(D=32, M=2, K=4), dict(D=24, M=2), dict(D=5)])
+def test_four_additions_at_a_time_give_the_same(emulated, emulated_sm_90, dtype, sizes):
+    inputs = problem(**sizes, reference=2, dtype=dtype)
+    grad_output = torch.ones(2, 6, inputs[0][0, 0].numel(), dtype=dtype)
+    results = run((emulated_sm_90, False), PYRAMID, inputs, grad_output)
+    others = run((emulated, False), PYRAMID, inputs, grad_output)
+    assert_close(results, others, 1e-6)
+    assert_close(results, expected_output(PYRAMID, inputs, grad_output), ROUNDING[dtype])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("name", ["emulated", "emulated_sm_90"])
+def test_a_value_row_is_added_in_four_sectors(request, name, dtype):
+    """A row of 32 floats is four sectors of 32 bytes, and each should be accessed once a point.
+
+    Four separate additions a lane, 16 bytes apart, would access all four of them four times.
+    """
+    kernels = request.getfixturevalue(name)
+    value = torch.ones(1, 64, 1, 32, dtype=dtype)
+    locations = torch.linspace(0.2, 0.8, 10).view(1, 1, 1, 1, 5, 2)
+    weights = torch.ones(1, 1, 1, 1, 5)
+    kernels.library.count_sectors(1)
+    build.run_backward(kernels, torch.ones(1, 1, 32, dtype=dtype), value, [8, 8], locations,
+                       weights, None, False, False)
+    corners = 5 * 4
+    assert kernels.library.count_sectors(0) == 4 * corners
 
 
 def test_gradcheck(loops):
@@ -375,6 +475,9 @@ def test_opcheck_and_compile(loops, reference):
     shapes = [(3, 4), (1, 2)]
     inputs = [None if t is None else t.requires_grad_() for t in problem(shapes, reference=reference)]
     opcheck(torch.ops.paperdetr.ms_deform_attn.default, (inputs[0], [3, 4, 1, 2], *inputs[1:]))
+    opcheck(torch.ops.paperdetr.ms_deform_attn_backward.default,
+            (torch.ones(2, 6, 15, dtype=torch.float64), inputs[0].detach(), [3, 4, 1, 2],
+             *[None if t is None else t.detach() for t in inputs[1:]], bool(reference)))
 
     def double(value, points, weights, ref):
         if ref is None:
@@ -387,6 +490,80 @@ def test_opcheck_and_compile(loops, reference):
         output = function(*inputs)
         results.append([output, *torch.autograd.grad(output.sum(), [t for t in inputs if t is not None])])
     assert_close(results[1], results[0], 1e-12)
+
+
+@pytest.mark.parametrize("reference", [0, 2])
+def test_one_compiled_graph_serves_every_image_size(loops, reference):
+    torch._dynamo.reset()
+    graphs = []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def both(value, shapes, points, weights, ref):
+        if ref is None:
+            return ms_deform_attn(value, shapes, points, weights)
+        return ms_deform_attn_fused(value, shapes, points, weights, ref)
+
+    compiled = torch.compile(both, fullgraph=True, dynamic=True, backend=backend)
+    for shapes in ([(6, 8), (3, 4)], [(7, 5), (4, 3)], [(12, 9), (6, 5)]):
+        Nq = sum(H * W for H, W in shapes)
+        value, points, weights, ref = problem(shapes, Nq=Nq, reference=reference)
+        value.requires_grad_()
+        output = compiled(value, shapes, points, weights, ref)
+        expected = both(value, shapes, points, weights, ref)
+        assert torch.equal(output, expected)
+        assert torch.equal(*(torch.autograd.grad(o.sum(), value)[0] for o in (output, expected)))
+    assert len(graphs) == 1
+    value = value.detach()[:, 1:]
+    with pytest.raises(ValueError, match="S = "):
+        compiled(value, shapes, points, weights, ref)
+
+
+@pytest.mark.parametrize("reference", [0, 2])
+def test_second_derivatives_and_forward_mode_raise(loops, reference):
+    inputs = [t.requires_grad_() for t in problem(reference=reference) if t is not None]
+    operator = ms_deform_attn_fused if reference else ms_deform_attn
+
+    def function(value, impl="kernel"):
+        return operator(value, PYRAMID, *inputs[1:], impl=impl).square().sum()
+
+    gradient, = torch.autograd.grad(function(inputs[0]), inputs[0], create_graph=True)
+    with pytest.raises(NotImplementedError, match='impl="torch"'):
+        torch.autograd.grad(gradient.sum(), inputs[0])
+    tangent = torch.ones_like(inputs[0])
+    with pytest.raises(NotImplementedError, match='impl="torch"'):
+        torch.func.jvp(function, (inputs[0].detach(),), (tangent,))
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(inputs[0].detach(), tangent)
+        with pytest.raises(NotImplementedError, match='impl="torch"'):
+            function(dual)
+
+    def in_torch(value):
+        return function(value, impl="torch")
+
+    _, forward_mode = torch.func.jvp(in_torch, (inputs[0].detach(),), (tangent,))
+    gradient, = torch.autograd.grad(in_torch(inputs[0]), inputs[0], create_graph=True)
+    assert torch.allclose(forward_mode, gradient.sum())
+    second, = torch.autograd.grad(gradient.sum(), inputs[0])
+    assert second.abs().sum() > 0
+
+
+@pytest.mark.parametrize("impl", ["torch", "kernel"])
+def test_references_in_pixels_give_one_warning(loops, monkeypatch, impl):
+    value, offsets, logits, reference = problem(reference=2, dtype=torch.float32)
+    monkeypatch.setattr(build, "_examined_devices", set())
+    with pytest.warns(UserWarning, match="divide pixels by the width and height") as record:
+        for _ in range(2):
+            ms_deform_attn_fused(value, PYRAMID, offsets, logits, 100 + reference, impl)
+    assert len(record) == 1
+    # One reference within reach is enough.
+    build._examined_devices.clear()
+    partly = torch.where(torch.arange(6)[:, None, None] == 3, reference, 100 + reference)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ms_deform_attn_fused(value, PYRAMID, offsets, logits, partly, impl)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
@@ -413,17 +590,35 @@ def test_wrong_arguments_are_named():
                                ((value[:, 1:], PYRAMID, points, weights), "S = "),
                                ((value, PYRAMID, points, weights[..., :1]), "weights"),
                                ((value.int(), PYRAMID, points, weights), "float32"),
-                               ((value.to("meta"), PYRAMID, points, weights), "meta")]:
+                               ((value, PYRAMID, points[..., :0, :], weights[..., :0]), "K = 0"),
+                               ((value[:, :0], [], points[:, :, :, :0], weights[:, :, :, :0]), "levels"),
+                               ((value, PYRAMID, points, weights.to("meta")), "meta")]:
         with pytest.raises(ValueError, match=message):
             ms_deform_attn(*arguments)
     with pytest.raises(ValueError, match="reference"):
         ms_deform_attn_fused(value, PYRAMID, points, weights, torch.rand(2, 6, 4, 3))
     with pytest.raises(ValueError, match="impl"):
         ms_deform_attn(value, PYRAMID, points, weights, impl="cuda")
+    with pytest.raises(ValueError, match="at least one channel, head, level and point"):
+        MSDeformAttn(8, 2, 1, 0)
     with pytest.raises(ValueError, match="divisible"):
         MSDeformAttn(10, 4)
     with pytest.raises(ValueError, match="num_levels=2"):
         MSDeformAttn(8, 2, 1, 1)(torch.randn(1, 1, 8), torch.rand(1, 1, 2, 2), torch.randn(1, 2, 8), [(1, 1), (1, 1)])
+
+
+def test_more_than_the_kernels_can_number_is_refused(emulated):
+    """Views of one number stand for tensors that would not fit into memory."""
+    def large(*shape):
+        return torch.zeros(1).expand(shape)
+
+    S = 2**29
+    with pytest.raises(ValueError, match="fewer than 2.29 tokens"):
+        ms_deform_attn(large(1, S, 1, 1), [(1, S)], large(1, 1, 1, 1, 1, 2), large(1, 1, 1, 1, 1))
+    with pytest.raises(RuntimeError, match="cells .* deterministic .* got 2172715008: use smaller"):
+        build.run_backward(emulated, large(2**15, 1, 32), large(2**15, 2**16, 1, 1),
+                           [2**8, 2**8 - 1, 2**8, 1], large(2**15, 1, 1, 2, 1, 2),
+                           large(2**15, 1, 1, 2, 1), None, False, True)
 
 
 def test_launch_error_raises(emulated):
@@ -452,7 +647,7 @@ def test_gpu_dtype_matrix(gpu, deterministic, dtype):
             grad_output = torch.randn(B, Nq, M * D, device="cuda").to(dtype)
             results = run((gpu, deterministic), PYRAMID, inputs, grad_output)
             if grad_output.numel():
-                assert_close(results, definition(PYRAMID, inputs, grad_output), ROUNDING[dtype])
+                assert_close(results, expected_output(PYRAMID, inputs, grad_output), ROUNDING[dtype])
 
 
 @needs_gpu
