@@ -10,7 +10,8 @@ ROOT = Path(__file__).resolve().parent.parent
 MODULES = {path.stem: path for path in [*ROOT.glob("*.py"), *ROOT.glob("engine/*.py"), *ROOT.glob("tools/*.py")]}
 MODULES["backbones"] = ROOT / "backbones" / "__init__.py"
 CITES = {   # a paper file imports the parts it builds on, and nothing else
-    "boxes": set(), "deformable_attn": set(), "backbones": set(),
+    "boxes": set(), "deformable_attn": {"deformable_attn_build"}, "deformable_attn_build": set(),
+    "backbones": set(),
     "matcher": {"boxes"},
     "detr": {"boxes", "backbones", "matcher"},
     "deformable_detr": {"boxes", "deformable_attn", "backbones", "matcher"},

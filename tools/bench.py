@@ -296,12 +296,12 @@ def step(args):
             times = {"torch": [], "kernel": []}
             for k in range(args.repeats + 2):
                 for impl in times:
-                    deformable_attn.ms_deform_attn_fused = functools.partial(ms_deform_attn_fused, impl=impl)
+                    deformable_attn.MSDeformAttn.impl = impl
                     run = lambda: train.step(model, model, criterion, optimizer, average, [batches[k % 3]], recipe.clip, amp, k, 1)[2].item()
                     times[impl].append(1e3 * clock(run))
             slow, fast = (statistics.median(times[impl][2:]) for impl in ("torch", "kernel"))
             rows.append([name, "bfloat16" if amp else "float32", f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}"])
-    deformable_attn.ms_deform_attn_fused = ms_deform_attn_fused
+    deformable_attn.MSDeformAttn.impl = None
     report("step", args, ["model (small preset)", "autocast", "PyTorch ms", "kernels ms", "ratio"], rows)
 
 
