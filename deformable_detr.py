@@ -54,11 +54,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import build_backbone
-from boxes import box_cxcywh_to_xyxy, inverse_sigmoid
+from boxes import at_least_float32, box_cxcywh_to_xyxy, inverse_sigmoid
 from deformable_attn import MSDeformAttn
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
-from matcher import Group, Matches, SetLoss, Weights, at_least_float32, count_boxes
+from matcher import Group, Matches, SetLoss, Weights, count_boxes
 
 
 @dataclass

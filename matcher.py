@@ -37,7 +37,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from boxes import box_cxcywh_to_xyxy, generalized_box_iou, paired_giou
+from boxes import at_least_float32, box_cxcywh_to_xyxy, generalized_box_iou, paired_giou
 
 ALPHA = 0.25        # focal loss: weight of the positive class
 GAMMA = 2.0         # focal loss: exponent that reduces the loss of easy examples
@@ -206,13 +206,6 @@ def stack_layers(layers: list[dict]) -> tuple[Tensor, Tensor]:
     logits = torch.stack([layer["pred_logits"] for layer in layers])
     boxes = torch.stack([layer["pred_boxes"] for layer in layers])
     return at_least_float32(logits), at_least_float32(boxes)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Convert half precision to float32; leave float32 and float64 as they are."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return x.float()
-    return x
 
 
 def index_matches(matches: list[Matches], targets: list[dict]) -> Tensor:

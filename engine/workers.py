@@ -28,10 +28,10 @@ def affordable_workers(workers: int, batch_bytes: int) -> int:
         return workers
     affordable = max(affordable, 0)
     needed = (2 * workers + 1) * batch_bytes
+    instead = f"{affordable} are used" if affordable else "the training process reads the images"
     notice_once("shared memory", (
         f"/dev/shm has {free / 1e6:.0f} MB free, {workers} workers need up to "
-        f"{needed / 1e6:.0f} MB: {affordable} are used (more in a container: --shm-size or "
-        "--ipc=host)"))
+        f"{needed / 1e6:.0f} MB: {instead} (a container gets more with --shm-size or --ipc=host)"))
     return affordable
 
 

@@ -4,8 +4,6 @@ Recordings 13 hold four steps of the authors' own training loop, two steps an ep
 divided by ten after the first epoch. Here train.py's step, the paper's parameter groups and the
 schedule run the same steps in float64, from the same weights and images.
 """
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -15,7 +13,7 @@ import dino
 import h_detr
 import recordings
 from engine.recipe import Recipe
-from recordings import narrow_resnet, settings, tensor
+from recordings import narrow_resnet, settings
 from test_dino import recorded_config as dino_config
 from test_dino import recorded_noise
 from test_h_detr import our_order
@@ -88,7 +86,7 @@ def named(model, family, value, names):
     """value(parameter) of every trainable parameter under the authors' names, each once."""
     ours = {n: value(p) for n, p in model.named_parameters(remove_duplicate=False)
             if p.requires_grad}
-    theirs = recordings.released.to_authors(ours, family)
+    theirs = recordings.authors_names.to_authors(ours, family)
     return {n: theirs[n].double() for n in names}
 
 
