@@ -393,7 +393,8 @@ def analyze_files(options):
 
 
 def main(argv=None):
-    options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True)
+    options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
+                       config=(tyro.conf.FlagCreatePairsOff,))
     with commands.user_errors("analysis.py"):
         commands.require(options.checkpoint, "--checkpoint FILE", "none")
         commands.require(options.k >= 1, "--k of at least 1", options.k)

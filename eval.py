@@ -354,21 +354,20 @@ class Options:
     """COCO AP of a checkpoint, or detections on your own images."""
     checkpoint: str              # best.pt of a run, its folder, or released weights
     data: str = ""               # COCO-layout folder; default: the data of the checkpoint's own run
-    json: str = ""               # COCO json in place of annotations/instances_val2017.json; one
-                                 # without annotations gives detections.json only. With --images:
-                                 # the json whose image ids and category ids are used
-    images: Annotated[list[str] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
+    # COCO json in place of the folder's annotations/instances_val2017.json; one without annotations
+    # gives detections.json only. With --images: the json whose ids are used
+    json: str = ""
     # detect on these files, folders or glob patterns
-    score_threshold: float | None = None  # minimum score to draw and to count, with --images;
-                                 # default: for each class that of the best F1 in training, or 0.3
+    images: Annotated[list[str] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
+    # minimum score to draw and to list, with --images; default: for each class the one with the
+    # best F1 in training, or 0.3
+    score_threshold: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     max_dets: int = 100          # maximum detections per image and class in AP
     save_detections: bool = False  # also write detections.json, the COCO results of the data
     boxes_only: bool = False     # leave the masks out of detections.json
-    tile: int = 0                # detect on tiles of this many px too, for small objects in large
-                                 # images
-    overlap: float = 0.2         # fraction of a tile that neighbors share; objects up to this size
-                                 # are never cut
-    eval_size: int = 0           # short side of the images, px; default: that of the checkpoint
+    tile: int = 0                # also detect on tiles of this many px: small objects, large images
+    overlap: float = 0.2         # fraction of a tile that neighbors share
+    eval_size: int = 0           # shorter side of the images, px; default: that of the checkpoint
     out: str = ""                # folder for results; default: that of the checkpoint
     batch_size: int = 1          # images at a time; with 1 nothing is padded
     workers: int = -1            # processes that read images; -1: chosen from the number of cores

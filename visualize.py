@@ -3,6 +3,7 @@
     detections        boxes and masks of a checkpoint on one image
     predictions       ground truth beside predictions, for some images of the validation set
     strip             detections in a row, or the same images by several models side by side
+    mistakes          the worst false alarms, wrong classes and missed objects
     sampling_points   the sampling points of one query per decoder layer and head
                       (Deformable DETR, figure 6)
     anchors           initial anchors against final boxes (DINO, sections 3.3 and 3.4)
@@ -11,6 +12,7 @@
     scenes            a contact sheet of the generated data with its ground truth
     curves            AP, losses and learning rate of a run folder
     compare_curves    AP against training time of several runs
+    precision_recall  precision over recall of each class, from eval.json
 
 train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy in pixels of the
 picture here.
@@ -37,7 +39,9 @@ from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError
 from engine.images import UnreadableImage
 from engine.inference import above, as_rgb, detect_image, detect_with, infer
-from engine.plots import compare_curves, curves, ladder, read_log, save_figure
+from engine.mistakes import KINDS, find_mistakes
+from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
+                          save_figure)
 from scenes import Shapes
 
 __all__ = ["compare_curves", "curves", "draw_detections", "ladder", "predictions", "read_log",
@@ -45,6 +49,7 @@ __all__ = ["compare_curves", "curves", "draw_detections", "ladder", "predictions
 LEVEL_COLORS = ("#e6194b", "#ffb000", "#22b14c", "#1e90ff", "#a040ff")   # finest level first
 POSITIVE, NEGATIVE = "#22c03c", "#e6194b"                                # noised boxes
 OUTSIDE = "#dddddd"                                                      # around the image
+MISTAKE_SIDE = 160                                                       # px
 DARK = "#39424e"                                                         # ground of light legends
 
 
@@ -169,6 +174,69 @@ def strip(checkpoint: list[str], out: str = "strip.jpg", data: str = "", n: int 
     rows = [picture for row in zip(*columns) for picture in row]
     titles = names + [""] * (len(rows) - len(names))
     return tile(rows, out, len(columns), titles)
+
+
+def mistakes(checkpoint: str, out: str = "mistakes.jpg", data: str = "", n: int = 6,
+             score_threshold: float = 0.3, device: str = "cpu"):
+    """The worst mistakes on the validation set, a row each: false alarms and wrong classes with the
+    highest scores, the largest missed objects. White: ground truth; red: the mistake.
+
+    Args:
+        checkpoint: best.pt of a run, its folder, or released weights.
+        out: Picture to write, .png or .jpg.
+        data: COCO-layout folder; default: the checkpoint's own data.
+        n: Number of mistakes of each kind.
+        score_threshold: Minimum score of detections.
+        device: cpu or cuda.
+    """
+    detector, dataset = with_data(open_detector(checkpoint, device), data)
+    found = []
+    for index in range(len(dataset)):
+        image = open_picture(dataset, index)
+        if image is not None:
+            shown = above(detect_image(detector, image), score_threshold)
+            truth = ground_truth(dataset, index, image)
+            found += [(mistake, index) for mistake in find_mistakes(shown, truth)]
+    pictures = []
+    titles = []
+    for kind in KINDS:
+        row = [pair for pair in found if pair[0].kind == kind]
+        row.sort(key=lambda pair: -pair[0].rank)
+        count = len(row)
+        for place in range(n):
+            if place < count:
+                mistake, index = row[place]
+                pictures.append(draw_mistake(dataset, index, mistake))
+                titles.append(mistake_title(mistake, dataset.class_names))
+            else:
+                pictures.append(Image.new("RGB", (MISTAKE_SIDE, MISTAKE_SIDE), "white"))
+                titles.append(f"{kind}: none" if count == 0 and place == 0 else "")
+    return tile(pictures, out, n, titles)
+
+
+def mistake_title(mistake, class_names):
+    """What was detected, and what it is."""
+    name = class_names[mistake.label]
+    if mistake.kind == "missed":
+        return f"missed: {name}"
+    if mistake.kind == "wrong class":
+        return f"{name} {mistake.rank:.2f}, is {class_names[mistake.true_label]}"
+    return f"false: {name} {mistake.rank:.2f}"
+
+
+def draw_mistake(dataset, index, mistake):
+    """The image around a mistake, with all objects (white) and the mistake (red)."""
+    image = dataset.image(index)
+    (left, right), (top, bottom) = view_of(mistake.box.numpy(), np.array(image.size))
+    factor = MISTAKE_SIDE / (right - left)
+    region = [round(float(side)) for side in (left, top, right, bottom)]
+    picture = image.crop(region).resize((MISTAKE_SIDE, MISTAKE_SIDE))
+    draw = ImageDraw.Draw(picture)
+    corner = torch.tensor([left, top] * 2)                                     # (4,)
+    boxes = [*ground_truth(dataset, index, image)["boxes"], mistake.box]
+    for box, rgb in zip(boxes, ["white"] * (len(boxes) - 1) + [NEGATIVE]):
+        draw.rectangle(((box - corner) * factor).tolist(), outline=rgb, width=2)
+    return picture
 
 
 def scenes(out: str = "scenes.jpg", n: int = 32):
@@ -530,13 +598,15 @@ def draw_attention_mask(axis, denoising, stride):
 COMMANDS = {"detections": detections,
             "predictions": predictions_of_checkpoint,
             "strip": strip,
+            "mistakes": mistakes,
             "sampling_points": sampling_points,
             "anchors": anchors,
             "noised_boxes": noised_boxes_of_checkpoint,
             "analysis": analysis,
             "scenes": scenes,
             "curves": curves,
-            "compare_curves": compare_curves}
+            "compare_curves": compare_curves,
+            "precision_recall": precision_recall}
 
 
 def main(argv=None):

@@ -8,8 +8,10 @@ matplotlib.use("Agg")   # draws into files; no display is needed
 import matplotlib.pyplot as plt
 import numpy as np
 
+from engine.errors import UserError
 from engine.files import complete_picture
 
+MAX_CLASSES = 10     # curves in one plot of precision and recall
 MINUTES = "training minutes (without evaluation)"
 
 
@@ -178,3 +180,38 @@ def ladder(scores, out="ladder.png"):
     axis.set_xlabel("AP on held-out generated scenes; dots: seeds")
     axis.spines[["top", "right"]].set_visible(False)
     return save_figure(figure, out)
+
+
+# ---- one evaluation ------------------------------------------------------------------------------
+
+def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: str = "bbox"):
+    """Precision over recall at IoU 0.5 of each class, with the threshold of its best F1 (dot).
+
+    Args:
+        evaluation: eval.json that eval.py wrote.
+        out: Picture to write, .png or .jpg.
+        kind: bbox or segm.
+    """
+    figures = json.loads(Path(evaluation).read_text()).get(kind)
+    if not figures or "curves" not in figures:
+        raise UserError(f"expected an evaluation of {kind} with curves, got {evaluation}: "
+                        "python eval.py --checkpoint RUN makes eval.json")
+    # the classes with the most objects, no more than the colors can tell apart
+    rows = sorted(figures["per_class"].items(), key=lambda item: -item[1]["objects"])
+    figure, axis = plt.subplots(figsize=(7, 5))
+    recall = np.linspace(0, 1, 101)
+    for number, (name, row) in enumerate(rows[:MAX_CLASSES]):
+        precision = figures["curves"][name]["precision"]
+        if row["threshold"] < 0:
+            continue
+        text = f"{name}: AP50 {row['AP50']:.3f}, best F1 {row['F1']:.2f} at {row['threshold']:.2f}"
+        axis.plot(recall, precision, color=f"C{number}", label=text)
+        axis.plot(row["recall"], row["precision"], "o", color=f"C{number}")
+    title = "precision and recall, IoU 0.5; dot: threshold of the best F1"
+    if len(rows) > MAX_CLASSES:
+        title += f"\nthe {MAX_CLASSES} most frequent of {len(rows)} classes"
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axis.set_title(title, fontsize=10)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+    clean_axis(axis)
+    return save_figure(figure, out, dpi=100)

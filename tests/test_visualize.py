@@ -13,11 +13,13 @@ from PIL import Image
 from tiny_checkpoint import two_checkpoints, write_checkpoint
 
 import data
+import eval as evaluation
 import scenes
 import visualize
 from engine import drawing, plots
 from engine.commands import open_detector
 from engine.errors import UserError
+from engine.mistakes import find_mistakes
 from engine.recipe import configure
 
 
@@ -186,6 +188,18 @@ def test_runs_are_compared_in_one_picture(tmp_path):
     assert out.exists()
 
 
+def test_precision_and_recall_are_drawn_from_an_evaluation(checkpoint, tmp_path):
+    evaluation.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(tmp_path),
+                     "--workers", "0"])
+    out = tmp_path / "curves.png"
+    visualize.main(["precision_recall", "--evaluation", str(tmp_path / "eval.json"), "--out",
+                    str(out)])
+    assert Image.open(out).width > 500
+    with pytest.raises(SystemExit, match="expected an evaluation of segm"):
+        visualize.main(["precision_recall", "--evaluation", str(tmp_path / "eval.json"), "--kind",
+                        "segm", "--out", str(out)])
+
+
 def test_an_ablation_is_a_bar_for_the_mean_and_dots_for_the_seeds(tmp_path):
     path = visualize.ladder({"DINO": [0.5, 0.6], "H-DETR": [0.4]}, tmp_path / "ladder.png")
     assert Image.open(path).width > 500
@@ -265,6 +279,27 @@ def test_unreadable_images_do_not_end_the_drawing(tmp_path):
         assert Image.open(out).width > columns * 256
     gray = np.asarray(Image.open(tmp_path / "predictions.png").convert("RGB"))[100, 20]
     assert np.abs(gray.astype(int) - (124, 116, 104)).max() < 12
+
+
+def test_mistakes_by_hand():
+    """Two cats and a dog. Hit: cat 0. Then a second box on cat 0 (false alarm), a dog on cat 1 (wrong
+    class), a box on nothing (false alarm); the dog is missed."""
+    truth = found([[0, 0, 10, 10], [50, 0, 60, 10], [0, 50, 20, 60]], [0, 0, 1])
+    boxes = [[0, 0, 10, 10], [0, 0, 10, 9], [50, 0, 60, 9], [80, 80, 90, 90]]
+    det = found(boxes, [0, 0, 1, 1], scores=torch.tensor([0.9, 0.8, 0.7, 0.6]))
+    rows = [(m.kind, round(m.rank, 3), m.label, m.true_label) for m in find_mistakes(det, truth)]
+    assert rows == [("false alarm", 0.8, 0, -1), ("wrong class", 0.7, 1, 0),
+                    ("false alarm", 0.6, 1, -1), ("missed", 200.0, 1, 1)]
+    assert find_mistakes(found([], [], scores=torch.zeros(0)), found([], [])) == []
+    names = ["cat", "dog"]
+    titles = [visualize.mistake_title(m, names) for m in find_mistakes(det, truth)]
+    assert titles == ["false: cat 0.80", "dog 0.70, is cat", "false: dog 0.60", "missed: dog"]
+
+
+def test_the_worst_mistakes_are_one_sheet(checkpoint, tmp_path):
+    out = tmp_path / "mistakes.png"
+    visualize.main(["mistakes", "--checkpoint", str(checkpoint), "--out", str(out), "--n", "2"])
+    assert Image.open(out).size == (2 * 168 + 8, 3 * 188 + 8)
 
 
 def test_scenes_are_a_sheet_of_generated_images(tmp_path):
