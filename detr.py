@@ -250,19 +250,14 @@ class Criterion:
         cost = Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou)
         loss = Weights(cfg.loss_class, cfg.loss_l1, cfg.loss_giou)
         self.set_loss = SoftmaxSetLoss(cost, loss, cfg.no_object)
-        self.share = 1.0   # of a micro-batch in its step; `train.step` sets it
 
     def __call__(self, outputs: dict, targets: list[dict], num_boxes=None) -> dict:
         """-> weighted losses {"cls", "l1", "giou", "aux0.cls", ...}; their sum is minimized.
-        num_boxes divides the box losses: objects of all micro-batches; None: those of targets."""
+        num_boxes divides the box losses; None: the number of objects in targets."""
         layers = named_layers(outputs)
         matches, = self.set_loss.match_groups([Group(layers, targets)])
         divisor = count_boxes(targets) if num_boxes is None else num_boxes
-        losses = self.set_loss.compute_losses(layers, targets, matches, divisor)
-        for name in losses:
-            if name.endswith("cls"):   # a mean, so that micro-batches are averaged, not added
-                losses[name] = self.share * losses[name]
-        return losses
+        return self.set_loss.compute_losses(layers, targets, matches, divisor)
 
     def match(self, outputs: dict, targets: list[dict]) -> Matches:
         """Match the last layer: query and object indices of each image, on the host."""

@@ -14,6 +14,7 @@ import train
 from detr import (DETR, RECIPE, SMALL, VARIANTS, Config, Criterion, DecoderLayer, EncoderLayer,
                   Memory, build, detect, param_groups, sine_positions)
 from engine import authors_names, class_rows, released
+from engine.machine import Machine
 from engine.models import load_model
 from engine.recipe import override
 from recordings import batch, close, config_fields, given_maps, narrow_resnet, overfit, tensor
@@ -566,8 +567,8 @@ def test_two_micro_batches_make_the_step_of_both():
     norms = []
     for batches in ([half], [half, half]):
         state = copy.deepcopy(model.state_dict())
-        _, losses, norm, _ = train.step(model, model, criterion, optimizer,
-                                        train.Average(model, 0.0), batches, 0.0, False, 0, 1)
+        _, norm, _ = train.step(model, model, criterion, optimizer, train.make_ema(model, 0.0),
+                                batches, 0.0, Machine())
         norms.append(float(norm))
         model.load_state_dict(state)
     assert norms[0] == pytest.approx(norms[1], rel=1e-5)
