@@ -1,7 +1,23 @@
-"""Box formats, overlaps, the inverse sigmoid, NMS and RoIAlign: pure torch, no local imports, copy it alone.
+"""Box formats, IoU, the inverse sigmoid, box deltas, NMS and RoIAlign, in plain PyTorch.
 
-Boxes are `(cx, cy, w, h)` inside the models and `xyxy` corners wherever the name says so. Functions keep the dtype and
-device they are given; callers hand them float32 or float64.
+No local imports: copy this file alone.
+
+    source                                                       here
+    IoU                                                          paired_iou, box_iou
+    generalized IoU (Rezatofighi et al. 2019, Algorithm 1)       paired_giou, generalized_box_iou
+    box deltas (Girshick et al. 2014, R-CNN, Appendix C)         encode_deltas, decode_deltas
+    greedy non-maximum suppression                               nms
+    linear soft-NMS (Bodla et al. 2017, arXiv 1704.04503)        soft_nms
+    RoIAlign (He et al. 2017, Mask R-CNN, section 3)             roi_align
+
+Boxes are `(cx, cy, w, h)` inside the models. They are `xyxy` corners, (x1, y1, x2, y2), wherever a
+name or a docstring says so. Functions keep the device and the dtype of their input, with one
+exception: areas and IoU of float16 and bfloat16 boxes are computed and returned in float32, because
+the area of a box in pixels does not fit into float16.
+
+Differences from the papers
+ 1. NMS and RoIAlign have no loop over boxes: they run on all boxes (NMS: of all images) at once.
+ 2. RoIAlign has the half-pixel correction of later implementations, and reads flattened levels.
 """
 import math
 
@@ -9,39 +25,64 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+LOG_CLIP = abs(math.log(16 / 1000))   # largest change of log width or log height by a delta
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Convert float16 and bfloat16 to float32; leave every other dtype alone."""
+    if x.dtype in (torch.float16, torch.bfloat16):
+        return x.float()
+    return x
+
 
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
-    """Centre and size (..., 4) -> corners (..., 4), in the same unit."""
+    """Convert center and size (..., 4) to corners (..., 4), in the same unit."""
     cx, cy, w, h = boxes.unbind(-1)
-    return torch.stack((cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2), -1)   # (..., 4)
+    corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
+    return torch.stack(corners, -1)                                                # (..., 4)
 
 
 def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
-    """Corners (..., 4) -> centre and size (..., 4), in the same unit."""
+    """Convert corners (..., 4) to center and size (..., 4), in the same unit."""
     x1, y1, x2, y2 = boxes.unbind(-1)
-    return torch.stack(((x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1), -1)   # (..., 4)
+    cx = (x1 + x2) / 2
+    cy = (y1 + y2) / 2
+    return torch.stack((cx, cy, x2 - x1, y2 - y1), -1)                             # (..., 4)
 
 
 def box_area(xyxy: Tensor) -> Tensor:
-    """Area (...) of corner boxes (..., 4)."""
-    return (xyxy[..., 2] - xyxy[..., 0]) * (xyxy[..., 3] - xyxy[..., 1])
+    """Area (...) of corner boxes (..., 4), at least float32."""
+    x1, y1, x2, y2 = at_least_float32(xyxy).unbind(-1)
+    return (x2 - x1) * (y2 - y1)
 
 
 def paired_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """IoU and union (...) of corner boxes (..., 4) that broadcast against each other; `eps` is added to the union in the
-    denominator (0 in Deformable DETR, 1e-6 in DINO)."""
-    overlap = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)   # (..., 2)
-    intersection = overlap[..., 0] * overlap[..., 1]
-    union = box_area(a) + box_area(b) - intersection
+    """IoU and union (...) of corner boxes (..., 4) that broadcast, at least float32.
+
+    `eps` is added to the union in the denominator (0 in Deformable DETR, 1e-6 in DINO).
+    """
+    a = at_least_float32(a)
+    b = at_least_float32(b)
+    top_left = torch.maximum(a[..., :2], b[..., :2])                               # (..., 2)
+    bottom_right = torch.minimum(a[..., 2:], b[..., 2:])                           # (..., 2)
+    overlap = (bottom_right - top_left).clamp(min=0)                               # (..., 2)
+    intersection = overlap[..., 0] * overlap[..., 1]                               # (...)
+    union = box_area(a) + box_area(b) - intersection                               # (...)
     return intersection / (union + eps), union
 
 
 def paired_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
-    """Generalised IoU (...) of corner boxes (..., 4) that broadcast: IoU minus the empty share of the smallest
-    enclosing box (Rezatofighi et al. 2019, Algorithm 1)."""
+    """Generalized IoU (...) of corner boxes (..., 4) that broadcast, at least float32.
+
+    IoU minus the empty fraction of the smallest box that encloses both. `eps` as in `paired_iou`.
+    """
+    a = at_least_float32(a)
+    b = at_least_float32(b)
     iou, union = paired_iou(a, b, eps)
-    enclosing = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).clamp(min=0)  # (..., 2)
-    area = enclosing[..., 0] * enclosing[..., 1]
+    top_left = torch.minimum(a[..., :2], b[..., :2])                               # (..., 2)
+    bottom_right = torch.maximum(a[..., 2:], b[..., 2:])                           # (..., 2)
+    enclosing = (bottom_right - top_left).clamp(min=0)                             # (..., 2)
+    area = enclosing[..., 0] * enclosing[..., 1]                                   # (...)
     return iou - (area - union) / (area + eps)
 
 
@@ -51,129 +92,193 @@ def box_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def generalized_box_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
-    """Generalised IoU (..., N, M) of all pairs of corner boxes a (..., N, 4) and b (..., M, 4)."""
+    """Generalized IoU (..., N, M) of all pairs of corner boxes a (..., N, 4), b (..., M, 4)."""
     return paired_giou(a[..., :, None, :], b[..., None, :, :], eps)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logit of x after clamping it to [0, 1]; numerator and denominator stay >= eps (1e-5 in Deformable DETR, 1e-3 in
-    DINO: the two are not interchangeable with released weights)."""
+    """Logit of x after clamping x to [0, 1]; x and 1 - x stay at least `eps`.
+
+    `eps` is 1e-5 in Deformable DETR and 1e-3 in DINO. Released weights need their own.
+    """
     x = x.clamp(0, 1)
-    return torch.log(x.clamp(min=eps) / (1 - x).clamp(min=eps))
+    numerator = x.clamp(min=eps)
+    denominator = (1 - x).clamp(min=eps)
+    return torch.log(numerator / denominator)
 
 
-LOG_CLIP = abs(math.log(16 / 1000))   # largest change of log width or height that a delta can ask for
+def encode_deltas(boxes: Tensor, anchors: Tensor, std: Tensor | float = 1.0) -> Tensor:
+    """Deltas (dx, dy, dw, dh) that turn corner boxes `anchors` into corner boxes `boxes`.
+
+    boxes and anchors (..., 4) -> (..., 4): shifts of the center in anchor sizes and log ratios of
+    the sizes, divided by their standard deviations `std`.
+    """
+    box = box_xyxy_to_cxcywh(boxes)
+    anchor = box_xyxy_to_cxcywh(anchors)
+    shift = (box[..., :2] - anchor[..., :2]) / anchor[..., 2:]                     # (..., 2)
+    log_ratio = (box[..., 2:] / anchor[..., 2:]).log()                             # (..., 2)
+    return torch.cat((shift, log_ratio), -1) / std
 
 
-def encode_deltas(boxes: Tensor, anchors: Tensor, spread: Tensor | float = 1.0) -> Tensor:
-    """Corner boxes (..., 4) -> (dx, dy, dw, dh) (..., 4) relative to corner boxes `anchors` (..., 4): shifts in anchor
-    sizes and log size ratios (R-CNN, Girshick et al. 2014, Appendix C), divided by `spread`."""
-    b, a = box_xyxy_to_cxcywh(boxes), box_xyxy_to_cxcywh(anchors)
-    return torch.cat(((b[..., :2] - a[..., :2]) / a[..., 2:], (b[..., 2:] / a[..., 2:]).log()), -1) / spread
+def decode_deltas(deltas: Tensor, anchors: Tensor, std: Tensor | float = 1.0) -> Tensor:
+    """Apply deltas to corner anchors, both (..., 4) -> corner boxes (..., 4).
 
-
-def decode_deltas(deltas: Tensor, anchors: Tensor, spread: Tensor | float = 1.0) -> Tensor:
-    """The inverse of `encode_deltas`: deltas and corner anchors that broadcast (..., 4) -> corner boxes (..., 4)."""
-    deltas, a = deltas * spread, box_xyxy_to_cxcywh(anchors)
-    size = a[..., 2:] * deltas[..., 2:].clamp(-LOG_CLIP, LOG_CLIP).exp()           # (..., 2)
-    return box_cxcywh_to_xyxy(torch.cat((a[..., :2] + deltas[..., :2] * a[..., 2:], size), -1))
+    The inverse of `encode_deltas`, except that a size changes by a factor of 62.5 at most.
+    """
+    deltas = deltas * std
+    anchor = box_xyxy_to_cxcywh(anchors)
+    center = anchor[..., :2] + deltas[..., :2] * anchor[..., 2:]                   # (..., 2)
+    log_ratio = deltas[..., 2:].clamp(-LOG_CLIP, LOG_CLIP)                         # (..., 2)
+    size = anchor[..., 2:] * log_ratio.exp()                                       # (..., 2)
+    return box_cxcywh_to_xyxy(torch.cat((center, size), -1))
 
 
 def clip_boxes(xyxy: Tensor, size: Tensor) -> Tensor:
-    """Corner boxes (..., 4) cut to images of `size` (..., 2): height and width, which broadcasts."""
+    """Clip corner boxes (..., 4) to images of `size` (..., 2): height and width, broadcast."""
     limit = size[..., [1, 0, 1, 0]].to(xyxy)                                       # (..., 4)
     return torch.minimum(xyxy.clamp(min=0), limit)
 
 
 @torch.no_grad()
-def nms(boxes: Tensor, threshold: float, labels: Tensor | None = None, usable: Tensor | None = None) -> Tensor:
-    """Greedy non-maximum suppression of corner boxes (..., n, 4), best first -> which are kept, (..., n) bool.
+def nms(boxes: Tensor, threshold: float, labels: Tensor | None = None,
+        usable: Tensor | None = None) -> Tensor:
+    """Greedy non-maximum suppression: which corner boxes (..., n, 4) remain, as (..., n) bool.
 
-    A box falls if its IoU with a kept, better box (of the same label) exceeds `threshold`. Not a loop over boxes: "kept =
-    overlaps no kept better box" is iterated until nothing changes. The first k + 1 boxes are right after k rounds, so the
-    only fixed point is the greedy answer; in practice a handful of rounds reach it, for all images at once.
+    Boxes are sorted by score, best first. A box is suppressed if its IoU with a better box that
+    remains exceeds `threshold`; with `labels` (..., n), only boxes of the same label suppress each
+    other. Boxes that are not `usable` (..., n) neither remain nor suppress.
+
+    "A box remains if no better box that remains suppresses it" is repeated for all boxes at once
+    until nothing changes. After k rounds the first k + 1 boxes are final, so that the result is the
+    greedy one after n rounds at most; in practice a few are enough.
     """
     n = boxes.shape[-2]
-    usable = torch.ones(boxes.shape[:-1], dtype=torch.bool, device=boxes.device) if usable is None else usable
-    suppresses = (box_iou(boxes, boxes)[0] > threshold).triu(1)                         # (..., n, n): row beats column
+    if usable is None:
+        usable = torch.ones(boxes.shape[:-1], dtype=torch.bool, device=boxes.device)
+    iou = box_iou(boxes, boxes)[0]                                                 # (..., n, n)
+    suppresses = (iou > threshold).triu(1)             # (..., n, n): row suppresses column
     if labels is not None:
         suppresses &= labels[..., :, None] == labels[..., None, :]
-    suppresses = suppresses.to(boxes.dtype)
-    keep = usable
+    suppresses = suppresses.float()
+    remains = usable                                                               # (..., n)
     for _ in range(n):
-        suppressed = (keep[..., None, :].to(boxes.dtype) @ suppresses)[..., 0, :] > 0       # (..., n)
-        if torch.equal(keep, usable & ~suppressed):
+        count = remains[..., None, :].float() @ suppresses                         # (..., 1, n)
+        updated = usable & (count[..., 0, :] == 0)                                 # (..., n)
+        if torch.equal(updated, remains):
             break
-        keep = usable & ~suppressed
-    return keep
+        remains = updated
+    return remains
 
 
 @torch.no_grad()
-def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, lowest: float, most: int):
-    """Linear soft-NMS (Bodla et al. 2017): the best box left is taken, those of its label that overlap it by `threshold`
-    or more lose the overlapped share of their score, those below `lowest` are dropped; until `most` are taken.
+def soft_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float, min_score: float,
+             top_k: int) -> tuple[Tensor, Tensor]:
+    """Linear soft-NMS: lower the scores of boxes that overlap a better box of the same label.
 
-    boxes (n, 4) corners, scores (n,), labels (n,) -> indices (k,), best first, and their lowered scores (k,).
-    Taken scores never rise, so stopping at `most` gives the best of the whole run.
+    boxes (n, 4) corners, scores (n,), labels (n,) -> indices (k,) of the selected boxes, best
+    first, and their lowered scores (k,). The best remaining box is selected. Every other box of its
+    label with an IoU of `threshold` or more has its score multiplied by 1 - IoU. This is repeated
+    until `top_k` boxes are selected or no score reaches `min_score`. Selected scores never
+    increase, so that the first `top_k` are the best of the complete run.
     """
     if not len(boxes):
         return labels[:0], scores
     iou = box_iou(boxes, boxes)[0]                                                 # (n, n)
-    decays = (iou >= threshold) & (labels[:, None] == labels)
-    decay = torch.where(decays, 1 - iou, 1).cpu()   # on the host: hundreds of tiny steps, each waiting for the one before
-    scores = scores.cpu().clone()
-    taken, lowered = [], []
-    while len(taken) < most:
-        best = int(scores.argmax())
-        if scores[best] < lowest:
+    same_label = labels[:, None] == labels                                         # (n, n)
+    lowers = (iou >= threshold) & same_label                                       # (n, n)
+    # On the CPU: hundreds of tiny steps, each of which waits for the one before.
+    factors = torch.where(lowers, 1 - iou, 1).cpu()                                # (n, n)
+    remaining = scores.cpu().clone()                                               # (n,)
+    selected = []
+    lowered = []
+    while len(selected) < top_k:
+        best = int(remaining.argmax())
+        if remaining[best] < min_score:
             break
-        taken.append(best)
-        lowered.append(float(scores[best]))
-        scores = scores * decay[best]
-        scores[best] = -1.0
-    return (torch.tensor(taken, dtype=torch.int64, device=boxes.device),
-            torch.tensor(lowered, dtype=boxes.dtype, device=boxes.device))
+        selected.append(best)
+        lowered.append(float(remaining[best]))
+        remaining = remaining * factors[best]
+        remaining[best] = -1.0
+    indices = torch.tensor(selected, dtype=torch.int64, device=boxes.device)       # (k,)
+    return indices, torch.tensor(lowered, dtype=scores.dtype, device=boxes.device)
 
 
-def roi_align(tokens: Tensor, shapes: list, strides: list, rois: Tensor, image: Tensor, level: Tensor, bins: int = 7,
-              samples: int = 0) -> Tensor:
-    """RoIAlign (He et al. 2017, section 3) with the half-pixel correction, from flattened feature levels.
+def roi_align(tokens: Tensor, shapes: list, strides: list, rois: Tensor, image: Tensor,
+              level: Tensor, bins: int = 7, samples: int = 0) -> Tensor:
+    """RoIAlign with the half-pixel correction, from flattened feature levels.
 
-    tokens (B, S, C): levels of `shapes` [(H_l, W_l)] and `strides` (pixels per cell) one after the other, row by row;
-    rois (R, 4) corner boxes in pixels, image (R,) and level (R,) say where each looks -> (R, bins, bins, C).
-    Every bin is the mean of `samples` x `samples` bilinear values; with 0, as many per side as the bin has cells, rounded
-    up, for each RoI and axis on its own. Samples more than a cell outside count as zero. Gradients flow into tokens.
+    tokens (B, S, C) holds levels of `shapes` [(H_l, W_l)] and `strides` (pixels per cell), one
+    after the other, row by row. rois (R, 4) are corner boxes in pixels; image (R,) and level (R,)
+    say which map each of them is cut from -> (R, bins, bins, C).
 
-    All corners of all samples are rows of one table, summed bag by bag with their weights: one gather, no padding.
+    A bin is the mean of `samples` x `samples` bilinear values. With 0, there are as many per axis
+    as the bin has cells, rounded up, for each RoI and axis. Samples more than a cell outside of the
+    map count as zero. Gradients flow into tokens.
+
+    All corners of all samples are rows of one index. `embedding_bag` gathers them and sums each
+    bin: nothing is padded to the largest RoI.
     """
     B, S, C = tokens.shape
+    device = tokens.device
     with torch.no_grad():
-        table = torch.tensor(shapes, device=tokens.device)                         # (L, 2)
-        start = (table.prod(1).cumsum(0) - table.prod(1))[level] + image * S       # (R,) first token of map
-        H, W = table[level].unbind(1)                                              # (R,) each
-        boxes = rois / torch.tensor(strides, device=tokens.device, dtype=rois.dtype)[level, None] - 0.5    # (R, 4) cells
-        size = (boxes[:, 2:] - boxes[:, :2]) / bins                                # (R, 2) cells of a bin, x y
-        per_axis = size.ceil().long().clamp(min=0) if not samples else torch.full_like(size, samples).long()
-        n = per_axis.prod(1)                                                       # (R,) samples of a bin
-        bag = torch.arange(len(rois) * bins ** 2, device=tokens.device).repeat_interleave(n.repeat_interleave(bins ** 2))
-        roi, cell = bag // bins ** 2, bag % bins ** 2                              # (samples,) of all bins, in order
-        first = (n * bins ** 2).cumsum(0) - n * bins ** 2                          # (R,)
-        number = (torch.arange(len(bag), device=tokens.device) - first[roi]) % n[roi]
-        corners = []
-        for axis, extent, index, within in ((0, W, cell % bins, number % per_axis[roi, 0]),
-                                            (1, H, cell // bins, number // per_axis[roi, 0])):
-            place = boxes[roi, axis] + (index + (within + 0.5) / per_axis[roi, axis]) * size[roi, axis]
-            last = (extent[roi] - 1).to(place)
-            inside = ((place >= -1) & (place <= last + 1)).to(place)
-            place = torch.minimum(place.clamp(min=0), last)
-            low = place.floor()
-            far = place - low
-            corners.append((((low, inside * (1 - far)), (torch.minimum(low + 1, last), inside * far))))
-        index = torch.stack([start[roi] + y.long() * W[roi] + x.long() for y, _ in corners[1] for x, _ in corners[0]], 1)
-        weight = torch.stack([v * u for _, v in corners[1] for _, u in corners[0]], 1) / n[roi][:, None]   # (samples, 4)
-        offsets = torch.cat((n.new_zeros(1), (4 * n).repeat_interleave(bins ** 2).cumsum(0)[:-1]))
-    if not len(index):
+        rois = at_least_float32(rois)
+        # The map and the box of every RoI, in cells.
+        sizes = torch.tensor(shapes, device=device)                                # (L, 2) H, W
+        H, W = sizes[level].unbind(1)                                              # (R,) each
+        level_cells = sizes.prod(1)                                                # (L,)
+        level_start = level_cells.cumsum(0) - level_cells                          # (L,)
+        map_start = level_start[level] + image * S                                 # (R,)
+        stride = torch.tensor(strides, device=device, dtype=rois.dtype)[level]     # (R,)
+        boxes = rois / stride[:, None] - 0.5                                       # (R, 4)
+        bin_size = (boxes[:, 2:] - boxes[:, :2]) / bins                            # (R, 2) x, y
+        if samples:
+            per_axis = torch.full_like(bin_size, samples).long()                   # (R, 2)
+        else:
+            per_axis = bin_size.ceil().long().clamp(min=0)                         # (R, 2)
+        per_bin = per_axis.prod(1)                                                 # (R,)
+
+        # Number the N samples of all bins of all RoIs: RoI, bin, and place within the bin.
+        bin_counts = per_bin.repeat_interleave(bins ** 2)                          # (R bins^2,)
+        bin_start = bin_counts.cumsum(0) - bin_counts                              # (R bins^2,)
+        bag = torch.arange(len(bin_counts), device=device).repeat_interleave(bin_counts)     # (N,)
+        place = torch.arange(len(bag), device=device) - bin_start[bag]             # (N,)
+        roi = bag // bins ** 2                                                     # (N,)
+        column = bag % bins                                                        # (N,)
+        row = bag % bins ** 2 // bins                                              # (N,)
+
+        # Positions of the samples, and the four cells around each with their weights.
+        def positions(axis: int, bin_index: Tensor, number: Tensor) -> Tensor:
+            fraction = (number.to(rois) + 0.5) / per_axis[roi, axis]
+            return boxes[roi, axis] + (bin_index + fraction) * bin_size[roi, axis]
+
+        x = positions(0, column, place % per_axis[roi, 0])                         # (N,)
+        y = positions(1, row, place // per_axis[roi, 0])                           # (N,)
+        x_cells, x_weights = bilinear_cells(x, W[roi])                             # (N, 2) each
+        y_cells, y_weights = bilinear_cells(y, H[roi])                             # (N, 2) each
+        rows = map_start[roi, None] + y_cells * W[roi, None]                       # (N, 2)
+        index = rows[:, :, None] + x_cells[:, None, :]                             # (N, 2, 2)
+        weight = y_weights[:, :, None] * x_weights[:, None, :]                     # (N, 2, 2)
+        weight = weight / per_bin[roi, None, None]
+
+    if not len(bag):
         return tokens.new_zeros(len(rois), bins, bins, C) + 0 * tokens.sum()
-    pooled = F.embedding_bag(index.flatten(), tokens.reshape(B * S, C), offsets, mode="sum",
-                             per_sample_weights=weight.flatten().to(tokens))       # (R bins bins, C)
+    pooled = F.embedding_bag(index.flatten(), tokens.reshape(B * S, C), 4 * bin_start, mode="sum",
+                             per_sample_weights=weight.flatten().to(tokens))   # (R bins bins, C)
     return pooled.view(len(rois), bins, bins, C)
+
+
+def bilinear_cells(position: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
+    """The two cells around positions (N,) on axes of `length` (N,) cells, and their weights.
+
+    -> cells (N, 2) int64 and weights (N, 2). Positions up to one cell outside move to the border;
+    farther ones have weight zero.
+    """
+    last = (length - 1).to(position)                                               # (N,)
+    inside = (position >= -1) & (position <= last + 1)                             # (N,)
+    position = torch.minimum(position.clamp(min=0), last)
+    low = position.floor()
+    high = torch.minimum(low + 1, last)
+    fraction = position - low
+    cells = torch.stack((low, high), 1).long()
+    weights = torch.stack((1 - fraction, fraction), 1) * inside[:, None]
+    return cells, weights

@@ -63,7 +63,8 @@ import h_detr
 from backbones import build_backbone
 from boxes import (box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, clip_boxes, decode_deltas, encode_deltas,
                    inverse_sigmoid, nms, paired_giou, paired_iou, roi_align, soft_nms)
-from deformable_detr import Memory, Queries, class_head, sine_embedding, take
+from deformable_detr import Memory, Queries, class_head, sine_embedding
+from deformable_detr import gather_rows as take
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from matcher import SetLoss, Weights, at_least_float32, count_boxes, focal_loss, stack_layers
@@ -185,7 +186,7 @@ class CoDETR(nn.Module):
         self.heads = [head for head in HEADS if head in cfg.aux_heads.split(",")]
         check_choices(cfg, self.heads)
         C, levels = cfg.dim, cfg.num_feature_levels + 1
-        finest = 2 ** (6 - deformable_detr.num_maps(cfg.num_feature_levels))   # stride of C2 is 4, of C3 8
+        finest = 2 ** (6 - {"dino": dino, "h_detr": h_detr}[cfg.detector].num_maps(cfg.num_feature_levels))   # stride of C2 is 4, of C3 8
         self.strides = [finest * 2 ** level for level in range(levels)]
         if self.heads:
             self.downsample = nn.Sequential(nn.Conv2d(C, C, 3, 2, 1), nn.GroupNorm(32, C))
@@ -818,7 +819,7 @@ def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
 def build(cfg: Config, num_classes: int) -> tuple[CoDETR, Criterion]:
     """Model with random weights, and its criterion."""
     backbone = build_backbone(cfg.backbone, cfg.backbone_weights, cfg.backbone_norm, drop_path=cfg.drop_path,
-                              maps=deformable_detr.num_maps(cfg.num_feature_levels))
+                              maps={"dino": dino, "h_detr": h_detr}[cfg.detector].num_maps(cfg.num_feature_levels))
     return CoDETR(backbone, cfg, num_classes), Criterion(cfg)
 
 

@@ -54,7 +54,8 @@ from torch import Tensor, nn
 
 from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy, roi_align
-from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention, encoder_references, sine_positions, take
+from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention, encoder_references, sine_positions
+from deformable_detr import gather_rows as take
 from engine.errors import UserError
 from engine.recipe import SMALL_RECIPE, Recipe
 import matcher

@@ -179,11 +179,11 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
     """Make one optimizer step. -> {loss name: number}, gradient norm, whether all of it is finite
 
     net: the model, or its DistributedDataParallel. A step that is not finite changes nothing:
-    parameters, optimizer, EMA and batch statistics stay as they were. Losses are divided by the
-    mean number of objects per rank over all micro-batches, so that gradients, which are averaged
-    over ranks, are those of one large batch."""
+    parameters, optimizer, EMA and batch statistics stay as they were. The loss is the mean over all
+    micro-batches of all ranks. Each divides by the mean number of objects of a micro-batch, so that
+    the gradient is that of one large batch, except where a criterion counts for itself (Co-DETR)."""
     count = sum(len(t["labels"]) for *_, targets in micro_batches for t in targets)
-    num_boxes = max(machine.sum(count), 1) / machine.world
+    num_boxes = max(machine.sum(count), 1) / (machine.world * len(micro_batches))
     statistics = batch_statistics(model)
     before = [buffer.clone() for buffer in statistics]
 
@@ -199,9 +199,9 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
             with machine.autocast():
                 outputs = net(images, padding, targets)
             weighted = criterion(outputs, targets, num_boxes)
-            sum(weighted.values()).backward()
+            (sum(weighted.values()) / len(micro_batches)).backward()
         for name, value in weighted.items():
-            losses[name] = losses.get(name, 0.0) + value.detach()
+            losses[name] = losses.get(name, 0.0) + value.detach() / len(micro_batches)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf, foreach=True)
 
@@ -322,7 +322,7 @@ def evaluation(ema, paper, dataset, cfg, batch, machine: Machine, progress: Prog
 def draw(model, paper, dataset, cfg, recipe, machine: Machine, out: str) -> None:
     """Curves of the run, and predictions beside the ground truth."""
     visualize.curves(out)
-    visualize.predictions(model, paper.detect, dataset, cfg, recipe, machine.device,
+    visualize.predictions(model, paper.detect, dataset, cfg, machine.device,
                           os.path.join(out, "predictions.png"))
 
 

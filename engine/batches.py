@@ -37,7 +37,7 @@ def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: i
     The order depends on (seed, epoch) and a sample on (seed, epoch, index), so neither workers, nor
     ranks, nor a restart change what is trained on. Images that do not fill the last batch wait for
     another epoch."""
-    rng = data.stream("order", run.seed, epoch)
+    rng = data.random_generator("order", run.seed, epoch)
     order = np.concatenate([rng.permutation(len(dataset)) for _ in range(batch.repeats)])
     micro_batches = order[:batch.steps * batch.total].reshape(-1, batch.micro)
     first = start * run.accum * machine.world

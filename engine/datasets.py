@@ -1,9 +1,8 @@
 """The data sets of a run and of a checkpoint."""
 import copy
 
-import numpy as np
-
 from data import CocoFolder, eval_transform, train_transform
+from engine.class_labels import match_classes
 from engine.errors import UserError
 from scenes import NUM_TRAIN, NUM_VAL, Shapes
 
@@ -21,7 +20,7 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
         train.transform = eval_transform(recipe)
         return train, copy.copy(train)
     val = open_split(data, "val", num_val, load_masks)
-    match_classes(train, val)
+    match_classes(val, train.class_names, train.category_ids)
     train.transform = train_transform(recipe, seed)
     val.transform = eval_transform(recipe)
     return train, val
@@ -31,32 +30,6 @@ def open_split(data, split, count, load_masks):
     if data:
         return CocoFolder(data, split, load_masks=load_masks)
     return Shapes(split, count, load_masks=load_masks)
-
-
-def match_classes(train, val) -> None:
-    """Give the validation set the labels of the training set: classes are the same by name,
-    whatever their ids and order in the two json files. UserError where the names differ."""
-    ours, theirs = list(train.class_names), list(val.class_names)
-    if ours == theirs and list(train.category_ids) == list(val.category_ids):
-        return
-    if len(set(ours)) < len(ours) or sorted(ours) != sorted(theirs):
-        missing = [name for name in ours if name not in theirs]
-        extra = [name for name in theirs if name not in ours]
-        raise UserError(f"{val.name}: expected the same categories in the training and the "
-                        f"validation json, got {len(ours)} and {len(theirs)}; only in training: "
-                        f"{missing[:5]}, only in validation: {extra[:5]}. Make the lists equal")
-    print(f"{val.name}: category ids differ between training and validation; matched by name")
-    order_classes(val, ours)
-
-
-def order_classes(dataset, names: list[str]) -> None:
-    """Renumber the labels of a data set so that its classes stand in the order of `names`."""
-    old = list(dataset.class_names)
-    new_labels = np.array([names.index(name) for name in old])
-    labels = new_labels[dataset.annotations.labels]
-    dataset.annotations = dataset.annotations._replace(labels=labels)
-    dataset.category_ids = [dataset.category_ids[old.index(name)] for name in names]
-    dataset.class_names = list(names)
 
 
 def validation_set(folder, loaded):
@@ -77,7 +50,7 @@ def validation_set(folder, loaded):
     if folder:
         dataset = CocoFolder(folder, "val", transform, masks)
         names = list(loaded.meta["class_names"])
-        if sorted(names) == sorted(dataset.class_names) and len(set(names)) == len(names):
-            order_classes(dataset, names)
+        if sorted(names) == sorted(dataset.class_names):
+            match_classes(dataset, names)
         return dataset
     return Shapes("val", run["num_val"], transform=transform, load_masks=masks)

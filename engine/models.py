@@ -10,7 +10,7 @@ from backbones import load_backbone_weights
 from engine import checkpoints, class_rows
 from engine.errors import UserError
 from engine.recipe import Recipe
-from engine.released import released
+from engine.released import convert
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -60,7 +60,7 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     detector: where the frozen detector of a mask network lies now; default: where it was."""
     state = checkpoints.load(path)
     if "model_name" not in state:
-        state = released(state, path, variant)
+        state = convert(state, path, variant)
     elif variant:
         raise UserError(f"--variant is for released weights, {path} knows its own settings: "
                         "leave it out")
@@ -92,8 +92,8 @@ def load_detector(path: str) -> Loaded:
     if getattr(loaded.paper, "NEEDS_DETECTOR", False):
         raise UserError(f"expected a detector, got {path}, a mask network: give the detector "
                         "it was trained on")
-    model, names = class_rows.used_classes(loaded.model, loaded.paper, loaded.cfg,
-                                           loaded.meta["class_names"])
+    model, names = class_rows.without_unused(loaded.model, loaded.paper, loaded.cfg,
+                                             loaded.meta["class_names"])
     return loaded._replace(model=model, meta={**loaded.meta, "class_names": names})
 
 
@@ -111,7 +111,7 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
         return [load_backbone_weights(m, cfg.backbone, cfg.backbone_weights) for m in backbones]
     state = checkpoints.load(run.init)
     if "model_name" not in state:
-        state = released(state, run.init)
+        state = convert(state, run.init)
     weights = state.get("ema", state["model"])
     checkpoints.require_finite(weights, run.init)
     fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from engine.recipe import override
+from engine import authors_names
 from engine import released
 import co_detr
 import dino
@@ -352,7 +353,7 @@ def recorded_model(rec, family, **changes):
     maps = [m.requires_grad_() for m in levels(rec, "in/feat")]
     model = CoDETR(GivenMaps(maps), cfg, 11)
     weights = {k[3:]: t(v) for k, v in rec.items() if k.startswith("sd/")}
-    model.load_state_dict(released.from_authors(weights, family))
+    model.load_state_dict(authors_names.from_authors(weights, family))
     return cfg, model, Criterion(cfg)
 
 
@@ -414,7 +415,7 @@ def test_tiny_models_equal_the_authors_forward_and_backward(recorded, monkeypatc
     total = sum(losses.values())
     assert total.item() == pytest.approx(float(rec[f"{case}/total"]), rel=1e-5)
     total.backward()
-    grads = released.to_authors({n: p.grad for n, p in model.named_parameters()}, family)
+    grads = authors_names.to_authors({n: p.grad for n, p in model.named_parameters()}, family)
     assert sorted(grads) == sorted(rec["param_names"].tolist())
     largest = rec[f"{case}/grad_norm"].max()
     for name, norm in zip(rec["param_names"].tolist(), rec[f"{case}/grad_norm"]):
@@ -487,16 +488,16 @@ def test_released_checkpoints_map_one_to_one(shared, family, file, trained, kept
     keys = dict(line.split() for line in lines if line and not line.startswith("#"))
     shape = {k: () if v == "scalar" else tuple(map(int, v.split("x"))) for k, v in keys.items()}
     authors = {k: torch.empty(s, device="meta") for k, s in shape.items()}
-    found_family, found = released.recognise(authors)
+    found_family, found = released.recognize(authors)
     assert found_family == family
     expected = override(Config(), FORMS[family])
     assert override(Config(), found) == expected
     with torch.device("meta"):
         model, _ = build(expected, 80)
-    ours = released.from_authors(authors, family)
+    ours = authors_names.from_authors(authors, family)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
     counters = {k for k in authors if k.endswith("num_batches_tracked")}
-    back = released.to_authors(ours, family)
+    back = authors_names.to_authors(ours, family)
     assert back.keys() == authors.keys() - counters
     assert all(back[k].shape == authors[k].shape for k in back)
     learned = [k for k in authors if k not in counters and "running_" not in k]

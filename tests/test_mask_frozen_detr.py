@@ -21,7 +21,7 @@ from boxes import box_cxcywh_to_xyxy, roi_align
 from matcher import match_cost
 from mask_frozen_detr import (SMALL, Config, Criterion, Frozen, MaskFrozenDETR, Regions, ScoreHead, as_memory, blocks, detect,
                               encode, grid_points, interpolation, mask_iou, paste, read, read_objects, uncertain_points)
-from recordings import batch, speak
+from recordings import batch, randomize_heads
 
 TINY = {**SMALL, **dict(roi_size=8, channel_dim=32, image_ffn_dim=32, box_ffn_dim=32, score_dim=8,
                         score_ffn_dim=16, num_heads=2, num_points=2, loss_points=64)}
@@ -33,7 +33,7 @@ def detector(paper=dino, **changes):
     small = dict(paper.SMALL, dim=32, ffn_dim=48, num_heads=2, decoder_layers=2, num_queries=9, size_divisor=1) | changes
     cfg = override(paper.Config(), small)
     model, _ = paper.build(cfg, 5)
-    speak(getattr(model, "detector", model))
+    randomize_heads(getattr(model, "detector", model))
     return model
 
 

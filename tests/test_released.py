@@ -2,6 +2,7 @@
 import argparse
 import importlib
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,12 +13,13 @@ from PIL import Image
 from engine.recipe import configure
 from engine import checkpoints
 from engine import class_rows
-from engine import models
-from engine import released
+from engine import models, released
+from engine import authors_names
 import data
 import deformable_detr
 import eval as evaluation
 from engine import inference
+from engine.errors import UserError
 import hashed
 import train
 
@@ -60,14 +62,14 @@ SMALL = dict(dim=32, ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries
 
 def released_file(path, family, **options):
     """A narrow transformer on ResNet-50 with hashed weights for 91 classes, saved as the authors save theirs."""
-    paper = importlib.import_module(released.FAMILIES[family].model_name)
+    paper = importlib.import_module(authors_names.FAMILIES[family].model_name)
     with torch.device("meta"):
         model, _ = paper.build(replace(paper.Config(), num_heads=options.get("nheads", 8), **SMALL,
-                                       **released.FAMILIES[family].overrides), 91)
-    names = released.to_authors(model.state_dict(), family)
-    weights = {name: hashed.weight(name, x.shape, 5, released.FAMILIES[family].tied) for name, x in names.items()}
+                                       **authors_names.FAMILIES[family].overrides), 91)
+    names = authors_names.to_authors(model.state_dict(), family)
+    weights = {name: hashed.weight(name, x.shape, 5, authors_names.FAMILIES[family].tied) for name, x in names.items()}
     torch.save({"model": weights, "args": argparse.Namespace(**options), "epoch": 11}, path)
-    return released.from_authors(weights, family)
+    return authors_names.from_authors(weights, family)
 
 
 def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, capsys):
@@ -82,7 +84,7 @@ def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, c
         "annotations": [{"id": 1, "image_id": 1, "category_id": 18, "bbox": [5, 2, 90, 8], "area": 720, "iscrowd": 0}]}))
     evaluation.main(["--checkpoint", str(tmp_path / "released.pth"), "--data", str(tmp_path / "coco"), "--device", "cpu"])
     said = capsys.readouterr().out
-    for part in ("recognised as released dino", "keeping the 80 class columns", "short side 800 px but long side at most 1333 px",
+    for part in ("recognized as released dino", "keeping the 80 class columns", "short side 800 px but long side at most 1333 px",
                  "the 250 best (query, class) pairs"):
         assert part in said
     assert json.loads((tmp_path / "eval.json").read_text())["images"] == 1
@@ -160,3 +162,133 @@ def test_a_training_step_on_photos_from_a_released_file(shared, tmp_path):
                          "--overfit", "2", "--batch_size", "2", "--epochs", "1", "--lr", "0", "--lr_backbone", "0",
                          "--device", "cpu"))
     check_rows(checkpoints.load(tmp_path / "run" / "last.pt")["model"], theirs)
+
+
+# ---- files of models that are not built here
+
+def test_a_detector_trained_with_large_scale_jitter_is_refused(tmp_path):
+    """Its tensors are those of plain Co-DINO; only the saved config tells that padding is no
+    padding."""
+    state = {"state_dict": {}, "meta": {"config": "model = dict(\n    with_attn_mask=False,\n"}}
+    with pytest.raises(UserError, match="large-scale jitter"):
+        released.convert(state, tmp_path / "lsj.pth")
+
+
+def vit_l_keys(shared):
+    lines = (shared / "golden/co_detr/keys_co_dino_5scale_vit_l.txt").read_text().splitlines()
+    rows = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
+    return {name: torch.empty([int(n) for n in re.findall(r"\d+", shape)], device="meta")
+            for name, shape in rows}
+
+
+def test_the_windows_of_a_released_vit_are_compared_with_ours(shared):
+    """Co-DETR's LVIS detectors have windows of 16 and every third block global."""
+    state = vit_l_keys(shared)
+    assert released.recognize(state)[1]["backbone"] == "vit_l"
+    for key in list(state):
+        if key.endswith(("freqs_cos", "freqs_sin")):
+            state[key] = torch.empty(16 * 16, 64, device="meta")
+    with pytest.raises(UserError, match="windows of 24 .* got windows of 16 .* not built here"):
+        released.recognize(state)
+    # The same window size, but other blocks are global.
+    state = vit_l_keys(shared)
+    for kind in ("cos", "sin"):
+        table = state.pop(f"backbone.blocks.2.attn.rope.freqs_{kind}")
+        state[f"backbone.blocks.3.attn.rope.freqs_{kind}"] = table
+    with pytest.raises(UserError, match="in blocks 0,1,2,4.* got windows of 24 in blocks 0,1,3,4"):
+        released.recognize(state)
+
+
+def transformers_file(folder, config_json=None, **changes):
+    """A small Deformable DETR saved by `transformers`, with its config.json (or another one)."""
+    transformers = pytest.importorskip("transformers")
+    stages = transformers.ResNetConfig(
+        embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3],
+        out_features=["stage2", "stage3", "stage4"])
+    options = dict(use_timm_backbone=False, backbone_config=stages, num_labels=91, d_model=32,
+                   encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+                   num_queries=5, disable_custom_kernels=True)
+    model = transformers.DeformableDetrForObjectDetection(
+        transformers.DeformableDetrConfig(**{**options, **changes}))
+    path = folder / "model.pt"
+    torch.save(model.state_dict(), path)
+    if config_json is None:
+        config_json = model.config.to_json_string()
+    (folder / "config.json").write_text(config_json)
+    return path, model
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(activation_function="gelu"), "expected activation_function 'relu', got 'gelu'"),
+    (dict(position_embedding_type="learned"), "expected position_embedding_type 'sine'"),
+    (dict(encoder_n_points=2), "expected encoder_n_points equal to decoder_n_points, got 2 and 4"),
+    (dict(decoder_attention_heads=4), "expected encoder_attention_heads equal to decoder"),
+    (dict(decoder_ffn_dim=8), "expected encoder_ffn_dim equal to decoder_ffn_dim, got 16 and 8"),
+])
+def test_transformers_models_that_our_config_cannot_express_are_refused(tmp_path, changes, message):
+    path, _ = transformers_file(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        models.load_model(path)
+
+
+def test_heads_that_no_file_tells_are_refused_by_shape(tmp_path):
+    """With four heads and no config.json, the shapes do not fit eight heads."""
+    path, _ = transformers_file(tmp_path, encoder_attention_heads=4, decoder_attention_heads=4)
+    models.load_model(path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="sampling_offsets.*heads and points.*config.json"):
+        models.load_model(path)
+
+
+def test_dilation_is_read_as_transformers_reads_it(tmp_path):
+    """transformers dilates a timm backbone only; ours then does the same, with equal boxes."""
+    path, theirs = transformers_file(tmp_path, dilation=True)
+    options = json.loads((tmp_path / "config.json").read_text())
+    assert options["dilation"] is True and not options["use_timm_backbone"]
+    loaded = models.load_model(path)
+    assert not loaded.cfg.dilation
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = theirs.eval()(images, torch.ones(1, 64, 96, dtype=torch.int64)).logits
+        ours = loaded.model(images, torch.zeros(1, 64, 96, dtype=torch.bool))["pred_logits"]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    options["use_timm_backbone"] = True
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    assert models.load_model(path).cfg.dilation
+
+
+@pytest.mark.parametrize("text, message", [("{", "to be a json file"), ("[1]", "got list")])
+def test_a_broken_config_json_is_one_line(tmp_path, text, message):
+    path, _ = transformers_file(tmp_path, config_json=text)
+    with pytest.raises(UserError, match=message):
+        models.load_model(path)
+
+
+def test_another_model_of_transformers_is_refused(tmp_path):
+    path, _ = transformers_file(tmp_path)
+    state = {key.replace("decoder.layers.0.self_attn.q_proj", "decoder.layers.0.self_attn.query"):
+             value for key, value in torch.load(path).items()}
+    with pytest.raises(UserError, match="other models of transformers are not read"):
+        released.convert(state, path)
+
+
+def test_a_released_file_with_tensors_missing_is_refused(tmp_path):
+    released_file(tmp_path / "released.pth", "dino")
+    state = torch.load(tmp_path / "released.pth", weights_only=False)
+    del state["model"]["transformer.encoder.layers.0.norm1.bias"]
+    with pytest.raises(UserError, match="expected encoder.0.norm1.bias .32,., got nothing"):
+        released.convert(state, tmp_path / "released.pth")
+
+
+def test_focalnet_with_four_levels_is_that_of_focalnet_dino_unless_a_variant_says_otherwise(
+        tmp_path):
+    """The two conventions differ in no name and no shape."""
+    paper = importlib.import_module("dino")
+    cfg, _ = configure(paper, paper.VARIANTS["focalnet_l_o365"])
+    with torch.device("meta"):
+        model, _ = paper.build(cfg, 91)
+    state = {"model": authors_names.to_authors(model.state_dict(), "dino")}
+    found = released.convert(state, tmp_path / "a.pth")["config"]
+    assert found["backbone"] == "focalnet_l_4level"
+    found = released.convert(state, tmp_path / "a.pth", "focalnet_l_5scale")["config"]
+    assert found["backbone"] == "focalnet_l_4level_sum"

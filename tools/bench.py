@@ -35,7 +35,7 @@ import deformable_attn
 from deformable_attn import ms_deform_attn, ms_deform_attn_fused, sampling_locations
 import data
 import scenes
-from engine import checkpoints, datasets, released
+from engine import authors_names, checkpoints, datasets
 from engine.layers import compile_or_recompute
 from engine.machine import Machine
 from engine.recipe import configure
@@ -298,7 +298,7 @@ def step(args):
             times = {"torch": [], "kernel": []}
             for k in range(args.repeats + 2):
                 for impl in times:
-                    deformable_attn.ms_deform_attn_fused = functools.partial(ms_deform_attn_fused, impl=impl)
+                    deformable_attn.MSDeformAttn.impl = impl
                     run = lambda: train.step(model, model, criterion, optimizer, average, [batches[k % 3]], recipe.clip, Machine(torch.device(args.device), amp))
                     times[impl].append(1e3 * clock(run))
             slow, fast = (statistics.median(times[impl][2:]) for impl in ("torch", "kernel"))
@@ -416,8 +416,8 @@ def peers():
         disable_custom_kernels=True))
     cfg = deformable_detr.Config(**deformable_detr.VARIANTS["two_stage"])
     model, criterion = deformable_detr.build(cfg, 91)
-    weights = released.from_transformers(theirs.state_dict())
-    model.load_state_dict(released.from_authors(weights, "deformable_detr_two_stage"))
+    weights = authors_names.from_transformers(theirs.state_dict())
+    model.load_state_dict(authors_names.from_authors(weights, "deformable_detr_two_stage"))
     return theirs, model, criterion, deformable_detr.RECIPE
 
 
