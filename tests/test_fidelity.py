@@ -10,6 +10,7 @@ import torch
 from engine.recipe import override
 from engine import authors_names
 import co_detr
+from heads import anchors
 import dino
 import hashed
 from recordings import GivenMaps, narrow_resnet
@@ -179,7 +180,7 @@ def double():
 def test_small_co_detrs_give_the_figures_of_this_code_when_it_equalled_the_authors(monkeypatch, double, name):
     """Co-DETR was recorded with other weights, so these figures are our own, taken while every recording matched: they hold
     what the recordings proved. In double precision, with the first k of n wherever k are drawn."""
-    monkeypatch.setattr(co_detr, "draw", lambda n, k: torch.arange(n)[:k])
+    monkeypatch.setattr(anchors, "draw", lambda n, k: torch.arange(n)[:k])
     monkeypatch.setattr(dino, "draw_noise", hashed_noise)
     run = OURS[name]
     check(run, *hashed_model(run), *hashed_batch(run))
