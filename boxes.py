@@ -135,7 +135,8 @@ def decode_deltas(deltas: Tensor, anchors: Tensor, std: Tensor | float = 1.0) ->
 
 def clip_boxes(xyxy: Tensor, size: Tensor) -> Tensor:
     """Clip corner boxes (..., 4) to images of `size` (..., 2): height and width, broadcast."""
-    limit = size[..., [1, 0, 1, 0]].to(xyxy)                                       # (..., 4)
+    width_height = size.flip(-1).to(xyxy)                                          # (..., 2)
+    limit = torch.cat((width_height, width_height), -1)                            # (..., 4)
     return torch.minimum(xyxy.clamp(min=0), limit)
 
 
@@ -223,12 +224,13 @@ def roi_align(tokens: Tensor, shapes: list, strides: list, rois: Tensor, image: 
     with torch.no_grad():
         rois = at_least_float32(rois)
         # The map and the box of every RoI, in cells.
-        sizes = torch.tensor(shapes, device=device)                                # (L, 2) H, W
+        sizes = torch.tensor(shapes).to(device, non_blocking=True)                 # (L, 2) H, W
         H, W = sizes[level].unbind(1)                                              # (R,) each
         level_cells = sizes.prod(1)                                                # (L,)
         level_start = level_cells.cumsum(0) - level_cells                          # (L,)
         map_start = level_start[level] + image * S                                 # (R,)
-        stride = torch.tensor(strides, device=device, dtype=rois.dtype)[level]     # (R,)
+        strides = torch.tensor(strides, dtype=rois.dtype).to(device, non_blocking=True)
+        stride = strides[level]                                                    # (R,)
         boxes = rois / stride[:, None] - 0.5                                       # (R, 4)
         bin_size = (boxes[:, 2:] - boxes[:, :2]) / bins                            # (R, 2) x, y
         if samples:

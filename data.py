@@ -623,7 +623,7 @@ def train_transform(recipe, seed: int = 0) -> Transform:
     """Transform for training: sizes, crop and color_jitter of a recipe."""
     return Transform(
         sizes=tuple(recipe.train_sizes),
-        max_size=recipe.max_size,
+        max_size=recipe.train_max_size or recipe.max_size,
         augment=True,
         crop=recipe.crop,
         color_jitter=recipe.color_jitter,

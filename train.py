@@ -52,6 +52,7 @@ from engine.machine import (Machine, StopSignals, memory_advice, prepare_cpu, se
 from engine.models import load_detector, load_paper, start_weights
 from engine.recipe import Recipe, override
 from engine.run_log import RunLog
+from engine.schedules import ema_decay
 from eval import KINDS, evaluate
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
@@ -116,7 +117,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         notes = start_weights(run, cfg, model, train_set.class_names)
         model.to(machine.device)
         machine.seed_rank(run.seed)
-        ema = make_ema(model, recipe.ema)
+        ema = make_ema(model, recipe.ema, recipe.ema_warmup)
         optimizer = torch.optim.AdamW(
             paper.param_groups(model, recipe), weight_decay=recipe.weight_decay, fused=True)
         compile_or_recompute(model, run)
@@ -220,18 +221,18 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
 
 # ---- model ---------------------------------------------------------------------------------------
 
-def make_ema(model, decay: float):
+def make_ema(model, decay: float, warmup: int = 0):
     """Exponential moving average of parameters and batch statistics; `.module` is evaluated. The
-    decay grows to its value, because early averages would mostly remember the random start. With
-    decay 0, `.module` is the model itself."""
+    decay grows to its value, because early averages would mostly remember the random start (see
+    schedules.ema_decay). With decay 0, `.module` is the model itself."""
     if not decay:
         return NoAverage(model)
 
     @torch.no_grad()
     def average(averages, values, _):
         if averages[0].is_floating_point():
-            updates = int(ema.n_averaged)
-            torch._foreach_lerp_(averages, values, 1 - min(decay, (1 + updates) / (10 + updates)))
+            share = 1 - ema_decay(decay, warmup, int(ema.n_averaged))
+            torch._foreach_lerp_(averages, values, share)
         else:
             torch._foreach_copy_(averages, values)     # counters
 

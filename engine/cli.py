@@ -19,6 +19,7 @@ from engine.errors import UserError
 from engine.models import load_paper, paper_files
 from engine.ranges import check_ranges
 from engine.recipe import configure, preset_values
+from engine.schedules import other_length
 
 CHANGEABLE_ON_RESUME = {
     "model", "out", "resume", "detector", "device", "workers", "threads", "eval_every",
@@ -48,6 +49,11 @@ def parse(argv: list[str], run_class, description: str) -> tuple:
     paper = load_paper(run.model)
     values = preset_values(paper, run.preset, run.variant)
     cfg, recipe = configure(paper, values)
+    if given.get("epochs", "").isdigit():
+        changes, text = other_length(paper, run.variant, recipe, int(given["epochs"]))
+        if text and run.preset == "paper":
+            print(text)
+        cfg, recipe = configure(paper, values, changes)
     if given.get("overfit", "0") != "0":
         recipe = dataclasses.replace(recipe, epochs=OVERFIT_EPOCHS)
 

@@ -18,6 +18,7 @@ RANGES = {
     # Recipe
     "lr": (0, 1000), "lr_backbone": (0, 1000), "lr_offsets": (0, 1000), "layer_decay": FRACTION,
     "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION, "ema": (0, 0.999999),
+    "ema_warmup": (0, 1_000_000), "train_max_size": (0, 10_000),
     "train_sizes": SIDE, "max_size": SIDE, "eval_size": SIDE, "lr_drop": (0, 1_000_000),
     # Config
     "num_feature_levels": (1, 5), "dim": (1, 8192), "num_heads": (1, 64), "num_points": (1, 64),
@@ -26,7 +27,8 @@ RANGES = {
     "dropout": (0, 0.99), "drop_path": (0, 0.99), "num_queries": (1, 100_000),
     "num_queries_one2many": (0, 100_000), "dn_number": (0, 100_000), "dn_label_noise": (0, 2),
     "roi_convs": (0, 100), "roi_dim": (1, 65_536), "roi_size": (1, 1024), "size_divisor": (1, 1024),
-    "soft_nms": FRACTION, "importance": FRACTION, "oversample": (1, 1000),
+    "soft_nms": FRACTION, "rcnn_soft_nms": FRACTION, "dense_soft_nms": FRACTION,
+    "test_proposal_nms": FRACTION, "importance": FRACTION, "oversample": (1, 1000),
 }
 CHOICES = {
     "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda"),

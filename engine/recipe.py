@@ -20,8 +20,10 @@ class Recipe:
     lr_drops: tuple[float, ...] = (0.9, 0.95)   # drops: lr x 0.1 after these fractions of the run
     warmup: float = 0.0             # fraction of the run over which lr rises from 0
     ema: float = 0.0                # decay of the averaged weights that are evaluated; 0: none
+    ema_warmup: int = 0             # steps in which the decay approaches `ema`; 0: another rule
     train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # px
     max_size: int = 1333            # limit of the longer side, px
+    train_max_size: int = 0         # another limit in training, px; 0: max_size
     crop: bool = True               # half of the images: resize, random crop, resize
     color_jitter: bool = False      # random colors
     eval_size: int = 800            # shorter side at evaluation, px

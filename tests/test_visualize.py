@@ -381,7 +381,7 @@ def test_noised_boxes_of_images_without_objects_are_refused(tmp_path):
 def test_what_was_analyzed_is_drawn_for_two_checkpoints(tmp_path):
     first, second = two_checkpoints(tmp_path)
     curve = {"IoF": [1.0, 0.5, 0.0], "IoB": [0.0, 0.5, 1.0], "area": 0.5}
-    conflict = {"heads": ["detr", "atss"], "S": [[0.0, 1.0], [2.0, 0.0]], "average": [1.5, 1.5]}
+    conflict = {"heads": ["detr", "atss"], "S": [[0.0, 1.0], [2.0, 0.0]], "average": {"detr": 1.5, "atss": 1.5}}
     figures = {"encoder": curve, "decoder": curve}
     (tmp_path / "analysis.json").write_text(json.dumps({
         "a": {"checkpoint": str(first), **figures, "conflict": conflict},
