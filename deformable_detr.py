@@ -56,6 +56,7 @@ from torch import Tensor, nn
 from backbones import build_backbone
 from boxes import at_least_float32, box_cxcywh_to_xyxy, inverse_sigmoid
 from deformable_attn import MSDeformAttn
+from detr import MLP, pad_to_multiple, sine_embedding
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from matcher import Group, Matches, SetLoss, Weights, count_boxes, named_layers
@@ -234,18 +235,6 @@ def slice_queries(layers: list[dict], start: int = 0, stop: int | None = None) -
     return {**layers[-1], "aux_outputs": layers[:-1]}
 
 
-def pad_to_multiple(images: Tensor, padding: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
-    """Pad images (B, 3, H, W) and padding (B, H, W) until H and W are multiples of `divisor`.
-    Otherwise the other images of a batch decide which cells of a coarse level count as valid: one
-    in 25 at 800 pixels, one in 4 at 128."""
-    bottom = -images.shape[2] % divisor
-    right = -images.shape[3] % divisor
-    if bottom == 0 and right == 0:
-        return images, padding           # F.pad would copy them
-    edges = (0, right, 0, bottom)
-    return F.pad(images, edges), F.pad(padding, edges, value=True)
-
-
 def num_maps(levels: int) -> int:
     """How many backbone maps become feature levels: C5, C4 and C3 before coarser maps are made."""
     return min(levels, 3)
@@ -308,14 +297,6 @@ def sine_positions(padding: Tensor, dim: int, temperature: float = 10000.0, shif
     x = (x - shift) / (x[:, :, -1:] + 1e-6)
     embeddings = [sine_embedding(v, dim // 2, temperature) for v in (y, x)]
     return torch.cat(embeddings, -1).flatten(1, 2)                       # (B, H W, dim)
-
-
-def sine_embedding(x: Tensor, features: int, temperature: float = 10000.0) -> Tensor:
-    """Embed numbers x (...) in [0, 1] as (..., features): sine and cosine, in turn, of the angles
-    2 pi x / temperature^(2 i / features)."""
-    i = torch.arange(features // 2, dtype=x.dtype, device=x.device)
-    angle = 2 * math.pi * x[..., None] / temperature ** (2 * i / features)
-    return torch.stack((angle.sin(), angle.cos()), -1).flatten(-2)
 
 
 def cell_centers(memory: Memory) -> list[Tensor]:
@@ -431,19 +412,6 @@ class SelfAttention(nn.Module):
                 scores = scores.masked_fill(attn_mask, -math.inf)
             x = F.dropout(scores.softmax(-1), dropout) @ v               # (B, M, Nq, D)
         return self.out_proj(x.transpose(1, 2).flatten(2))               # (B, Nq, C)
-
-
-class MLP(nn.Module):
-    """Linear layers with ReLU between them; `widths` from input to output."""
-
-    def __init__(self, *widths: int):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(i, o) for i, o in zip(widths, widths[1:]))
-
-    def forward(self, x: Tensor) -> Tensor:
-        for layer in self.layers[:-1]:
-            x = F.relu(layer(x))
-        return self.layers[-1](x)
 
 
 def in_float32(head: nn.Module, x: Tensor) -> Tensor:

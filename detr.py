@@ -37,10 +37,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import build_backbone
-from boxes import box_cxcywh_to_xyxy
+from boxes import at_least_float32, box_cxcywh_to_xyxy
 from engine.recipe import SMALL_RECIPE, Recipe
-from matcher import (Group, Matches, SoftmaxSetLoss, Weights, at_least_float32, count_boxes,
-                     named_layers)
+from matcher import Group, Matches, SoftmaxSetLoss, Weights, count_boxes, named_layers
 
 
 @dataclass
@@ -71,7 +70,7 @@ class Config:
 RECIPE = Recipe(lr=1e-4, lr_backbone=1e-5, batch_size=64, epochs=500, lr_drop=400)
 
 # For two CPU cores and ten minutes: sizes and optimization change, the method does not.
-SMALL = dict(SMALL_RECIPE, lr=2e-4, lr_backbone=4e-4, clip=0.1, backbone="tiny",
+SMALL = dict(SMALL_RECIPE, lr=1e-4, lr_backbone=2e-4, clip=0.1, warmup=0.02, backbone="tiny",
              backbone_weights="none", dilation=True, dim=128, num_heads=4, encoder_layers=1,
              decoder_layers=3, ffn_dim=384, dropout=0.0, num_queries=40, size_divisor=32)
 VARIANTS = {
@@ -139,9 +138,10 @@ class DETR(nn.Module):
         layers = []
         for layer in self.decoder:
             content = layer(content, position, memory)                             # (B, Nq, C)
-            states = self.decoder_norm(content)                                    # (B, Nq, C)
-            logits = self.class_embed(states)                                      # (B, Nq, K + 1)
-            boxes = at_least_float32(self.bbox_embed(states)).sigmoid()            # (B, Nq, 4)
+            states = at_least_float32(self.decoder_norm(content))                  # (B, Nq, C)
+            with torch.autocast(states.device.type, enabled=False):   # bfloat16: 5 pixels of 1333
+                logits = self.class_embed(states)                                  # (B, Nq, K + 1)
+                boxes = self.bbox_embed(states).sigmoid()                          # (B, Nq, 4)
             layers.append({"pred_logits": logits, "pred_boxes": boxes, "queries": states})
         return layers
 

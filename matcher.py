@@ -229,7 +229,8 @@ class SoftmaxSetLoss(SetLoss):
         K = logits.shape[-1] - 1
         labels = labels.clamp(max=K)
         loss = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")  # (A, B, Nq)
-        weights = torch.where(labels == K, self.no_object, 1.0).to(loss)         # (A, B, Nq)
+        weights = torch.ones_like(loss)                                          # (A, B, Nq)
+        weights[labels == K] = self.no_object
         return (weights * loss).sum((1, 2)) / weights.sum((1, 2))
 
 

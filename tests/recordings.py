@@ -161,7 +161,9 @@ def check_gradients(rec, model, family, tolerance=1e-3):
     theirs = authors_names.to_authors(grads, family)
     largest = rec["grad_norm"].max()
     waves = np.cos(0.7 * (np.arange(max(p.numel() for p in model.parameters())) + 1.0))
-    dot_tolerance = max(tolerance, 20 * float(rec.get("noise.grad_dot_rel", 0)))
+    dot_tolerance = tolerance
+    if tolerance > 1e-4:   # float32
+        dot_tolerance = max(tolerance, 20 * float(rec.get("noise.grad_dot_rel", 0)))
     for name, norm, dot in zip(rec["grad_names"].tolist(), rec["grad_norm"], rec["grad_dot"]):
         grad = theirs[name].double().flatten().numpy()
         scale = max(norm, largest / 1000)

@@ -15,7 +15,7 @@ CITES = {   # a paper file imports the parts it builds on, and nothing else
     "backbones": set(),
     "matcher": {"boxes"},
     "detr": {"boxes", "backbones", "matcher"},
-    "deformable_detr": {"boxes", "deformable_attn", "backbones", "matcher"},
+    "deformable_detr": {"boxes", "deformable_attn", "backbones", "detr", "matcher"},
     "dino": {"boxes", "backbones", "matcher", "deformable_detr"},
     "h_detr": {"backbones", "matcher", "deformable_detr"},
     "co_detr": {"boxes", "backbones", "matcher", "deformable_detr", "dino", "h_detr", "heads"},
