@@ -466,16 +466,20 @@ torch.library.register_autograd("paperdetr::ms_deform_attn_backward", _no_second
 def use_kernel(impl, coordinates, value, *tensors):
     """Whether the kernel runs for these inputs, by `impl` of `ms_deform_attn`.
 
-    Also examines what torch.compile must not trace: coordinates far outside, forward mode.
+    Also checks what torch.compile must not trace: devices, coordinates far outside, forward mode.
     """
     if impl not in (None, "kernel", "torch"):
         raise ValueError(f'expected impl None, "kernel" or "torch", got {impl!r}')
+    tensors = (coordinates, value, *tensors)
     if not torch.compiler.is_compiling():
+        devices = [str(tensor.device) for tensor in tensors]
+        if len(set(devices)) > 1:
+            raise ValueError(f"expected all tensors on one device, got {devices}")
         _warn_if_outside(coordinates)
     if impl == "torch" or not _find_kernel(value.device.type, value.device.index, impl == "kernel"):
         return False
     if not torch.compiler.is_compiling():
-        for tensor in (coordinates, value, *tensors):
+        for tensor in tensors:
             if forward_ad.unpack_dual(tensor).tangent is not None:
                 raise NotImplementedError('the deformable attention kernel has no forward mode '
                                           'derivative: give impl="torch", which has')

@@ -35,14 +35,17 @@
 //                                                instructions a row
 //   shared arrays padded against bank conflicts  conflict stalls 82,944 -> 9,216,     simulated
 //                                                208 -> 203 cycles a row
-//   bf16 unpacked by shift and mask              see below: -15 % of the inner loop   counted
+//   bf16 unpacked by shift and mask              forward loop 582 -> 500              counted
+//                                                instructions
 //   backward: sums over channels by reduce-      4,608 -> 554 instructions a row      counted
 //     scatter instead of one thread's loop
 //   sm_90, CUDA 12.1: four channels in one       a quarter of the additions           counted
 //     addition (RED.128)
 //   elsewhere: one channel a lane, neighboring   16 -> 4 sectors a value row,         counted
 //     lanes on neighboring channels              2,231 -> 836 cycles a row            simulated
-//   loads of a point before its additions        no spill; 836 -> 817 cycles a row    simulated
+//   loads of a point before its additions,       836 -> 817 cycles a row              simulated
+//     one branch a point, no check of D = 32     backward loop 615 -> 508 (bf16:      counted
+//                                                932 -> 590), spill 48 -> 0 bytes
 //
 // Forward, the limit is L1 and shared memory, not the issue of instructions: at fp32 90 to 106
 // passes of 128 bytes a row (143 to 168 us for two images) against 92 us of issue, where the
@@ -168,16 +171,14 @@ DEVICE void store(T* to, int left, const C (&from)[N]) {
 // to[i] += x[i] for those of the N channels that exist.
 template <int N, Width W, typename C> DEVICE void add(C* to, int left, const C (&x)[N]) {
   if (W != STEPS && left <= 0) return;
-#if VECTOR_ADDITION
   if constexpr (W != ANY && N == 4) {
     asm volatile("red.global.add.v4.f32 [%0], {%1, %2, %3, %4};"
                  ::"l"(to), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]));
-    return;
-  }
-#endif
+  } else {
 #pragma unroll
-  for (int i = 0; i < N; i++)
-    if (W != ANY || i < left) atomicAdd(to + i, x[i]);
+    for (int i = 0; i < N; i++)
+      if (W != ANY || i < left) atomicAdd(to + i, x[i]);
+  }
 }
 
 template <typename C> DEVICE C sum_over_group(C x, int lanes) {

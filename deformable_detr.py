@@ -58,7 +58,7 @@ from boxes import at_least_float32, box_cxcywh_to_xyxy, inverse_sigmoid
 from deformable_attn import MSDeformAttn
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
-from matcher import Group, Matches, SetLoss, Weights, count_boxes
+from matcher import Group, Matches, SetLoss, Weights, count_boxes, named_layers
 
 
 @dataclass
@@ -574,11 +574,6 @@ class Criterion:
     def match(self, outputs: dict, targets: list[dict]) -> Matches:
         """Match the last layer: per image query indices and object indices, on the host."""
         return self.set_loss.match(outputs, targets)
-
-
-def named_layers(outputs: dict) -> dict[str, dict]:
-    """Name the layers as their losses are logged: {"": last layer, "aux0": first layer, ...}."""
-    return {"": outputs} | {f"aux{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
 
 
 def build(cfg: Config, num_classes: int) -> tuple[DeformableDETR, Criterion]:

@@ -1,7 +1,8 @@
 """Set prediction: Hungarian matching of predictions to objects, and the set loss (class, L1, GIoU).
 
-DETR (Carion et al. 2020, section 3.1) with the focal classification of Deformable DETR (Zhu et al.
-2021, section 5). Other code calls the two parts HungarianMatcher and SetCriterion.
+DETR (Carion et al. 2020, section 3.1), with its own softmax classification (`SoftmaxSetLoss`) or
+the focal one of Deformable DETR (Zhu et al. 2021, section 5; `SetLoss`). Other code calls the two
+parts HungarianMatcher and SetCriterion.
 
     paper                                                                              here
     C(i, j) = w_cls c_cls(i, j) + w_l1 ||b_i - g_j||_1 - w_giou GIoU(b_i, g_j)         match_cost
@@ -23,7 +24,7 @@ A layers, B images, Nq queries, K classes, n objects in one image, n_max in the 
 objects, T in the batch. Boxes are (cx, cy, w, h) in [0, 1]. Label K is background.
 
 Differences from the paper
- 1. The class cost is a difference of focal losses (Deformable DETR code); DETR's was -p.
+ 1. The class cost of `SetLoss` is a difference of focal losses (Deformable DETR code).
  2. Costs between different images are not computed; the authors compute and discard them.
  3. A cost that is not finite counts as a very high one; SciPy refuses it. The loss of such a
     prediction is not finite either, and the training loop reports that.
@@ -60,22 +61,24 @@ class Group(NamedTuple):
     copies: int = 1            # queries that every object is matched to
 
 
-def match(predictions: dict, targets: list[dict], weights: Weights, eps: float = 0.0) -> Matches:
+def match(predictions: dict, targets: list[dict], weights: Weights, eps: float = 0.0,
+          class_cost=None) -> Matches:
     """Match one set of predictions to the objects of each image, one to one.
 
     predictions: `pred_logits` (B, Nq, K), `pred_boxes` (B, Nq, 4); targets: per image `labels` (n,)
-    and `boxes` (n, 4); eps: added to the denominators of GIoU. Returns, per image, min(Nq, n) query
-    indices, rising, and the indices of their objects.
+    and `boxes` (n, 4); eps: added to the denominators of GIoU; class_cost: `focal_cost`, the
+    default, or `softmax_cost`. Returns, per image, min(Nq, n) query indices, rising, and the
+    indices of their objects.
     """
     logits = at_least_float32(predictions["pred_logits"])
     boxes = at_least_float32(predictions["pred_boxes"])
-    cost = match_cost(logits, boxes, targets, weights, eps)        # (B, Nq, n_max)
+    cost = match_cost(logits, boxes, targets, weights, eps, class_cost)   # (B, Nq, n_max)
     return assign(cost.cpu(), targets)
 
 
 @torch.no_grad()
 def match_cost(logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weights,
-               eps: float = 0.0) -> Tensor:
+               eps: float = 0.0, class_cost=None) -> Tensor:
     """Cost of assigning each prediction to each object of its image.
 
     logits (..., B, Nq, K), boxes (..., B, Nq, 4) -> (..., B, Nq, n_max). Where an image has fewer
@@ -84,16 +87,31 @@ def match_cost(logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weig
     labels = pad_sequence([t["labels"] for t in targets], batch_first=True)      # (B, n_max)
     objects = pad_sequence([t["boxes"] for t in targets], batch_first=True)      # (B, n_max, 4)
     objects = objects.to(boxes.dtype)
-
-    # Class: focal loss of "this class" minus focal loss of "not this class".
     column = labels[:, None].expand(*logits.shape[:-1], -1)                      # (..., Nq, n_max)
+    cls = (class_cost or focal_cost)(logits, column)                             # (..., Nq, n_max)
+    l1 = (boxes[..., :, None, :] - objects[:, None, :, :]).abs().sum(-1)         # (..., Nq, n_max)
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects), eps)
+    return weights.cls * cls + weights.l1 * l1 - weights.giou * giou
+
+
+def focal_cost(logits: Tensor, column: Tensor) -> Tensor:
+    """Focal loss of "this class" minus focal loss of "not this class".
+
+    logits (..., Nq, K), class of each object (..., Nq, n_max) -> (..., Nq, n_max).
+    """
     p = logits.gather(-1, column).sigmoid()
     positive = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
     negative = (1 - ALPHA) * p ** GAMMA * -(1 - p + 1e-8).log()
+    return positive - negative
 
-    l1 = (boxes[..., :, None, :] - objects[:, None, :, :]).abs().sum(-1)         # (..., Nq, n_max)
-    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects), eps)
-    return weights.cls * (positive - negative) + weights.l1 * l1 - weights.giou * giou
+
+def softmax_cost(logits: Tensor, column: Tensor) -> Tensor:
+    """Minus the probability of "this class", DETR's class cost.
+
+    Not its logarithm, so that it is on the scale of the box costs (DETR, section 3.1).
+    logits (..., Nq, K + 1), class of each object (..., Nq, n_max) -> (..., Nq, n_max).
+    """
+    return -logits.softmax(-1).gather(-1, column)
 
 
 def assign(cost: Tensor, targets: list[dict], copies: int = 1) -> Matches:
@@ -117,18 +135,20 @@ class SetLoss:
 
     cost, loss: `Weights` of the terms; eps: added to the denominators of GIoU.
     class_loss(logits, labels, boxes, target_boxes) gives the loss of each query and class, shaped
-    as logits; target boxes of background queries are zero.
+    as logits; target boxes of background queries are zero. class_cost: as in `match`.
     """
 
-    def __init__(self, cost: Weights, loss: Weights, eps: float = 0.0, class_loss=None):
+    def __init__(self, cost: Weights, loss: Weights, eps: float = 0.0, class_loss=None,
+                 class_cost=None):
         self.cost = cost
         self.loss = loss
         self.eps = eps
         self.class_loss = class_loss or focal_loss
+        self.class_cost = class_cost or focal_cost
 
     def match(self, predictions: dict, targets: list[dict]) -> Matches:
         """Match one set of predictions, as the function `match` does."""
-        return match(predictions, targets, self.cost, self.eps)
+        return match(predictions, targets, self.cost, self.eps, self.class_cost)
 
     def match_groups(self, groups: list[Group]) -> list[list[Matches]]:
         """Match every layer of every group, with one copy to the host.
@@ -138,7 +158,10 @@ class SetLoss:
         costs = []
         for group in groups:
             logits, boxes = stack_layers(list(group.layers.values()))
-            costs.append(match_cost(logits, boxes, group.targets, self.cost, self.eps))
+            cost = match_cost(
+                logits, boxes, group.targets, self.cost, self.eps, self.class_cost
+            )
+            costs.append(cost)
         return [
             [assign(layer_cost, group.targets, group.copies) for layer_cost in cost]
             for group, cost in zip(groups, copy_to_host(costs))
@@ -148,9 +171,10 @@ class SetLoss:
                        matches: list[Matches], num_boxes) -> dict[str, Tensor]:
         """Compute the weighted losses of layers of equal shape whose matches are known.
 
-        Each is a sum over queries divided by `num_boxes`, the number of objects. Returns
-        {"NAME.cls": scalar, "NAME.l1": ..., "NAME.giou": ..., ...}; the name "" has no dot. The
-        layers are stacked, so that each operation runs once.
+        Each is a sum over queries divided by `num_boxes`, the number of objects; a subclass may
+        divide the class loss by something else. Returns {"NAME.cls": scalar, "NAME.l1": ...,
+        "NAME.giou": ..., ...}; the name "" has no dot. The layers are stacked, so that each
+        operation runs once.
         """
         logits, boxes = stack_layers(list(layers.values()))              # (A, B, Nq, K or 4)
         true_labels = torch.cat([t["labels"] for t in targets])                  # (T,)
@@ -165,8 +189,7 @@ class SetLoss:
         labels[matched] = true_labels[row]
         target_boxes = torch.zeros_like(boxes)                                   # (A, B, Nq, 4)
         target_boxes[matched] = true_boxes[row]
-        cls = self.class_loss(logits, labels, boxes, target_boxes)               # (A, B, Nq, K)
-        cls = cls.flatten(1).sum(1)                                              # (A,)
+        cls = self.class_losses(logits, labels, boxes, target_boxes, num_boxes)  # (A,)
 
         # Boxes: matched queries only, summed layer by layer.
         predicted = boxes[matched]                                               # (pairs, 4)
@@ -180,10 +203,34 @@ class SetLoss:
         losses = {}
         for i, name in enumerate(layers):
             prefix = f"{name}." if name else ""
-            losses[prefix + "cls"] = self.loss.cls * cls[i] / num_boxes
+            losses[prefix + "cls"] = self.loss.cls * cls[i]
             losses[prefix + "l1"] = self.loss.l1 * l1[i] / num_boxes
             losses[prefix + "giou"] = self.loss.giou * giou[i] / num_boxes
         return losses
+
+    def class_losses(self, logits, labels, boxes, target_boxes, num_boxes) -> Tensor:
+        """Class loss of every layer, (A,): a sum over queries and classes, over `num_boxes`."""
+        loss = self.class_loss(logits, labels, boxes, target_boxes)              # (A, B, Nq, K)
+        return loss.flatten(1).sum(1) / num_boxes
+
+
+class SoftmaxSetLoss(SetLoss):
+    """DETR's set loss: a softmax over K classes and, in column K, "no object"."""
+
+    def __init__(self, cost: Weights, loss: Weights, no_object: float):
+        super().__init__(cost, loss, class_cost=softmax_cost)
+        self.no_object = no_object   # weight of "no object" in the class loss
+
+    def class_losses(self, logits, labels, boxes, target_boxes, num_boxes) -> Tensor:
+        """Class loss of every layer, (A,): a weighted mean over the queries of all images.
+
+        logits (A, B, Nq, K + 1), labels (A, B, Nq), above K for background.
+        """
+        K = logits.shape[-1] - 1
+        labels = labels.clamp(max=K)
+        loss = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")  # (A, B, Nq)
+        weights = torch.where(labels == K, self.no_object, 1.0).to(loss)         # (A, B, Nq)
+        return (weights * loss).sum((1, 2)) / weights.sum((1, 2))
 
 
 def focal_loss(logits: Tensor, labels: Tensor, boxes=None, target_boxes=None) -> Tensor:
@@ -199,6 +246,11 @@ def focal_loss(logits: Tensor, labels: Tensor, boxes=None, target_boxes=None) ->
     alpha = ALPHA * one_hot + (1 - ALPHA) * (1 - one_hot)
     cross_entropy = F.binary_cross_entropy_with_logits(logits, one_hot, reduction="none")
     return alpha * (1 - p_true) ** GAMMA * cross_entropy
+
+
+def named_layers(outputs: dict) -> dict[str, dict]:
+    """Name the layers of `outputs` as their losses are logged: {"": last, "aux0": first, ...}."""
+    return {"": outputs} | {f"aux{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
 
 
 def stack_layers(layers: list[dict]) -> tuple[Tensor, Tensor]:

@@ -8,12 +8,15 @@ from engine.errors import UserError
 from engine.notices import one_line
 
 
-def match_classes(dataset, class_names: list[str], category_ids: list[int]) -> None:
+def match_classes(dataset, class_names: list[str], category_ids: list[int] | None = None) -> None:
     """Give a data set the labels of its training set, matching the classes by name.
 
-    class_names, category_ids: those of the training set. Where ids differ or classes are missing,
-    `dataset.problems` says so. Raises UserError if a class is unknown to the training set.
+    class_names, category_ids: those of the training set; without ids (a checkpoint may have none)
+    only names count. Where ids differ or classes are missing, `dataset.problems` says so.
+    Raises UserError if a class is unknown to the training set.
     """
+    if category_ids is None and dataset.class_names == class_names:
+        return
     if (dataset.class_names, dataset.category_ids) == (class_names, category_ids):
         return
     where = f"{dataset.name}, {dataset.split}"
@@ -30,7 +33,7 @@ def match_classes(dataset, class_names: list[str], category_ids: list[int]) -> N
 
     # A class that only the training set has needs an id that no other class has here.
     own_ids = dict(zip(dataset.class_names, dataset.category_ids))
-    free_ids = itertools.count(max(dataset.category_ids + category_ids) + 1)
+    free_ids = itertools.count(max(dataset.category_ids + (category_ids or [])) + 1)
     labels = [class_names.index(name) for name in dataset.class_names]
     missing = [name for name in class_names if name not in own_ids]
     annotations = dataset.annotations

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from torch import nn
 
+import train
 from engine import authors_names
+from engine.machine import Machine
 from backbones.resnet import Bottleneck, ResNet
 
 
@@ -111,11 +113,11 @@ def check_losses(rec, losses, prefix="", rtol=1e-5, enc="enc", atol=1e-6):
             expected[str(name)] = value * weight
     ours = {}
     for name, value in losses.items():
-        ours[authors_loss(name).replace("enc", enc)] = float(value.detach())
+        ours[authors_loss(name).replace("enc", enc)] = float(value)
     for name, value in expected.items():
         np.testing.assert_allclose(ours.pop(name, 0.0), value, rtol=rtol, atol=atol, err_msg=name)
     assert all(v == 0 for v in ours.values()), f"losses the authors do not have: {ours}"
-    total = float(sum(losses.values()).detach())
+    total = float(sum(losses.values()))
     np.testing.assert_allclose(total, float(rec[prefix + "total"]), rtol=rtol / 5)
 
 
@@ -132,15 +134,14 @@ class TrainingRun:
 
     def step(self, number, steps_per_epoch, batch, check=True):
         """Step `number`, counted from 0 -> weighted losses, gradient norm before clipping."""
-        import train
         factor = train.lr_factor(self.recipe, number, steps_per_epoch)
         for group, rate in zip(self.optimizer.param_groups, self.rates):
             group["lr"] = rate * factor
         images, padding, targets = batch
         targets = [{**t, "index": i} for i, t in enumerate(targets)]
         _, losses, norm, finite = train.step(
-            self.model, self.model, self.criterion, self.optimizer, train.Average(self.model, 0.0),
-            [(images, padding, targets)], self.recipe.clip, False, number, 1)
+            self.model, self.model, self.criterion, self.optimizer, train.make_ema(self.model, 0.0),
+            [(images, padding, targets)], self.recipe.clip, Machine())
         assert not check or finite
         return losses, norm
 
@@ -151,7 +152,7 @@ def check_matches(rec, matches, name, prefix=""):
         assert sorted(zip(query.tolist(), index.tolist())) == expected, f"{name}, image {i}"
 
 
-def check_gradients(rec, model, family):
+def check_gradients(rec, model, family, tolerance=1e-3):
     """Norm and a fixed projection of every parameter's gradient, under the authors' names."""
     grads = {}
     for name, p in model.named_parameters(remove_duplicate=False):
@@ -160,11 +161,11 @@ def check_gradients(rec, model, family):
     theirs = authors_names.to_authors(grads, family)
     largest = rec["grad_norm"].max()
     waves = np.cos(0.7 * (np.arange(max(p.numel() for p in model.parameters())) + 1.0))
-    dot_tolerance = max(1e-3, 20 * float(rec.get("noise.grad_dot_rel", 0)))
+    dot_tolerance = max(tolerance, 20 * float(rec.get("noise.grad_dot_rel", 0)))
     for name, norm, dot in zip(rec["grad_names"].tolist(), rec["grad_norm"], rec["grad_dot"]):
         grad = theirs[name].double().flatten().numpy()
         scale = max(norm, largest / 1000)
-        assert abs(np.linalg.norm(grad) - norm) < 1e-3 * scale, f"gradient norm of {name}"
+        assert abs(np.linalg.norm(grad) - norm) < tolerance * scale, f"gradient norm of {name}"
         projected = grad @ waves[:grad.size]
         assert abs(projected - dot) < dot_tolerance * scale, f"gradient of {name}"
     trainable = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -214,12 +215,13 @@ def check_outputs(rec, outputs):
         close(stacked(dn, "pred_boxes"), rec["out.dn_boxes"], 5e-5, "denoising boxes")
     memory = outputs["memory"]
     assert [list(s) for s in memory.shapes] == rec["inner.shapes"].tolist()
-    for name, value, tolerance in (("memory", memory.tokens, 1e-4),
-                                   ("encoder_pos", memory.positions, 1e-4),
-                                   ("valid_ratios", memory.valid_ratios, 1e-6),
-                                   ("padding_mask_flat", memory.padding, 0)):
+    for name, field, tolerance in (("memory", "tokens", 1e-4),
+                                   ("encoder_pos", "positions", 1e-4),
+                                   ("pos", "positions", 1e-4),
+                                   ("valid_ratios", "valid_ratios", 1e-6),
+                                   ("padding_mask_flat", "padding", 0)):
         if f"inner.{name}" in rec:
-            close(value, rec[f"inner.{name}"], tolerance, name)
+            close(getattr(memory, field), rec[f"inner.{name}"], tolerance, name)
     if "inner.memory_mean_abs_per_image" in rec:
         mean = memory.tokens.abs().mean((1, 2))
         close(mean, rec["inner.memory_mean_abs_per_image"], 1e-5, "mean of memory")

@@ -22,6 +22,7 @@ from backbones.layers import DropPath, drop_rates
 from backbones.swin import SWINS, Swin, SwinBlock, relative_position_index
 from backbones.vit import VITS, ViT, ViTBlock, resize_positions, rotary_table
 from engine.errors import UserError
+from engine.layers import compile_or_recompute
 from engine.recipe import configure
 
 
@@ -290,7 +291,7 @@ def test_recomputed_blocks_give_the_same_bytes(narrow):
     """--recompute wraps every block of the transformers, and drops the same paths both times."""
     stored = nn.ModuleDict({"backbone": narrow(drop_path=0.5)})
     again = copy.deepcopy(stored)
-    train.prepare_parts(again, SimpleNamespace(compile=False, recompute=True, model="test"))
+    compile_or_recompute(again, SimpleNamespace(compile=False, recompute=True, model="test"))
     blocks = [m for m in again.modules() if isinstance(m, (SwinBlock, ViTBlock, FocalBlock))]
     assert blocks and all("checkpoint" in repr(m.forward) for m in blocks)
     gradients = []

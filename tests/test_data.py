@@ -674,8 +674,12 @@ def test_two_classes_of_one_name_cannot_be_matched_by_name(tmp_path):
 def test_generated_scenes_have_the_classes_of_their_training_set():
     train, val = datasets.build_datasets(None, SMALL, 0, num_train=2, num_val=2)
     assert not val.problems
-    match_classes(val, train.class_names[::-1], train.category_ids)
+    match_classes(val, train.class_names)
+    assert not val.problems
+    match_classes(val, train.class_names[::-1])
     assert "matched by name" in val.problems[-1].where
+    assert val.class_names == train.class_names[::-1]
+    assert val.category_ids == train.category_ids[::-1]
 
 
 # ----------------------------------------------------------------------------------- real data

@@ -86,17 +86,16 @@ def test_the_detector_is_bit_identical_after_training_steps_and_has_no_gradient(
     frozen = Frozen(detector(backbone_norm="batch"), dino.detect)
     cfg, masks, criterion = network(frozen, ema=0.9)
     before = {name: value.clone() for name, value in frozen.model.state_dict().items()}
-    average = train.Average(masks, 0.9)
+    average = train.make_ema(masks, 0.9)
     optimizer = torch.optim.AdamW(mfd.param_groups(masks, override(mfd.RECIPE, SMALL)), lr=1e-2, fused=True)
     examples = scene((64, 96), (48, 64))
     with torch.no_grad():
         boxes = masks(*examples)["pred_boxes"]
     weights = [p.clone() for p in masks.parameters()]
-    for number in range(10):
+    for _ in range(10):
         masks.train()
-        train.step(masks, masks, criterion, optimizer, average, [[*examples[:2], [{**t, "index": 0} for t in examples[2]]]],
-                   1.0, False, number, 1)
-    assert not frozen.model.training and average.model.frozen is frozen
+        train.step(masks, masks, criterion, optimizer, average, [examples], 1.0, train.Machine())
+    assert not frozen.model.training and average.module.frozen is frozen
     assert all(p.grad is None and not p.requires_grad for p in frozen.model.parameters())
     assert all(torch.equal(value, before[name]) for name, value in frozen.model.state_dict().items())
     assert torch.equal(masks(*examples)["pred_boxes"], boxes)

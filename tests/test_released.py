@@ -121,7 +121,7 @@ def started(tmp_path, model, class_names, *more):
     """What `train.py --init` starts from, and its report."""
     run, cfg, _ = train.parse(arguments(tmp_path, model, *more))
     fresh, _ = importlib.import_module(model).build(cfg, len(class_names))
-    report = train.start_weights(run, cfg, fresh, class_names)
+    report = models.start_weights(run, cfg, fresh, class_names)
     return fresh.state_dict(), "\n".join(report)
 
 

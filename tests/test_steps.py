@@ -9,11 +9,13 @@ import pytest
 import torch
 
 import deformable_detr
+import detr
 import dino
 import h_detr
 import recordings
 from engine.recipe import Recipe
 from recordings import narrow_resnet, settings
+from test_detr import recorded_config as detr_config
 from test_dino import recorded_config as dino_config
 from test_dino import recorded_noise
 from test_h_detr import our_order
@@ -30,6 +32,7 @@ def deformable_config(rec):
 
 
 MODELS = {
+    "detr": (detr, detr.DETR, detr_config, "detr"),
     "deformable_plain": (deformable_detr, deformable_detr.DeformableDETR, deformable_config,
                          "deformable_detr"),
     "deformable_two_stage": (deformable_detr, deformable_detr.DeformableDETR, deformable_config,
@@ -43,7 +46,7 @@ def recorded_recipe(rec):
     """The authors' settings as a Recipe."""
     s = settings(rec)
     return Recipe(lr=s["lr"], lr_backbone=s["lr_backbone"], clip=s["clip_max_norm"],
-                  lr_offsets=s["lr"] * s["lr_linear_proj_mult"], weight_decay=s["weight_decay"],
+                  lr_offsets=s["lr"] * s.get("lr_linear_proj_mult", 1.0), weight_decay=s["weight_decay"],
                   epochs=2, schedule="step", lr_drop=s["lr_drop"], warmup=0.0)
 
 

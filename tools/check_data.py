@@ -229,4 +229,4 @@ def main(directory: tyro.conf.Positional[Path], /) -> None:
 
 
 if __name__ == "__main__":
-    tyro.cli(main)
+    tyro.cli(main, prog="python -m tools.check_data")
