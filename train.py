@@ -53,7 +53,7 @@ from engine.models import load_detector, load_paper, start_weights
 from engine.recipe import Recipe, override
 from engine.run_log import RunLog
 from engine.schedules import ema_decay
-from eval import KINDS, evaluate
+from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
 
@@ -165,7 +165,8 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                         record = evaluation(ema, paper, val_set, cfg, batch, machine, progress)
                         log.evaluation(record)
                         if record["AP"] >= progress.best:
-                            folder.save("best.pt", progress, model, ema)
+                            folder.save("best.pt", progress, model, ema,
+                                        thresholds=thresholds(record))
                         if machine.is_main:
                             draw(ema.module, paper, val_set, cfg, recipe, machine, run.out)
                 progress.epoch = epoch + 1
