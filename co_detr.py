@@ -186,7 +186,7 @@ class CoDETR(nn.Module):
         self.heads = [head for head in HEADS if head in cfg.aux_heads.split(",")]
         check_choices(cfg, self.heads)
         C, levels = cfg.dim, cfg.num_feature_levels + 1
-        finest = 2 ** (6 - {"dino": dino, "h_detr": h_detr}[cfg.detector].num_maps(cfg.num_feature_levels))   # stride of C2 is 4, of C3 8
+        finest = 2 ** (6 - {"dino": dino, "h_detr": h_detr}[cfg.base].num_maps(cfg.num_feature_levels))   # stride of C2 is 4, of C3 8
         self.strides = [finest * 2 ** level for level in range(levels)]
         if self.heads:
             self.downsample = nn.Sequential(nn.Conv2d(C, C, 3, 2, 1), nn.GroupNorm(32, C))
@@ -819,7 +819,7 @@ def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
 def build(cfg: Config, num_classes: int) -> tuple[CoDETR, Criterion]:
     """Model with random weights, and its criterion."""
     backbone = build_backbone(cfg.backbone, cfg.backbone_weights, cfg.backbone_norm, drop_path=cfg.drop_path,
-                              maps={"dino": dino, "h_detr": h_detr}[cfg.detector].num_maps(cfg.num_feature_levels))
+                              maps={"dino": dino, "h_detr": h_detr}[cfg.base].num_maps(cfg.num_feature_levels))
     return CoDETR(backbone, cfg, num_classes), Criterion(cfg)
 
 
