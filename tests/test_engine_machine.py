@@ -122,7 +122,7 @@ def test_errors_meant_for_the_user_are_one_line_and_others_keep_their_trace(tmp_
         ),
         (
             ["--backbone_weights", "missing.pt", "--out", str(tmp_path / "c")],
-            "there is no file missing.pt",
+            "got missing.pt, which is no file",
         ),
         (["--accum=3", "--out", str(tmp_path / "d")], "divisible by accum"),
         (["--schedule=linear", "--out", str(tmp_path / "e")], "expected --schedule"),
