@@ -5,6 +5,7 @@ winning, from the paper file, its SMALL with --preset small, its variant, and th
 import argparse
 import dataclasses
 import difflib
+import os
 import re
 import sys
 import typing
@@ -51,7 +52,7 @@ def parse(argv: list[str], run_class, description: str) -> tuple:
     cfg, recipe = configure(paper, values)
     if given.get("epochs", "").isdigit():
         changes, text = other_length(paper, run.variant, recipe, int(given["epochs"]))
-        if text and run.preset == "paper":
+        if text and run.preset == "paper" and os.environ.get("RANK", "0") == "0":
             print(text)
         cfg, recipe = configure(paper, values, changes)
     if given.get("overfit", "0") != "0":
