@@ -3,6 +3,7 @@
 Every field of the three is a flag; the comment beside a field is its help. Values come, later ones
 winning, from the paper file, its SMALL with --preset small, its variant, and the flags."""
 import dataclasses
+import os
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -47,7 +48,7 @@ def parse(argv: list[str], run_class, description: str) -> tuple:
     cfg, recipe = configure(paper, values)
     if given.get("epochs", "").isdigit():
         changes, text = other_length(paper, run.variant, recipe, int(given["epochs"]))
-        if text and run.preset == "paper":
+        if text and run.preset == "paper" and os.environ.get("RANK", "0") == "0":
             print(text)
         cfg, recipe = configure(paper, values, changes)
     if given.get("overfit", "0") != "0":
