@@ -9,7 +9,7 @@ of the authors are public, and we know the equations and the recipe from a publi
     the frozen detector                              Frozen
     baseline, F = C1 + interp(F_e(E))                MaskFrozenDETR.feature_map
     image-level mask  sigma(q_i F^T)                 whole_image
-    box-level mask  R_i = RoIAlign(F, b_i)           MaskFrozenDETR.look_closer, boxes.roi_align
+    box-level mask  R_i = RoIAlign(F, b_i)           MaskFrozenDETR.look_closer, regions.roi_align
     image feature encoder F_e, box encoder F_b       DeformableBlock, SwinMapBlock, ConvNeXtBlock, encode
     channel mapper                                   channel_mapper, query_mapper
     neck on the backbone map                         Neck
@@ -53,7 +53,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.swin import SwinBlock, shift_mask
-from boxes import box_cxcywh_to_xyxy, roi_align
+from boxes import box_cxcywh_to_xyxy
+from heads.regions import roi_align
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention, encoder_references, sine_positions
 from deformable_detr import gather_rows as take
 from engine.errors import UserError

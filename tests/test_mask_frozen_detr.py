@@ -17,7 +17,8 @@ import eval as evaluation
 import h_detr
 import mask_frozen_detr as mfd
 import train
-from boxes import box_cxcywh_to_xyxy, roi_align
+from boxes import box_cxcywh_to_xyxy
+from heads.regions import roi_align
 from matcher import match_cost
 from mask_frozen_detr import (SMALL, Config, Criterion, Frozen, MaskFrozenDETR, Regions, ScoreHead, as_memory, blocks, detect,
                               encode, grid_points, interpolation, mask_iou, paste, read, read_objects, uncertain_points)
