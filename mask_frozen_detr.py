@@ -14,7 +14,7 @@ published reading note only.
     F = C1 + interp(F_e(E))                             feature_map
     baseline, image level: M_i = sigma(q_i F^T)         image_masks
     baseline, box level: M_i = sigma(q_i R_i^T)         box_masks, region_masks
-    R_i = RoIAlign(F, b_i)                              region_masks, boxes.roi_align
+    R_i = RoIAlign(F, b_i)                              region_masks, regions.roi_align
     image encoder F_e, box encoder F_b                  build_blocks, encode
     their blocks: deformable, Swin, ConvNeXt            DeformableBlock, SwinMapBlock, ConvNeXtBlock
     channel mapper                                      channel_mapper, query_mapper
@@ -72,7 +72,8 @@ from torch import Tensor, nn
 
 import matcher
 from backbones.swin import SwinBlock, shift_mask
-from boxes import box_cxcywh_to_xyxy, roi_align
+from boxes import box_cxcywh_to_xyxy
+from heads.regions import roi_align
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention
 from deformable_detr import encoder_references, sine_positions
 from engine.errors import UserError

@@ -1,6 +1,6 @@
 """Masks of regions: sampling, points for the loss, IoU and pasting, in plain PyTorch.
 
-No local imports: copy this file alone. `boxes.roi_align` cuts regions out of a map; `paste` puts
+No local imports: copy this file alone. `regions.roi_align` cuts regions out of a map; `paste` puts
 them back.
 
     source                                                       here

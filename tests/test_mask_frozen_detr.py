@@ -16,7 +16,8 @@ import h_detr
 import mask_frozen_detr as mfd
 import scenes
 import train
-from boxes import box_cxcywh_to_xyxy, roi_align
+from boxes import box_cxcywh_to_xyxy
+from heads.regions import roi_align
 from engine import checkpoints, models
 from engine.errors import UserError
 from engine.recipe import override
