@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from boxes import roi_align
+from heads.regions import roi_align
 from masks import (interpolation_weights, mask_iou, paste, sample_maps, sample_true_masks,
                    select_masks, uncertain_points)
 
