@@ -139,7 +139,7 @@ class TrainingRun:
             group["lr"] = rate * factor
         images, padding, targets = batch
         targets = [{**t, "index": i} for i, t in enumerate(targets)]
-        _, losses, norm, finite = train.step(
+        losses, norm, finite = train.step(
             self.model, self.model, self.criterion, self.optimizer, train.make_ema(self.model, 0.0),
             [(images, padding, targets)], self.recipe.clip, Machine())
         assert not check or finite
