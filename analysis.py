@@ -28,6 +28,7 @@ from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locatio
 from engine import commands, files
 from engine.errors import UserError
 from engine.inference import predict
+from engine.flags import one_line_usage
 from engine.machine import prepare_cpu, user_errors
 
 SCORE_STEPS = 10_000     # of discriminability: norms of tokens differ little, coarse steps would
@@ -414,9 +415,10 @@ def analyze_files(options):
 
 
 def main(argv=None):
-    options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
-                       config=(tyro.conf.FlagCreatePairsOff,))
     with user_errors("analysis.py"):
+        with one_line_usage("analysis.py"):
+            options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
+                               config=(tyro.conf.FlagCreatePairsOff,))
         commands.require(options.checkpoint, "--checkpoint FILE", "none")
         commands.require(options.k >= 1, "--k of at least 1", options.k)
         commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)

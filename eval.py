@@ -39,6 +39,7 @@ from engine import commands, files
 from engine.commands import open_detector
 from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError
+from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_image
 from engine.inference import detect_image, predict, require_finite
 from engine.machine import prepare_cpu, user_errors
@@ -499,9 +500,10 @@ def write_results(path, results, boxes_only=False, rank=0, world=1):
 
 
 def main(argv=None):
-    options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
-                       config=(tyro.conf.FlagCreatePairsOff,))
     with user_errors("eval.py"):
+        with one_line_usage("eval.py"):
+            options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
+                               config=(tyro.conf.FlagCreatePairsOff,))
         options.check()
         device, rank, world = commands.join_processes(options.device)
         detector = open_detector(options.checkpoint, device, options.variant, options.detector)

@@ -23,6 +23,9 @@ from pycocotools import mask as coco_mask
 from data import LARGE_AREA, DetectionData, Objects, Transform, join_annotations, random_generator
 from engine.coco_json import json_path
 from engine.errors import UserError
+from engine.flags import one_line_usage
+from engine.machine import user_errors
+from engine.ranges import check_ranges
 
 NUM_TRAIN = 4000           # scenes of the default data set
 NUM_VAL = 500
@@ -376,7 +379,7 @@ class Shapes(DetectionData):
 @dataclass
 class Options:
     """Write the generated scenes as a COCO-layout folder with PNG images."""
-    write: Path                  # folder to create
+    write: str                   # folder to create
     num_train: int = NUM_TRAIN   # training scenes
     num_val: int = NUM_VAL       # validation scenes
     seed: int = SCENE_SEED       # seed of the scenes
@@ -401,13 +404,12 @@ def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEE
         print(f"{path}: {count} images, {len(scenes.annotations.labels)} objects")
 
 
-def main() -> None:
-    options = tyro.cli(Options)
-    try:
+def main(argv: list[str] | None = None) -> None:
+    with user_errors("scenes.py"):
+        with one_line_usage("scenes.py"):
+            options = tyro.cli(Options, args=argv, prog="scenes.py", use_underscores=True)
+        check_ranges(options)
         write_scenes(options.write, options.num_train, options.num_val, options.seed)
-    except UserError as error:
-        print(f"scenes.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

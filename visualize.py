@@ -17,6 +17,7 @@
 train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy in pixels of the
 picture here.
 """
+import functools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -37,6 +38,7 @@ from data import eval_transform
 from engine.commands import open_detector, require, with_data
 from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError
+from engine.flags import one_line_usage
 from engine.images import UnreadableImage
 from engine.inference import above, as_rgb, detect_image, detect_with, infer
 from engine.machine import user_errors
@@ -613,10 +615,20 @@ COMMANDS = {"detections": detections,
 def main(argv=None):
     """Run one of COMMANDS; the parameters of its function are the flags."""
     with user_errors("visualize.py"):
-        path = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, args=argv, prog="visualize.py", use_underscores=True,
-            description=__doc__.partition("\n")[0])
-        print(f"written to {path}")
+        commands = {name: delayed(function) for name, function in COMMANDS.items()}
+        with one_line_usage("visualize.py"):
+            command = tyro.extras.subcommand_cli_from_dict(
+                commands, args=argv, prog="visualize.py", use_underscores=True,
+                description=__doc__.partition("\n")[0])
+        print(f"written to {command()}")
+
+
+def delayed(function):
+    """A function with the same parameters that does nothing yet: tyro calls what it has read."""
+    @functools.wraps(function)
+    def prepare(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+    return prepare
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from engine import checkpoints
 from engine.errors import UserError
+from engine.flags import one_line_usage
 from engine.models import load_paper, paper_files
 from engine.ranges import check_ranges
 from engine.recipe import configure, preset_values
@@ -107,13 +108,14 @@ def ask(argv, run, cfg, recipe, paper, description) -> tuple:
         if not text and isinstance(texts.get(name), str) and name != "resume":
             raise UserError(f"--{name}: expected a value, got nothing")
     variants = ", ".join(getattr(paper, "VARIANTS", {})) or "none"
-    settings = tyro.cli(
-        make_settings(run, cfg, recipe), args=argv, default=Settings(run, cfg, recipe),
-        prog="train.py", use_underscores=True, registry=registry,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-        description=f"{description}\n\nModels: {', '.join(paper_files())}. Variants of "
-                    f"{run.model}: {variants}. The defaults below are those of --model {run.model} "
-                    f"--preset {run.preset}.")
+    description += (
+        f"\n\nModels: {', '.join(paper_files())}. Variants of {run.model}: {variants}. The "
+        f"defaults below are those of --model {run.model} --preset {run.preset}.")
+    with one_line_usage("train.py"):
+        settings = tyro.cli(
+            make_settings(run, cfg, recipe), args=argv, default=Settings(run, cfg, recipe),
+            prog="train.py", description=description, use_underscores=True, registry=registry,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))
     return settings.run, settings.architecture, settings.training
 
 

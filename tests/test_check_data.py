@@ -388,7 +388,7 @@ def test_the_check_passes_the_real_data_sets_with_warnings_only(shared, capsys):
 def test_the_exit_code_of_the_command_is_the_verdict(tmp_path, capsys):
     root = write_folder(tmp_path)
     with pytest.raises(SystemExit) as end:
-        check_data.main(root)
+        check_data.main([str(root)])
     assert end.value.code == 0
     assert capsys.readouterr().out.count("0 errors, 0 warnings") == 2
     edit_json(root, annotation(iscrowd="0"))

@@ -7,6 +7,7 @@ but results may suffer; "warning", it is handled.
 """
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from engine import coco_json
 from engine.class_labels import match_classes
 from engine.coco_json import Problem, plural
 from engine.errors import UserError
+from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
+from engine.machine import user_errors
 from engine.notices import one_line
 
 HEADERS_AT_START = 500   # image files whose header the check at every start opens
@@ -219,14 +222,18 @@ def size_note(dataset: CocoFolder) -> str:
     return note
 
 
-def main(directory: tyro.conf.Positional[Path], /) -> None:
-    """Check a COCO-layout data set. Ends with exit code 1 if there are errors.
+@dataclass
+class Options:
+    """Check a COCO-layout data set. Ends with exit code 1 if there are errors."""
+    directory: tyro.conf.Positional[str]   # folder with annotations/ and images
 
-    Args:
-        directory: folder with annotations/ and images
-    """
-    sys.exit(1 if check(directory) else 0)
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors("check_data.py"):
+        with one_line_usage("check_data.py"):
+            options = tyro.cli(Options, args=argv, prog="python -m tools.check_data")
+        sys.exit(1 if check(options.directory) else 0)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m tools.check_data")
+    main()
