@@ -285,10 +285,7 @@ class MaskFrozenDETR(nn.Module):
         tokens = memory.tokens                                           # (n, r r, C)
         queries = self.query_encoder.from_region(queries, memory)        # (n, C)
         logits = (queries.float()[:, None] * tokens.float()).sum(-1)     # (n, r r)
-
-        # RoIAlign samples nothing in a NaN box: its zeros must not pass for a region.
-        broken = pixels.isnan().any(-1)                                  # (n,)
-        logits = logits.masked_fill(broken[:, None], torch.nan).unflatten(1, (r, r))   # (n, r, r)
+        logits = logits.unflatten(1, (r, r))                             # (n, r, r)
         if not self.cfg.mask_scoring:
             return {"mask_logits": logits}
         ious = self.score_head(logits.sigmoid(), tokens.unflatten(1, (r, r)))    # (n,)
