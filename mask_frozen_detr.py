@@ -73,11 +73,11 @@ from torch import Tensor, nn
 import matcher
 from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy
-from heads.regions import roi_align
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention
 from deformable_detr import encoder_references, sine_positions
 from engine.errors import UserError
 from engine.recipe import SMALL_RECIPE, Recipe
+from heads.regions import roi_align
 from masks import dice_loss, grid_points, mask_iou, paste
 from masks import sample_maps, sample_true_masks, select_masks, uncertain_points
 from matcher import Matches, Weights, at_least_float32, count_boxes
