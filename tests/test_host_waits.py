@@ -22,6 +22,13 @@ MODELS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def first_use():
+    """At its first use the attention kernel is checked, once in a process."""
+    _, model, _ = test_deformable_detr.small()
+    model(*batch((64, 96))[:2])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_matching_losses_and_backward_wait_for_the_cost_matrices_only(name):
     _, small, changes = MODELS[name]
