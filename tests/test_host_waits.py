@@ -35,7 +35,8 @@ def test_forward_matching_losses_and_backward_wait_for_the_cost_matrices_only(na
     _, model, criterion = small(**changes)
     images, padding, targets = batch((64, 96), (48, 64), objects=(3, 1))
     num_boxes = torch.tensor(4.0)
-    with HostWaits([list(model.state_dict().values()), images, padding, targets, num_boxes]) as waits:
+    on_gpu = [list(model.state_dict().values()), images, padding, targets, num_boxes]
+    with HostWaits(on_gpu) as waits:
         outputs = model(images, padding, targets)
         losses = criterion(outputs, targets, num_boxes)
         sum(losses.values()).backward()
