@@ -7,7 +7,7 @@
 ATD(k)               how far anchors start from their objects           DINO, section 3.3
 IoF-IoB              how well features tell objects from background     Co-DETR, Eq. 7-8
 conflict of heads    divergence of the heads' Grad-CAM maps             Co-DETR, Eq. 9-10
-instability          queries per image whose matched object changed     DN-DETR, section 4
+instability          queries per image whose matched object changed     DN-DETR, section 3, Eq. 2
 
 The figures are printed and written to analysis.json; `python visualize.py analysis` draws them.
 Symbols: B images, Nq queries, S tokens, M heads, L levels, K sampling points, C channels.
@@ -117,7 +117,7 @@ def atd(distances, k=100):
     return float(distances.topk(min(k, len(distances))).values.mean())
 
 
-# ---- DN-DETR, section 4: instability of the matching ---------------------------------------------
+# ---- DN-DETR, section 3, Eq. 2: instability of the matching --------------------------------------
 
 def assignments(model, criterion, dataset, device, **common):
     """The object that each query is matched to, -1 for none, in the first MATCHED_IMAGES images
