@@ -6,7 +6,7 @@ With several processes each one matches its own images (`match_images`), the fir
 matches and makes the curves once (`figures`). The result is the one of a single process, bit for
 bit, because `accumulate` sees the same numbers in the same order.
 
-Two things that pycocotools leaves to its caller: its `summarize` knows no limit but 100 detections
+Two things that pycocotools leaves to its caller: its `summarize` has no limit but 100 detections
 per image, so the table is read from `eval["precision"]` here; and -1 means "no such object".
 """
 import contextlib
@@ -128,7 +128,7 @@ def accumulate(parts, category_ids, iou_type, max_dets):
     evaluation.params.imgIds = image_ids
     evaluation._paramsEval = evaluation.params
 
-    # back to one dictionary per entry, at the place where pycocotools looks for it
+    # back to one dictionary per entry, at the place where pycocotools expects it
     place = {image_id: position for position, image_id in enumerate(image_ids)}
     areas = len(evaluation.params.areaRng)
     evaluation.evalImgs = [None] * (len(category_ids) * areas * len(image_ids))
@@ -213,8 +213,8 @@ def mean(values):
 def results_as_coco(gt, results, iou_type):
     """Results as the second COCO object of COCOeval.
 
-    `COCO.loadRes` cannot be used: it fails on an empty list, changes the caller's rows, and takes
-    the area of the box for that of the mask where a row has both."""
+    `COCO.loadRes` cannot be used: it fails on an empty list, changes the caller's rows, and uses
+    the area of the box in place of the mask's where a row has both."""
     for key, known in (("image_id", gt.imgs), ("category_id", gt.cats)):
         foreign = sorted({result[key] for result in results} - known.keys())
         if foreign:
