@@ -128,6 +128,8 @@ def test_max_dets_is_a_limit_per_image_and_class_and_renames_the_recall():
     assert score(gt, rows, max_dets=3)["AR3"] == pytest.approx(0.5)
     assert score(gt, rows, max_dets=300)["AR300"] == pytest.approx(1)
     assert "AR10" not in score(gt, rows, max_dets=3)
+    alone = score(gt, rows, max_dets=1)
+    assert alone["AR1"] == pytest.approx(1 / 6) and alone["AP"] == pytest.approx(17 / 101)
 
 
 def test_no_detection_at_all_scores_zero_and_no_object_at_all_scores_minus_one():
