@@ -225,7 +225,7 @@ def score_counts(scores, boxes, size):
     """Count the pixels of one image by score -> (2, SCORE_STEPS), background and foreground.
 
     scores (H, W) in [0, 1], boxes (n, 4) normalized cxcywh, size (h, w) without padding. OUR
-    CHOICE: foreground is the union of the boxes, and pixels are counted over the whole data set."""
+    CHOICE: foreground is the union of the boxes, and pixels are counted over the complete data set."""
     h, w = size
     foreground = torch.zeros(h, w, dtype=torch.bool, device=scores.device)
     for cx, cy, bw, bh in boxes.tolist():
@@ -238,7 +238,7 @@ def score_counts(scores, boxes, size):
 
 
 def iof_iob(counts):
-    """The IoF-IoB curve (Co-DETR, Eq. 8) from pixel counts (2, SCORE_STEPS) of a whole data set.
+    """The IoF-IoB curve (Co-DETR, Eq. 8) from pixel counts (2, SCORE_STEPS) of a complete data set.
 
     Above a threshold lies the share IoF of the foreground, below it the share IoB of the
     background. A curve further up and right separates them better; the area under it is the
