@@ -106,9 +106,8 @@ class Progress:
 
 
 def train(run: Run, cfg, recipe: Recipe) -> dict:
-    """Train one model. Returns the record of its last evaluation: {"AP", "bbox", "epoch", "step",
-    "best", ...}. FloatingPointError after three bad steps in a row; exits with 128 + signal number
-    when it is stopped."""
+    """Train one model -> the record of its last evaluation: {"AP", "bbox", "epoch", "step", ...}.
+    FloatingPointError after three bad steps in a row; exits with 128 + signal when it is stopped."""
     paper = load_paper(run.model)
     machine = set_up_machine(run)
     with RunFolder(run, machine) as folder:
