@@ -613,7 +613,7 @@ def mask_cost(args):
         return 2 * 4 * out_shape[0] * out_shape[1] * out_shape[2] * points[3] * points[4]
 
     detector, _ = dino.build(dino.Config(), 80)
-    model = paper.MaskFrozenDETR(paper.Frozen(detector, dino.detect), paper.Config()).to(args.device)
+    model = paper.MaskFrozenDETR(paper.FrozenDetector(detector, dino.detect), paper.Config()).to(args.device)
     image = torch.randn(1, 3, *args.size, device=args.device)
     padding = torch.zeros(1, *args.size, dtype=torch.bool, device=args.device)
     outputs, _ = model.frozen(image, padding)
@@ -627,9 +627,9 @@ def mask_cost(args):
                 "image encoder": ([model.image_encoder], lambda: paper.encode(model.image_encoder, memory).tokens),
                 "channel and query mapper": ([model.channel_mapper, model.query_mapper],
                                              lambda: model.channel_mapper(fine).sum() + model.query_mapper(states).sum()),
-                "box encoder": ([model.box_encoder], lambda: paper.encode(model.box_encoder, paper.as_memory(region)).tokens),
+                "box encoder": ([model.box_encoder], lambda: paper.encode(model.box_encoder, paper.region_memory(region)).tokens),
                 "box to object": ([model.query_encoder],
-                                  lambda: model.query_encoder.from_region(queries, paper.as_memory(region))),
+                                  lambda: model.query_encoder.from_region(queries, paper.region_memory(region))),
                 "mask scoring": ([model.score_head], lambda: model.score_head(probabilities, region))}
 
     milliseconds_of = lambda function: median_ms(torch.no_grad()(function), args.device, args.repeats)
