@@ -108,7 +108,7 @@ def ask(argv, run, cfg, recipe, paper, description) -> tuple:
         if not text and isinstance(texts.get(name), str) and name != "resume":
             raise UserError(f"--{name}: expected a value, got nothing")
     variants = ", ".join(getattr(paper, "VARIANTS", {})) or "none"
-    description += (
+    description = description.strip() + (
         f"\n\nModels: {', '.join(paper_files())}. Variants of {run.model}: {variants}. The "
         f"defaults below are those of --model {run.model} --preset {run.preset}.")
     with one_line_usage("train.py"):
