@@ -10,8 +10,9 @@ OVERFIT_STEPS = 100   # of one epoch of --overfit
 
 
 class BatchSizes:
-    """How an epoch is cut: `total` images per optimizer step = `micro` x accum x ranks. A training
-    set smaller than the batch gets a smaller batch, and that is said once."""
+    """`total` images per optimizer step = `micro` images per micro-batch x accum x ranks, and
+    `steps_per_epoch` optimizer steps. A training set smaller than the batch gets a smaller batch,
+    and a line that says so."""
 
     def __init__(self, wanted: int, run, machine, images: int):
         parts = run.accum * machine.world
@@ -28,7 +29,7 @@ class BatchSizes:
         self.repeats = 1    # passes over the images in an epoch
         if run.overfit:
             self.repeats = math.ceil(OVERFIT_STEPS * self.total / images)
-        self.steps = images * self.repeats // self.total
+        self.steps_per_epoch = images * self.repeats // self.total
 
 
 def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: int):
@@ -39,11 +40,11 @@ def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: i
     another epoch."""
     rng = data.random_generator("order", run.seed, epoch)
     order = np.concatenate([rng.permutation(len(dataset)) for _ in range(batch.repeats)])
-    micro_batches = order[:batch.steps * batch.total].reshape(-1, batch.micro)
+    micro_batches = order[:batch.steps_per_epoch * batch.total].reshape(-1, batch.micro)
     first = start * run.accum * machine.world
     mine = micro_batches[first:][machine.rank::machine.world].tolist()
     dataset.set_epoch(epoch)
     pin_memory = machine.device.type == "cuda"
     loader = iter(data.batches(dataset, mine, machine.workers, pin_memory))
-    for _ in range(start, batch.steps):
+    for _ in range(start, batch.steps_per_epoch):
         yield [next(loader) for _ in range(run.accum)]
