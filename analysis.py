@@ -1,11 +1,11 @@
 """..."""
 import contextlib
-import importlib
 from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch.nn.utils.rnn import pad_sequence
+from engine.errors import UserError
 from engine import models
 import data
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locations
@@ -59,7 +59,7 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
     with recorded_looks(model) as looks:
         for outputs, targets in predict(model, dataset, range(len(dataset)), device, batch_size, amp, workers):
             if "anchors" not in outputs:
-                raise ValueError("expected outputs['anchors'], where each query starts; this model gives none")
+                raise UserError("expected outputs['anchors'], where each query starts; this model gives none")
             targets = data.to_device(targets, device)
             anchors = outputs["anchors"].float()                                                 # (B, Nq, 2 or 4)
             for b, (query, matched) in enumerate(criterion.match(outputs, targets)):
@@ -220,15 +220,14 @@ def run_names(paths):
     return names if len(set(names)) == len(paths) else [str(path) for path in paths]
 
 
-def analyze_files(model, cfg, meta, dataset, args, **common):
+def analyze_files(model, loaded, dataset, args, **common):
     """`analyze` for --checkpoint, which is open already, and for those of --analyze, each on its own data or on --data
     -> {name: figures and "checkpoint"}."""
     analyses, paths = {}, [args.checkpoint, *args.analyze]
     for name, path in zip(run_names(paths), paths):
         if analyses:
-            model, cfg, meta = models.load_model(path, args.device, args.variant)
-            dataset = validation_set(args.data, cfg, meta)
-            model = fit_classes(model, importlib.import_module(meta["model_name"]), cfg, meta, dataset)
-        _, criterion = importlib.import_module(meta["model_name"]).build(cfg, len(dataset.class_names))
-        analyses[name] = {"checkpoint": str(path), **analyze(model, criterion, dataset, args.device, args.k, **common)}
+            loaded = models.load_model(path, args.device, args.variant)
+            dataset = validation_set(args.data, loaded)
+            model = fit_classes(loaded.model, loaded.paper, loaded.cfg, loaded.meta, dataset)
+        analyses[name] = {"checkpoint": str(path), **analyze(model, loaded.criterion, dataset, args.device, args.k, **common)}
     return analyses

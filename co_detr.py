@@ -50,7 +50,7 @@ Departs
 """
 import re
 from copy import deepcopy
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import NamedTuple
 
 import torch
@@ -64,6 +64,8 @@ from backbones import build_backbone
 from boxes import (box_cxcywh_to_xyxy, box_iou, box_xyxy_to_cxcywh, clip_boxes, decode_deltas, encode_deltas,
                    inverse_sigmoid, nms, paired_giou, paired_iou, roi_align, soft_nms)
 from deformable_detr import Memory, Queries, class_head, sine_embedding, take
+from engine.errors import UserError
+from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from matcher import SetLoss, Weights, at_least_float32, count_boxes, focal_loss, stack_layers
 
 IGNORED, BACKGROUND = -2, -1        # assignments; from 0 on: the object's index
@@ -83,7 +85,7 @@ class Config:
     backbone_weights: str = "imagenet"     # imagenet, a file, or none: trained from scratch with live normalisation
     backbone_norm: str = "batch"           # batch or group; published weights come with their own frozen statistics
     drop_path: float = 0.0                 # of the last block of a Swin, ViT or FocalNet, rising to it from 0
-    detector: str = "dino"                 # dino, or h_detr: Deformable DETR++ (without one-to-many queries)
+    base: str = "dino"                     # dino, or h_detr: Deformable DETR++ (without one-to-many queries)
     aux_heads: str = "atss,rcnn"           # none, or any of atss, rcnn, retinanet, separated by commas
     aux_queries: int = 300                 # most customised queries per head and image
     aux_negatives: bool = True             # fill them up with negatives of the head
@@ -117,34 +119,16 @@ class Config:
     loss_class: float = 1.0
     loss_l1: float = 5.0
     loss_giou: float = 2.0
-    lr: float = 2e-4                       # for exactly `batch_size` images a step
-    lr_backbone: float = 2e-5
-    lr_offsets: float = 2e-5               # sampling offsets, of h_detr only
-    layer_decay: float = 0.0               # by which lr falls from block to block of a ViT, towards the image; 0: lr_backbone
-    weight_decay: float = 1e-4
-    clip: float = 0.1                      # global gradient norm
-    batch_size: int = 16                   # images a step over all ranks and accumulated micro-batches
-    epochs: int = 12
-    schedule: str = "step"                 # step: x 0.1 after epoch lr_drop; cosine: to 1 %; flat
-    lr_drop: int = 11
-    warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
-    ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
-    max_size: int = 1333                   # of the long side
-    crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False             # other colours, now and then inverted
-    eval_size: int = 800                   # short side, pixels
     size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
+RECIPE = Recipe(lr=2e-4, lr_backbone=2e-5, lr_offsets=2e-5, batch_size=16, epochs=12, lr_drop=11)
+
+
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
-SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
-             decoder_layers=3, ffn_dim=384, num_queries=40, dn_number=50, top_k=100, loss_class=2.0, aux_queries=40,
-             rpn_pre_nms=64, rpn_proposals=64, rpn_samples=64, roi_samples=32, roi_dim=128, lr=6e-4, lr_backbone=6e-4,
-             lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=10, schedule="cosine", warmup=0.04,
-             ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128,
-             size_divisor=32)
-DEFORMABLE = dict(detector="h_detr", quality_focal=False, soft_nms=0.0, loss_class=2.0, top_k=100)
+SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, dn_number=50, top_k=100, loss_class=2.0, aux_queries=40, rpn_pre_nms=64,
+             rpn_proposals=64, rpn_samples=64, roi_samples=32, roi_dim=128) | dict(epochs=10)
+DEFORMABLE = dict(base="h_detr", quality_focal=False, soft_nms=0.0, loss_class=2.0, top_k=100)
 CO_DEFORMABLE = {**DEFORMABLE, "num_feature_levels": 4, "num_queries": 300}
 CO_DEFORMABLE_SWIN = {**CO_DEFORMABLE, "weight_decay": 0.05}
 VARIANTS = {
@@ -205,21 +189,20 @@ class CoDETR(nn.Module):
         self.strides = [finest * 2 ** level for level in range(levels)]
         if self.heads:
             self.downsample = nn.Sequential(nn.Conv2d(C, C, 3, 2, 1), nn.GroupNorm(32, C))
-            self.aux_queries = nn.ModuleDict({head: CustomisedQueries(C, cfg.detector == "h_detr") for head in self.heads})
+            self.aux_queries = nn.ModuleDict({head: CustomisedQueries(C, cfg.base == "h_detr") for head in self.heads})
         if "rcnn" in self.heads:
             self.rpn, self.roi = RPNHead(C), RoIHead(C, cfg.roi_dim, num_classes, cfg.roi_convs)
         if "atss" in self.heads:
             self.atss = DenseHead(C, num_classes, levels, ATSS_SIDES, atss_assign, has_centerness=True)
         if "retinanet" in self.heads:
             self.retinanet = DenseHead(C, num_classes, levels, NINE_SIDES, retinanet_assign, has_centerness=False)
-        if self.heads and cfg.detector == "h_detr":
+        if self.heads and cfg.base == "h_detr":
             self.head_embed = nn.Embedding(len(self.heads), 1)
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None) -> dict:
-        """images (B, 3, H, W), padding (B, H, W) -> the detector's outputs, and `soft_nms` for `detect`. In training, with
-        targets, also `co_outputs`: predictions of heads and customised queries beside what they should be."""
+        """images (B, 3, H, W), padding (B, H, W) -> the detector's outputs. In training, with targets, also
+        `co_outputs`: predictions of heads and customised queries beside what they should be."""
         outputs = self.detector(images, padding, targets)
-        outputs["soft_nms"] = self.cfg.soft_nms
         if self.training and self.heads:
             outputs["co_outputs"] = self.collaborate(outputs["memory"], targets)
         elif not self.training and self.cfg.eval_head != "detr":
@@ -337,33 +320,31 @@ class CoDETR(nn.Module):
 
 def check_choices(cfg: Config, heads: list[str]):
     if cfg.aux_heads != "none" and set(cfg.aux_heads.split(",")) != set(heads):
-        raise ValueError(f"expected aux_heads none or some of {', '.join(HEADS)}, with commas between, got {cfg.aux_heads!r}")
+        raise UserError(f"expected aux_heads none or some of {', '.join(HEADS)}, with commas between, got {cfg.aux_heads!r}")
     if cfg.eval_head != "detr" and cfg.eval_head not in heads:
-        raise ValueError(f"expected eval_head detr or one of aux_heads ({cfg.aux_heads}), got {cfg.eval_head!r}")
-    if cfg.layer_decay and not cfg.backbone.startswith("vit"):
-        raise ValueError(f"expected layer_decay beside a ViT, got {cfg.layer_decay:g} beside {cfg.backbone}: leave it 0")
+        raise UserError(f"expected eval_head detr or one of aux_heads ({cfg.aux_heads}), got {cfg.eval_head!r}")
 
 
 def make_detector(backbone: nn.Module, cfg: Config, num_classes: int) -> nn.Module:
     """The wrapped detector as this paper's code has it: convolutions before a normalisation have no bias; DINO has one
     class and one box head per layer and no spare row in its label table. A backbone with a pyramid of its own (ViT) needs no
     projections."""
-    if cfg.detector == "h_detr":
+    if cfg.base == "h_detr":
         detector = h_detr.HDETR(backbone, shared_fields(cfg, h_detr.Config, num_queries_one2many=0), num_classes)
-    elif cfg.detector == "dino":
+    elif cfg.base == "dino":
         detector = dino.DINO(backbone, shared_fields(cfg, dino.Config), num_classes)
         for heads in ("class_embed", "bbox_embed"):
             setattr(detector, heads, nn.ModuleList(deepcopy(head) for head in getattr(detector, heads)))
         detector.label_enc = nn.Embedding(num_classes, cfg.dim)
         nn.init.normal_(detector.tgt_embed.weight)
     else:
-        raise ValueError(f"expected detector dino or h_detr, got {cfg.detector!r}")
+        raise UserError(f"expected base dino or h_detr, got {cfg.base!r}")
     for projection in detector.input_proj:
         projection[0].bias = None
     if hasattr(backbone, "neck"):
         if backbone.channels != [cfg.dim] * cfg.num_feature_levels:
-            raise ValueError(f"expected dim {backbone.channels[0]} and {len(backbone.channels)} feature levels, as "
-                             f"{cfg.backbone} makes them, got dim {cfg.dim} and {cfg.num_feature_levels}")
+            raise UserError(f"expected dim {backbone.channels[0]} and {len(backbone.channels)} feature levels, as "
+                            f"{cfg.backbone} makes them, got dim {cfg.dim} and {cfg.num_feature_levels}")
         detector.input_proj = nn.ModuleList(nn.Identity() for _ in backbone.channels)
         detector.num_maps = len(backbone.channels)
     return detector
@@ -744,7 +725,7 @@ class Criterion:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
-        parent = {"dino": dino, "h_detr": h_detr}[cfg.detector]
+        parent = {"dino": dino, "h_detr": h_detr}[cfg.base]
         self.base = parent.Criterion(shared_fields(cfg, parent.Config))
         self.base.set_loss = SetLoss(Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou),
                                      Weights(cfg.loss_class, cfg.loss_l1, cfg.loss_giou),
@@ -816,20 +797,20 @@ class Criterion:
 # ------------------------------------------------------------------------------------------------------- detections
 
 @torch.no_grad()
-def detect(outputs: dict, sizes: Tensor, top_k: int) -> list[dict]:
+def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
     """As `deformable_detr.detect`, boxes clipped to the image. With soft-NMS (section 4.3) the best pairs, as many as
     there are queries, are thinned class by class; with `eval_head`, they are another head's."""
     if "head_detections" in outputs:
         fed = outputs["memory"].image_sizes                                        # (B, 2)
         scales = (sizes.to(fed.device) / fed)[:, None, [1, 0, 1, 0]].to(outputs["pred_boxes"])   # (B, 1, 4)
-        return [{name: x[:top_k] * scale if name == "boxes" else x[:top_k] for name, x in found.items()}
+        return [{name: x[:cfg.top_k] * scale if name == "boxes" else x[:cfg.top_k] for name, x in found.items()}
                 for found, scale in zip(outputs["head_detections"], scales)]
-    threshold = outputs["soft_nms"]
-    found = deformable_detr.detect(outputs, sizes, outputs["pred_logits"].shape[1] if threshold else top_k)
+    pairs = outputs["pred_logits"].shape[1] if cfg.soft_nms else cfg.top_k
+    found = deformable_detr.detect(outputs, sizes, replace(cfg, top_k=pairs))
     for image, size in zip(found, sizes.to(outputs["pred_boxes"].device)):
         image["boxes"] = clip_boxes(image["boxes"], size)
-        if threshold:
-            rows, scores = soft_nms(image["boxes"], image["scores"], image["labels"], threshold, 1e-3, top_k)
+        if cfg.soft_nms:
+            rows, scores = soft_nms(image["boxes"], image["scores"], image["labels"], cfg.soft_nms, 1e-3, cfg.top_k)
             image.update({name: x[rows] for name, x in image.items()}, scores=scores)
     return found
 
@@ -841,18 +822,20 @@ def build(cfg: Config, num_classes: int) -> tuple[CoDETR, Criterion]:
     return CoDETR(backbone, cfg, num_classes), Criterion(cfg)
 
 
-def param_groups(model: CoDETR, cfg: Config) -> list[dict]:
+def param_groups(model: CoDETR, recipe: Recipe) -> list[dict]:
     """The detector's groups; the heads learn at the full rate. With `layer_decay`, a group for every block."""
-    if cfg.layer_decay:
-        return layer_groups(model, cfg)
-    groups = {"dino": dino, "h_detr": h_detr}[cfg.detector].param_groups(model.detector, cfg)
+    if recipe.layer_decay:
+        return layer_groups(model, recipe)
+    groups = {"dino": dino, "h_detr": h_detr}[model.cfg.base].param_groups(model.detector, recipe)
     groups[0]["params"] += [p for name, p in model.named_parameters() if not name.startswith("detector.")]
     return groups
 
 
-def layer_groups(model: CoDETR, cfg: Config) -> list[dict]:
+def layer_groups(model: CoDETR, recipe: Recipe) -> list[dict]:
     """The rate falls from block to block of a ViT towards the image, patches and positions last; vectors (biases,
     normalisations) have no weight decay."""
+    if not model.cfg.backbone.startswith("vit"):
+        raise UserError(f"expected layer_decay beside a ViT, got {recipe.layer_decay:g} beside {model.cfg.backbone}: leave it 0")
     depth, groups = len(model.detector.backbone.blocks), {}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
@@ -860,6 +843,6 @@ def layer_groups(model: CoDETR, cfg: Config) -> list[dict]:
         block = re.match(r"detector\.backbone\.(?:blocks\.(\d+)|pos_embed|patch_embed)", name)
         below = 0 if not block else depth + 1 if block[1] is None else depth - int(block[1])   # times the rate has fallen
         group = groups.setdefault((below, parameter.dim() > 1), {
-            "params": [], "lr": cfg.lr * cfg.layer_decay ** below, "weight_decay": cfg.weight_decay * (parameter.dim() > 1)})
+            "params": [], "lr": recipe.lr * recipe.layer_decay ** below, "weight_decay": recipe.weight_decay * (parameter.dim() > 1)})
         group["params"].append(parameter)
     return list(groups.values())

@@ -36,6 +36,7 @@ from PIL import Image, ImageOps
 from pycocotools import mask as coco_mask
 from pycocotools.coco import COCO
 from torch.utils.data import DataLoader, Dataset
+from engine.errors import UserError
 
 MEAN = np.array([0.485, 0.456, 0.406], np.float32)     # of ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
@@ -197,8 +198,8 @@ class CocoFolder(DetectionData):
         fatal = [problem for problem in self.problems if problem.level == "fatal"]
         if fatal:
             named = "; ".join(f"{problem.kind}: {problem.where}" for problem in fatal[:3])
-            raise ValueError(f"{path}: expected a COCO json, got {len(fatal)} entries that cannot be used: {named}; "
-                             "python -m tools.check_data DIR lists them all")
+            raise UserError(f"{path}: expected a COCO json, got {len(fatal)} entries that cannot be used: {named}; "
+                            "python -m tools.check_data DIR lists them all")
         self.folder = Path(images) if images else images_folder(root, split, data["images"])
         categories = sorted(data["categories"], key=lambda category: category["id"])
         self.class_names, self.category_ids = [str(c["name"]) for c in categories], [c["id"] for c in categories]
@@ -211,8 +212,8 @@ class CocoFolder(DetectionData):
         self.has_masks = 0 < given == len(data["annotations"])
         broken = [problem for problem in self.problems if problem.kind == "malformed segmentation"]
         if load_masks and (broken or 0 < given < len(data["annotations"])):
-            raise ValueError(f"{path}: masks need a valid segmentation for every object, got {given} for "
-                             f"{len(data['annotations'])} objects, {len(broken)} malformed; python -m tools.check_data DIR names them")
+            raise UserError(f"{path}: masks need a valid segmentation for every object, got {given} for "
+                            f"{len(data['annotations'])} objects, {len(broken)} malformed; python -m tools.check_data DIR names them")
 
     def _flatten(self, rows):
         """json annotations -> self.annotations, ordered by image, degenerate boxes dropped and counted"""
@@ -261,7 +262,7 @@ class CocoFolder(DetectionData):
             if self.split != "train":
                 width, height = self.sizes[index].tolist()
                 return index, Image.new("RGB", (max(width, 1), max(height, 1)), (124, 116, 104))
-        raise RuntimeError(f"{self.folder}: expected a readable image, got none of {len(self)}; python -m tools.check_data DIR")
+        raise UserError(f"{self.folder}: expected a readable image, got none of {len(self)}; python -m tools.check_data DIR")
 
     def _count_bad(self, index, error):
         self.bad[index] = True
@@ -270,9 +271,9 @@ class CocoFolder(DetectionData):
         allowed = max(1, BAD_SHARE * len(self))
         if self.bad.sum() > allowed:
             names = ", ".join(self.files[self.bad.numpy()][:5])
-            raise RuntimeError(f"{self.folder}: expected at most {int(allowed)} unreadable images of {len(self)}, got "
-                               f"{int(self.bad.sum())} ({names}); repair or remove them, python -m tools.check_data DIR lists all"
-                               ) from error
+            raise UserError(f"{self.folder}: expected at most {int(allowed)} unreadable images of {len(self)}, got "
+                            f"{int(self.bad.sum())} ({names}); repair or remove them, python -m tools.check_data DIR lists all"
+                            ) from error
 
     def take(self, rows):
         part = copy.copy(self)
@@ -289,15 +290,15 @@ def json_path(root, split):
 def read_json(path):
     """FileNotFoundError or ValueError where there is no file or no JSON object in it."""
     if not path.is_file():
-        raise FileNotFoundError(f"{path}: expected a COCO json there, got no such file; a data folder holds annotations/"
-                                "instances_{train,val}2017.json, train2017/ and val2017/ (python scenes.py --write DIR makes one)")
+        raise UserError(f"{path}: expected a COCO json there, got no such file; a data folder holds annotations/"
+                        "instances_{train,val}2017.json, train2017/ and val2017/ (python scenes.py --write DIR makes one)")
     try:
         data = json.loads(path.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{path}: expected JSON, got {error}; write the file anew") from error
+        raise UserError(f"{path}: expected JSON, got {error}; write the file anew") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: expected a JSON object with images, annotations and categories, got a "
-                         f"{type(data).__name__}; this looks like a results file, give the ground truth")
+        raise UserError(f"{path}: expected a JSON object with images, annotations and categories, got a "
+                        f"{type(data).__name__}; this looks like a results file, give the ground truth")
     return data
 
 
@@ -307,8 +308,8 @@ def images_folder(root, split, images):
     places = [root / f"{split}2017", root / "images" / f"{split}2017", root / split, root / "images", root]
     found = next((place for place in places if any((place / name).is_file() for name in names)), None)
     if found is None:
-        raise FileNotFoundError(f"{places[0]}: expected the images of the json there (such as {names[0]}), got none of the "
-                                f"first {len(names)}; put them there or correct file_name in {json_path(root, split)}")
+        raise UserError(f"{places[0]}: expected the images of the json there (such as {names[0]}), got none of the "
+                        f"first {len(names)}; put them there or correct file_name in {json_path(root, split)}")
     return found
 
 

@@ -46,9 +46,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, inverse_sigmoid
 from deformable_attn import MSDeformAttn
+from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from matcher import Group, Matches, SetLoss, Weights, at_least_float32, count_boxes
 
 
@@ -77,31 +79,14 @@ class Config:
     loss_class: float = 2.0
     loss_l1: float = 5.0
     loss_giou: float = 2.0
-    lr: float = 2e-4                       # for exactly `batch_size` images a step
-    lr_backbone: float = 2e-5
-    lr_offsets: float = 2e-5               # sampling offsets and reference points
-    weight_decay: float = 1e-4
-    clip: float = 0.1                      # global gradient norm
-    batch_size: int = 32                   # images a step over all ranks and accumulated micro-batches
-    epochs: int = 50
-    schedule: str = "step"                 # step: x 0.1 after epoch lr_drop; cosine: to 1 %; flat
-    lr_drop: int = 40
-    warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
-    ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
-    max_size: int = 1333                   # of the long side
-    crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False             # other colours, now and then inverted
-    eval_size: int = 800                   # short side, pixels
     size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
+RECIPE = Recipe(lr=2e-4, lr_backbone=2e-5, lr_offsets=2e-5, batch_size=32, epochs=50, lr_drop=40)
+
+
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
-SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
-             decoder_layers=3, ffn_dim=384, dropout=0.0, num_queries=40, lr=6e-4, lr_backbone=6e-4, lr_offsets=2e-4,
-             weight_decay=1e-2, clip=1.0, batch_size=8, epochs=12, schedule="cosine", warmup=0.04, ema=0.998,
-             train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128,
-             size_divisor=32)
+SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, dropout=0.0)
 VARIANTS = {
     "single_scale": dict(num_feature_levels=1),
     "dc5": dict(num_feature_levels=1, dilation=True),
@@ -140,8 +125,8 @@ class DeformableDETR(nn.Module):
     def __init__(self, backbone: nn.Module, cfg: Config, num_classes: int):
         super().__init__()
         if cfg.two_stage and not cfg.with_box_refine:
-            raise ValueError("expected with_box_refine beside two_stage (proposals are refined layer by layer), got "
-                             "two_stage alone: add --with_box_refine true")
+            raise UserError("expected with_box_refine beside two_stage (proposals are refined layer by layer), got "
+                            "two_stage alone: add --with_box_refine true")
         self.cfg = cfg
         C = cfg.dim
         self.backbone = backbone
@@ -522,9 +507,9 @@ def build(cfg: Config, num_classes: int) -> tuple[DeformableDETR, Criterion]:
     return DeformableDETR(backbone, cfg, num_classes), Criterion(cfg)
 
 
-def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
+def param_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """Trainable parameters in three groups with their learning rates: backbone, offsets and reference points, the rest."""
-    groups = {lr: {"params": [], "lr": getattr(cfg, lr)} for lr in ("lr", "lr_backbone", "lr_offsets")}
+    groups = {lr: {"params": [], "lr": getattr(recipe, lr)} for lr in ("lr", "lr_backbone", "lr_offsets")}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             slow = "sampling_offsets" in name or "reference_points" in name
@@ -534,14 +519,14 @@ def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
 
 
 @torch.no_grad()
-def detect(outputs: dict, sizes: Tensor, top_k: int) -> list[dict]:
-    """The `top_k` best (query, class) pairs of each image by score, best first; no threshold, no NMS.
+def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
+    """The `cfg.top_k` best (query, class) pairs of each image by score, best first; no threshold, no NMS.
 
     sizes (B, 2): height and width, pixels, of the images the boxes are wanted in
     -> B dictionaries: scores (k,), labels (k,), boxes (k, 4) xyxy pixels, query (k,)."""
     scores = at_least_float32(outputs["pred_logits"]).sigmoid()                    # (B, Nq, num_classes)
     num_classes = scores.shape[-1]
-    scores, best = scores.flatten(1).topk(min(top_k, scores[0].numel()))           # (B, k)
+    scores, best = scores.flatten(1).topk(min(cfg.top_k, scores[0].numel()))       # (B, k)
     query, labels = best // num_classes, best % num_classes
     boxes = take(box_cxcywh_to_xyxy(at_least_float32(outputs["pred_boxes"])), query)                 # (B, k, 4)
     boxes = boxes * sizes.to(boxes)[:, None, [1, 0, 1, 0]]

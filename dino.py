@@ -44,12 +44,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from engine.errors import UserError
 from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
 from deformable_detr import (MLP, DecoderLayer, EncoderLayer, Memory, Queries, box_head, class_head, detect,  # noqa: F401
                              encoder_proposals, encoder_references, flatten_pyramid, init_transformer,
                              input_projections, named_layers, num_maps, offset_boxes, pad_to_multiple, project,
                              sine_embedding, take)
+from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from matcher import Group, Matches, SetLoss, Weights, count_boxes
 
 EPS = 1e-3         # of every inverse sigmoid; 1e-5 in Deformable DETR
@@ -86,29 +88,14 @@ class Config:
     loss_class: float = 1.0
     loss_l1: float = 5.0
     loss_giou: float = 2.0
-    lr: float = 1e-4                       # for exactly `batch_size` images a step
-    lr_backbone: float = 1e-5
-    weight_decay: float = 1e-4
-    clip: float = 0.1                      # global gradient norm
-    batch_size: int = 16                   # images a step over all ranks and accumulated micro-batches
-    epochs: int = 12
-    schedule: str = "step"                 # step: x 0.1 after epoch lr_drop; cosine: to 1 %; flat
-    lr_drop: int = 11
-    warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
-    ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
-    max_size: int = 1333                   # of the long side
-    crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False             # other colours, now and then inverted
-    eval_size: int = 800                   # short side, pixels
     size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
+RECIPE = Recipe(lr=1e-4, lr_backbone=1e-5, batch_size=16, epochs=12, lr_drop=11)
+
+
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
-SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
-             decoder_layers=3, ffn_dim=384, num_queries=40, dn_number=50, top_k=100, loss_class=2.0, lr=6e-4,
-             lr_backbone=6e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=12, schedule="cosine", warmup=0.04,
-             ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128, size_divisor=32)
+SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, dn_number=50, top_k=100, loss_class=2.0)
 VARIANTS = {
     "5scale": dict(num_feature_levels=5),
     "24_epochs": dict(epochs=24, lr_drop=20),
@@ -129,7 +116,7 @@ class DINO(nn.Module):
         for field, choices in (("denoising", ("none", "plain", "contrastive")),
                                ("query_selection", ("static", "pure", "mixed"))):
             if getattr(cfg, field) not in choices:
-                raise ValueError(f"expected {field} to be one of {', '.join(choices)}, got {getattr(cfg, field)!r}")
+                raise UserError(f"expected {field} to be one of {', '.join(choices)}, got {getattr(cfg, field)!r}")
         self.cfg = cfg
         C = cfg.dim
         self.backbone = backbone
@@ -357,13 +344,13 @@ def build(cfg: Config, num_classes: int) -> tuple[DINO, Criterion]:
     backbone = build_backbone(cfg.backbone, cfg.backbone_weights, cfg.backbone_norm, maps=num_maps(cfg.num_feature_levels),
                               drop_path=cfg.drop_path)
     if len(backbone.channels) != 4:
-        raise ValueError(f"expected a backbone of four maps, got {cfg.backbone} with {len(backbone.channels)}: choose a ResNet, "
-                         "Swin or FocalNet")
+        raise UserError(f"expected a backbone of four maps, got {cfg.backbone} with {len(backbone.channels)}: choose a ResNet, "
+                        "Swin or FocalNet")
     return DINO(backbone, cfg, num_classes), Criterion(cfg)
 
 
-def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
+def param_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """Trainable parameters in two groups with their learning rates: backbone and the rest (Table 8)."""
     named = [(name.startswith("backbone."), p) for name, p in model.named_parameters() if p.requires_grad]
-    return [{"params": [p for backbone, p in named if not backbone], "lr": cfg.lr},
-            {"params": [p for backbone, p in named if backbone], "lr": cfg.lr_backbone}]
+    return [{"params": [p for backbone, p in named if not backbone], "lr": recipe.lr},
+            {"params": [p for backbone, p in named if backbone], "lr": recipe.lr_backbone}]

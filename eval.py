@@ -15,19 +15,20 @@ The way of one detection: `detect` gives corner boxes in pixels of the original 
 """
 import contextlib
 import glob
-import importlib
 import io
 import json
 import re
 import sys
 import time
 import weakref
+from dataclasses import replace
 from pathlib import Path
 import numpy as np
 import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+from engine.errors import UserError
 from engine import models
 import data
 from analysis import analysis_table, analyze_files
@@ -48,14 +49,14 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, am
     """AP of `model` on `dataset` -> {"bbox": figures, "segm": figures (with masks), "segm_cls": the same masks ranked by the
     score of their box (where they have scores of their own), "images", "seconds", "score_seconds"}, figures as in `score`.
 
-    `detect(outputs, sizes, top_k)` comes from the paper file. With `world` processes each rank runs every world-th
+    `detect(outputs, sizes, cfg)` comes from the paper file. With `world` processes each rank runs every world-th
     image and all ranks get all results, hence the same figures. The model's training mode is left as it was found.
     """
     start = time.perf_counter()
     results = []
     for outputs, targets in predict(model, dataset, range(rank, len(dataset), world), device, batch_size, amp, workers):
         sizes = torch.stack([target["orig_size"] for target in targets]).to(device)              # (B, 2), h and w
-        detections = detect(outputs, sizes, max(cfg.top_k, max_dets))
+        detections = detect(outputs, sizes, replace(cfg, top_k=max(cfg.top_k, max_dets)))
         results += coco_results(detections, [target["image_id"] for target in targets], dataset.category_ids)
     if world > 1:
         shares = [None] * world
@@ -152,8 +153,8 @@ def _results_as_coco(gt, results, iou_type):
     for key, known in (("image_id", gt.imgs), ("category_id", gt.cats)):
         foreign = sorted({result[key] for result in results} - known.keys())
         if foreign:
-            raise ValueError(f"expected every {key} of the results among the {len(known)} of the ground truth, got "
-                             f"{foreign[:5]}: are the detections from another data set?")
+            raise UserError(f"expected every {key} of the results among the {len(known)} of the ground truth, got "
+                            f"{foreign[:5]}: are the detections from another data set?")
     annotations = []
     for number, result in enumerate(results, start=1):     # COCOeval takes id 0 for "no match"
         row = {"id": number, "iscrowd": 0, **{key: result[key] for key in ("image_id", "category_id", "score")}}
@@ -202,8 +203,8 @@ def find_images(patterns):
             [Path(name) for name in glob.glob(pattern, recursive=True)]
         images = sorted(file for file in files if file == path or file.suffix.lower() in SUFFIXES)
         if not images:
-            raise FileNotFoundError(f"expected an image file, a folder of images or a glob pattern, got {pattern!r}, "
-                                    f"which matches none ({', '.join(sorted(SUFFIXES))})")
+            raise UserError(f"expected an image file, a folder of images or a glob pattern, got {pattern!r}, "
+                            f"which matches none ({', '.join(sorted(SUFFIXES))})")
         found.update(dict.fromkeys(images))
     return list(found)
 
@@ -214,7 +215,7 @@ def image_ids(paths):
     return numbers if len(set(numbers)) == len(paths) else list(range(1, len(paths) + 1))
 
 
-def detect_images(paths, model, detect, cfg, meta, out, device, threshold=0.3, amp=False):
+def detect_images(paths, model, detect, cfg, recipe, meta, out, device, threshold=0.3, amp=False):
     """Writes out/NAME.jpg for every image, with the detections of at least `threshold`, and out/detections.json, COCO
     results of the top-k with a `file_name` in each row. Files that are no whole image are named and skipped.
     -> the number of images read."""
@@ -228,7 +229,7 @@ def detect_images(paths, model, detect, cfg, meta, out, device, threshold=0.3, a
         except data.BROKEN_IMAGE as error:
             print(f"skipped {path}: {error}", file=sys.stderr)
             continue
-        detection = detect_image(model, detect, image, cfg, device, amp)
+        detection = detect_image(model, detect, image, cfg, recipe, device, amp)
         rows = coco_results([detection], [image_id], meta["category_ids"])
         results += [{**row, "file_name": path.name} for row in rows]
         shown = above(detection, threshold)
@@ -245,11 +246,11 @@ def _summary(labels, class_names):
     return ", ".join(counts) or "nothing"
 
 
-def settings(cfg):
+def settings(cfg, recipe):
     """How images go in and detections come out, in words; for released weights as in the authors' evaluation."""
     multiple = f" up to a multiple of {cfg.size_divisor}" if getattr(cfg, "size_divisor", 1) > 1 else ""
     nms = f", soft-NMS from IoU {cfg.soft_nms}" if getattr(cfg, "soft_nms", 0) else ""
-    return (f"in: RGB, short side {cfg.eval_size} px but long side at most {cfg.max_size} px (bilinear), ImageNet mean and deviation, "
+    return (f"in: RGB, short side {recipe.eval_size} px but long side at most {recipe.max_size} px (bilinear), ImageNet mean and deviation, "
             f"zeros to the right and below{multiple}\nout: the {cfg.top_k} best (query, class) pairs{nms}")
 
 
@@ -277,21 +278,21 @@ def parser():
 def main(argv=None):
     args = parser().parse_args(argv)
     try:
-        model, cfg, meta = models.load_model(args.checkpoint, args.device, args.variant, args.detector)
+        loaded = models.load_model(args.checkpoint, args.device, args.variant, args.detector)
+        model, paper, cfg, recipe, meta, _ = loaded
         cfg.top_k = max(cfg.top_k, args.max_dets)
-        paper = importlib.import_module(meta["model_name"])
         if args.images:
             paths = find_images(args.images)
         else:
-            dataset = validation_set(args.data, cfg, meta)
+            dataset = validation_set(args.data, loaded)
             model = fit_classes(model, paper, cfg, meta, dataset)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"eval.py: {error}")
-    print(settings(cfg))
+    print(settings(cfg, recipe))
     out = Path(args.out or Path(args.checkpoint).parent)
     if args.images:
         out = Path(args.out or out / "detections")
-        read = detect_images(paths, model, paper.detect, cfg, meta, out, args.device, args.score_threshold, args.amp)
+        read = detect_images(paths, model, paper.detect, cfg, recipe, meta, out, args.device, args.score_threshold, args.amp)
         print(f"{read} of {len(paths)} images drawn (scores of at least {args.score_threshold}), see {out}")
         return
     common = dict(batch_size=args.batch_size, amp=args.amp, workers=args.workers)
@@ -302,7 +303,7 @@ def main(argv=None):
     out.mkdir(parents=True, exist_ok=True)
     if args.analyze is not None:
         try:
-            analyses = analyze_files(model, cfg, meta, dataset, args, **common)
+            analyses = analyze_files(model, loaded, dataset, args, **common)
         except (ValueError, FileNotFoundError) as error:
             sys.exit(f"eval.py: {error}")
         print("\n" + analysis_table(analyses))

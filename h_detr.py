@@ -41,6 +41,7 @@ from backbones import build_backbone
 from deformable_detr import (DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head,
                              detect, encoder_proposals, init_transformer, input_projections, named_layers,  # noqa: F401
                              num_maps, offset_boxes, param_groups, sine_embedding, take)
+from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from matcher import Group
 
 
@@ -70,31 +71,14 @@ class Config:
     loss_class: float = 2.0
     loss_l1: float = 5.0
     loss_giou: float = 2.0
-    lr: float = 2e-4                       # for exactly `batch_size` images a step
-    lr_backbone: float = 2e-5
-    lr_offsets: float = 2e-5               # sampling offsets
-    weight_decay: float = 1e-4
-    clip: float = 0.1                      # global gradient norm
-    batch_size: int = 16                   # images a step over all ranks and accumulated micro-batches
-    epochs: int = 12
-    schedule: str = "step"                 # step: x 0.1 after epoch lr_drop; cosine: to 1 %; flat
-    lr_drop: int = 11
-    warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
-    ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
-    max_size: int = 1333                   # of the long side
-    crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False             # other colours, now and then inverted
-    eval_size: int = 800                   # short side, pixels
     size_divisor: int = 1                  # batches are padded to a multiple of this
 
 
+RECIPE = Recipe(lr=2e-4, lr_backbone=2e-5, lr_offsets=2e-5, batch_size=16, epochs=12, lr_drop=11)
+
+
 # What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
-SMALL = dict(backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4, encoder_layers=1,
-             decoder_layers=3, ffn_dim=384, num_queries=40, num_queries_one2many=120, k_one2many=4, lr=6e-4,
-             lr_backbone=6e-4, lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8, epochs=10, schedule="cosine",
-             warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True, eval_size=128,
-             size_divisor=32)
+SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, num_queries_one2many=120, k_one2many=4) | dict(epochs=10)
 VARIANTS = {
     "baseline": dict(num_queries_one2many=0),
     "24_epochs": dict(epochs=24, lr_drop=20),

@@ -6,7 +6,7 @@ it. Boxes and their AP stay as they were; masks cost minutes or hours beside wha
 of the authors are public, and we know the equations and the recipe from a published reading note only: see Departs.
 
     paper                                            here
-    the frozen detector                              Frozen, load_frozen
+    the frozen detector                              Frozen
     baseline, F = C1 + interp(F_e(E))                MaskFrozenDETR.feature_map
     image-level mask  sigma(q_i F^T)                 whole_image
     box-level mask  R_i = RoIAlign(F, b_i)           MaskFrozenDETR.look_closer, boxes.roi_align
@@ -44,21 +44,19 @@ Departs. What the paper says is not known to us on these points; each is our cho
  9. The scoring head's layers are those of the one other implementation that could be found, and its gradient runs on into
     mask and region. Regions are the detector's own detections, after its soft-NMS if it has one.
 """
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
-from importlib import import_module
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from engine import class_rows
-from engine import models
 from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy, roi_align
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention, encoder_references, sine_positions, take
+from engine.errors import UserError
+from engine.recipe import SMALL_RECIPE, Recipe
 import matcher
 from matcher import Weights, at_least_float32, count_boxes
 
@@ -67,12 +65,12 @@ WINDOW = 8         # of Swin blocks, cells
 IOU_GRID = 64      # points per side on which a mask is compared with its object
 CHUNK = 25         # regions at a time outside training, to bound memory
 NEEDS_MASKS = True
+NEEDS_DETECTOR = True
 
 
 @dataclass
 class Config:
     """The recipe: 6 epochs at batch 8 on one GPU, on top of any detector of this project."""
-    detector: str = ""                     # best.pt of the detector to freeze; auto: the default DINO, trained first
     level: str = "box"                     # box, or image: one mask over the whole image (the first baseline)
     roi_size: int = 32
     roi_box: str = "pred"                  # pred, or gt: regions from the ground truth, an upper bound
@@ -104,27 +102,14 @@ class Config:
     loss_bce: float = 5.0
     loss_dice: float = 5.0
     loss_iou: float = 1.0
-    lr: float = 1.5e-4                     # for exactly `batch_size` images a step
-    weight_decay: float = 5e-5
-    clip: float = 0.1                      # global gradient norm
-    batch_size: int = 8                    # images a step over all ranks and accumulated micro-batches
-    epochs: int = 6
-    schedule: str = "drops"                # drops: x 0.1 after each share of the steps in lr_drops; cosine: to 1 %; flat
-    lr_drops: tuple[float, ...] = (0.9, 0.95)
-    warmup: float = 0.0                    # share of all steps over which the learning rate rises from 0
-    ema: float = 0.0                       # decay of the averaged weights that are evaluated; 0: none
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)   # short sides, pixels
-    max_size: int = 1333                   # of the long side
-    crop: bool = True                      # half of the images: resize, random crop, resize
-    color_jitter: bool = False             # other colours, now and then inverted
-    eval_size: int = 800                   # short side, pixels
+
+
+RECIPE = Recipe(lr=1.5e-4, weight_decay=5e-5, batch_size=8, epochs=6, schedule="drops", lr_drops=(0.9, 0.95))
 
 
 # For SMALL detectors: minutes on two CPU cores. Sizes and optimisation change, the method does not.
-SMALL = dict(roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2, box_ffn_dim=128, score_dim=16,
-             score_ffn_dim=64, num_heads=4, loss_points=392, lr=4e-3, weight_decay=1e-2, clip=1.0, epochs=2,
-             schedule="cosine", warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213, crop=False, color_jitter=True,
-             eval_size=128)
+SMALL = dict(SMALL_RECIPE, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2, box_ffn_dim=128,
+             score_dim=16, score_ffn_dim=64, num_heads=4, loss_points=392) | dict(lr=4e-3, epochs=2)
 BASELINE = dict(image_encoder="none", box_encoder="none", query_encoder="none", mask_scoring=False)
 VARIANTS = {
     "image_baseline": dict(level="image", **BASELINE),
@@ -160,15 +145,15 @@ class MaskFrozenDETR(nn.Module):
         super().__init__()
         for field, choices in CHOICES.items():
             if getattr(cfg, field) not in choices:
-                raise ValueError(f"expected {field} to be one of {', '.join(choices)}, got {getattr(cfg, field)!r}")
+                raise UserError(f"expected {field} to be one of {', '.join(choices)}, got {getattr(cfg, field)!r}")
         if cfg.level == "image" and (cfg.box_encoder, cfg.query_encoder, cfg.mask_scoring) != ("none", "none", False):
-            raise ValueError("expected nothing that looks at regions beside level image: use --variant image_baseline")
+            raise UserError("expected nothing that looks at regions beside level image: use --variant image_baseline")
         self.frozen, self.cfg, self.class_names = frozen, cfg, frozen.class_names
         dim, C, M = frozen.dim, cfg.channel_dim, cfg.num_heads
         if cfg.neck:
             self.neck = Neck(frozen.channels, dim)
         elif frozen.channels != dim:
-            raise ValueError(f"expected a backbone map of {dim} channels to add as it is, got {frozen.channels}: use the neck")
+            raise UserError(f"expected a backbone map of {dim} channels to add as it is, got {frozen.channels}: use the neck")
         levels = frozen.num_levels if cfg.image_encoder == "deformable" else 1
         sizes = Sizes(dim, M, levels, cfg.num_points, cfg.image_ffn_dim)
         self.image_encoder = blocks(cfg.image_encoder, cfg.image_layers, sizes)
@@ -211,8 +196,8 @@ class MaskFrozenDETR(nn.Module):
     def set_extra_state(self, state: Tensor) -> None:
         if not torch.equal(state.cpu(), self.frozen.hash):
             ours, theirs = (bytes(x.tolist()).hex()[:12] for x in (self.frozen.hash, state))
-            raise ValueError(f"expected the detector that these masks were trained on, weights {theirs}, got {ours} in "
-                             f"{self.cfg.detector}: give the right file with --detector")
+            raise UserError(f"expected the detector that these masks were trained on, weights {theirs}, got {ours}: "
+                            "give the right file with --detector")
 
     def _apply(self, fn, recurse: bool = True):
         self.frozen.model._apply(fn)   # .to(device) reaches the detector too
@@ -237,7 +222,7 @@ class MaskFrozenDETR(nn.Module):
     def best_regions(self, outputs: dict) -> tuple[Regions, list[dict]]:
         """The detector's own detections, boxes as shares of the image, and one region for every query among them."""
         sizes = torch.ones(len(outputs["pred_boxes"]), 2, device=outputs["pred_boxes"].device)
-        found, parts, first = self.frozen.detect(outputs, sizes, self.cfg.top_k), [], 0
+        found, parts, first = self.frozen.detect(outputs, sizes, replace(self.frozen.model.cfg, top_k=self.cfg.top_k)), [], 0
         for boxes, image in zip(inside(outputs["pred_boxes"]), found):
             query, row = image["query"].unique(return_inverse=True)
             image["region"], first = first + row, first + len(query)
@@ -296,7 +281,7 @@ class Frozen:
         inner = getattr(model, "detector", model)                                  # Co-DETR keeps its detector inside
         self.channels, (self.num_levels, self.dim) = inner.backbone.channels[0], inner.level_embed.shape
         if not 0 <= enc_layer <= len(inner.encoder):
-            raise ValueError(f"expected enc_layer from 0 to {len(inner.encoder)}, the layers of the detector, got {enc_layer}")
+            raise UserError(f"expected enc_layer from 0 to {len(inner.encoder)}, the layers of the detector, got {enc_layer}")
         if enc_layer:
             inner.encoder[enc_layer - 1].register_forward_hook(lambda module, inputs, tokens: self.tapped.append(tokens))
         self.hash = weight_hash(model)
@@ -317,24 +302,6 @@ def weight_hash(model: nn.Module) -> Tensor:
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
-
-
-def load_frozen(path: str, num_classes: int, enc_layer: int) -> Frozen:
-    """A detector's checkpoint, ours or released. FileNotFoundError or ValueError says how to get the right one."""
-    if not path:
-        raise ValueError("expected --detector FILE, a trained detector to put masks on, got none: python train.py --model dino "
-                         "makes runs/dino/best.pt, with --data DIR on your own images; --detector auto does that first")
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"expected the detector at {path}, found no file: say where it lies with --detector FILE")
-    model, cfg, meta = models.load_model(path)
-    if meta["model_name"] == __name__:
-        raise ValueError(f"expected a detector, got {path}, a mask network: give the detector it was trained on")
-    paper = import_module(meta["model_name"])
-    model, names = class_rows.used_classes(model, paper, cfg, meta["class_names"])
-    if len(names) != num_classes:
-        raise ValueError(f"expected a detector of {num_classes} classes, as the data has, got {path} with {len(names)}: train "
-                         "it on this data first (train.py --init copies class rows by name)")
-    return Frozen(model, paper.detect, enc_layer, names)
 
 
 def inside(boxes: Tensor) -> Tensor:
@@ -577,14 +544,14 @@ class Criterion:
 # -------------------------------------------------------------------------------------------------------- detections
 
 @torch.no_grad()
-def detect(outputs: dict, sizes: Tensor, top_k: int) -> list[dict]:
-    """The detector's `top_k` best detections, as it gives them, with their masks.
+def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
+    """The detector's `cfg.top_k` best detections, as it gives them, with their masks.
 
     sizes (B, 2): height and width, pixels, of the images they are wanted in -> B dictionaries as in
     `deformable_detr.detect`, with masks (k, h, w) bool, and mask_scores (k,): what the masks are to be ranked by."""
     result = []
     for found, size in zip(outputs["found"], sizes.to(outputs["pred_boxes"].device)):
-        image = {name: x[:top_k] for name, x in found.items()}
+        image = {name: x[:cfg.top_k] for name, x in found.items()}
         used, row = image.pop("region").unique(return_inverse=True)
         scale = size[[1, 0, 1, 0]]
         image["boxes"] = image["boxes"] * scale
@@ -619,11 +586,15 @@ def interpolation(limits: Tensor, bins: int, pixels: int) -> Tensor:
     return (1 - distance.abs()).clamp(min=0) * ((share >= 0) & (share <= 1))[..., None]
 
 
-def build(cfg: Config, num_classes: int) -> tuple[MaskFrozenDETR, Criterion]:
-    """The mask network with random weights on its detector, and its criterion."""
-    return MaskFrozenDETR(load_frozen(cfg.detector, num_classes, cfg.enc_layer), cfg), Criterion(cfg)
+def build(cfg: Config, num_classes: int, detector) -> tuple[MaskFrozenDETR, Criterion]:
+    """The mask network with random weights on `detector` (what engine.models.load_model returned), and its criterion."""
+    names = detector.meta["class_names"]
+    if len(names) != num_classes:
+        raise UserError(f"expected a detector of {num_classes} classes, as the data has, got one with {len(names)}: train it "
+                        "on this data first (train.py --init copies class rows by name)")
+    return MaskFrozenDETR(Frozen(detector.model, detector.paper.detect, cfg.enc_layer, names), cfg), Criterion(cfg)
 
 
-def param_groups(model: nn.Module, cfg: Config) -> list[dict]:
+def param_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
     """Everything learns alike."""
-    return [{"params": list(model.parameters()), "lr": cfg.lr}]
+    return [{"params": list(model.parameters()), "lr": recipe.lr}]

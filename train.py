@@ -45,9 +45,12 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
+from engine.errors import UserError
 from engine import checkpoints
 from engine import class_rows
 from engine import released
+from engine.models import load_detector
+from engine.recipe import Recipe, configure, override
 import data
 from engine import datasets
 from tools import check_data
@@ -58,7 +61,6 @@ from deformable_attn import BuildError, ms_deform_attn
 from eval import COLUMNS as AP_COLUMNS
 from eval import KINDS, evaluate
 from engine.cli import Flags
-from analysis import assignments
 from engine.machine import prepare_cpu
 
 LOG_EVERY = 10          # steps between lines of log.jsonl, and between waits for the device
@@ -67,7 +69,6 @@ SAME_REQUEST = 2.0      # seconds in which several signals mean one
 MAY_CHANGE = {"model", "out", "resume", "device", "workers", "threads", "eval_every", "save_every",   # by --resume
               "accum", "amp", "recompute", "compile", "deterministic"}
 PARTS = r"(^|\.|_)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+\.)?blocks\.\d+))$"   # of --recompute, --compile
-SAME_DATA = ("data", "num_train", "num_val", "seed")   # what a run shares with the detector it trains first
 OVERFIT_STEPS, OVERFIT_EPOCHS, OVERFIT_AP = 100, 30, 0.95   # of --overfit: steps an epoch, epochs, AP that ends it
 
 
@@ -78,6 +79,7 @@ class Run:
     variant: str = ""                # one of the paper file's VARIANTS
     preset: str = ""                 # paper or small; empty: small on generated scenes, paper with --data
     data: str = ""                   # COCO-layout folder; empty: generated scenes
+    detector: str = ""               # trained detector that a mask network builds on
     out: str = ""                    # run folder; empty: runs/MODEL
     resume: str = ""                 # continue the run in --out (no value needed), in this folder, or from this checkpoint
     init: str = ""                   # start from these weights: by name and shape, class rows by class name
@@ -107,7 +109,6 @@ class Progress:
     seconds: float = 0.0             # spent training; evaluating and saving are not counted
     bad: int = 0                     # steps in a row that were skipped
     best: float = -1.0               # AP
-    matches: Tensor | None = None    # the matching at the previous evaluation, see `assignments`
 
 
 @dataclass
@@ -123,45 +124,47 @@ class Plan:
 
 # ---------------------------------------------------------------------------------------------- the loop
 
-def train(run: Run, cfg) -> dict:
+def train(run: Run, cfg, recipe: Recipe) -> dict:
     """Trains one model and returns the record of its last evaluation: {"AP", "AP50", ..., "epoch", "step",
-    "train_seconds", "best", ...}. `cfg` is a Config of the paper file `run.model`; with `run.resume` it must equal the
-    saved one. Raises FloatingPointError after three bad steps in a row; exits with 128 + signal number when stopped."""
+    "train_seconds", "best", ...}. `cfg` is a Config of the paper file `run.model`; with `run.resume` it and `recipe` must
+    equal the saved ones. Raises FloatingPointError after three bad steps in a row; exits with 128 + signal number when stopped."""
     run, device, rank, world = set_up(run)
     paper = load_paper(run.model)
-    out, saved = run_folder(run, cfg, rank)
-    cfg, train_set, val_set = load_data(run, cfg, rank)
-    plan = make_plan(run, cfg, len(train_set), rank, world)
-    model, criterion = paper.build(cfg, len(train_set.class_names))
+    out, saved = run_folder(run, cfg, recipe, rank)
+    cfg, recipe, train_set, val_set = load_data(run, cfg, recipe, rank)
+    plan = make_plan(run, recipe, len(train_set), rank, world)
+    frozen = [load_detector(run.detector)] if getattr(paper, "NEEDS_DETECTOR", False) else []
+    model, criterion = paper.build(cfg, len(train_set.class_names), *frozen)
     notes = start_weights(run, cfg, model, train_set.class_names)
     model.to(device)
     torch.manual_seed(run.seed + rank)
-    average = Average(model, cfg.ema)
-    optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=cfg.lr, weight_decay=cfg.weight_decay, fused=True)
-    base_lrs = [group["lr"] * plan.total / cfg.batch_size for group in optimizer.param_groups]   # a small set: a small batch
+    average = Average(model, recipe.ema)
+    optimizer = torch.optim.AdamW(paper.param_groups(model, recipe), lr=recipe.lr, weight_decay=recipe.weight_decay,
+                                  fused=True)
+    base_lrs = [group["lr"] * plan.total / recipe.batch_size for group in optimizer.param_groups]   # a small set: a small batch
     prepare_parts(model, run)
     net = model if world == 1 else DistributedDataParallel(model, [device.index] if run.device == "cuda" else None,
                                                            broadcast_buffers=False)   # `step` averages what changes
     now = restore(saved, model, average, optimizer, plan) if saved else Progress()
     if rank == 0:
-        (out / "config.json").write_text(json.dumps({"run": vars(run), "config": vars(cfg)}, indent=1) + "\n")
-        print(report(run, cfg, plan, device, train_set, val_set, model, notes, now))
-    log, record = Log(out, now, plan, cfg, run), {}
+        (out / "config.json").write_text(json.dumps({"run": vars(run), "config": vars(cfg), "recipe": vars(recipe)}, indent=1) + "\n")
+        print(report(run, cfg, recipe, plan, device, train_set, val_set, model, notes, now))
+    log, record = Log(out, now, plan, recipe, run), {}
 
     def save() -> None:
-        state = whole_state(run, cfg, train_set, model, average, optimizer, now, gather(checkpoints.random_state(), world))
+        state = whole_state(run, cfg, recipe, train_set, model, average, optimizer, now, gather(checkpoints.random_state(), world))
         if rank == 0:
             checkpoints.save(out / "last.pt", state, keep_previous=True)
 
-    with Stop() as stop, progress_bar(cfg, plan, now) as bar:
-        for epoch in range(now.epoch, cfg.epochs):
+    with Stop() as stop, progress_bar(recipe, plan, now) as bar:
+        for epoch in range(now.epoch, recipe.epochs):
             model.train()
             clock = time.perf_counter()
             for batches in epoch_batches(train_set, plan, run, epoch, now.batch):
-                factor = lr_factor(cfg, now.step, plan.steps)
+                factor = lr_factor(recipe, now.step, plan.steps)
                 for group, lr in zip(optimizer.param_groups, base_lrs):
                     group["lr"] = lr * factor
-                log.waiting.append(step(net, model, criterion, optimizer, average, batches, cfg.clip, run.amp, now.step, world))
+                log.waiting.append(step(net, model, criterion, optimizer, average, batches, recipe.clip, run.amp, now.step, world))
                 now.step, now.batch = now.step + 1, now.batch + 1
                 now.seconds += time.perf_counter() - clock
                 clock = time.perf_counter()
@@ -177,14 +180,14 @@ def train(run: Run, cfg) -> dict:
                     clock = time.perf_counter()
             save()   # before evaluating: a run killed from here on evaluates again when it is resumed
             with stop.at_once():
-                if (epoch + 1) % run.eval_every == 0 or epoch + 1 == cfg.epochs:
-                    record = evaluation(average.model, criterion, paper, val_set, cfg, plan, run, now)
+                if (epoch + 1) % run.eval_every == 0 or epoch + 1 == recipe.epochs:
+                    record = evaluation(average.model, paper, val_set, cfg, plan, run, now)
                     log.write(record)
                     if rank == 0 and record["AP"] >= now.best:
-                        checkpoints.save(out / "best.pt", whole_state(run, cfg, train_set, model, average, None, now, []))
+                        checkpoints.save(out / "best.pt", whole_state(run, cfg, recipe, train_set, model, average, None, now, []))
                     if rank == 0:
                         visualize.curves(out)
-                        visualize.predictions(average.model, paper.detect, val_set, cfg, device, out / "predictions.png")
+                        visualize.predictions(average.model, paper.detect, val_set, cfg, recipe, device, out / "predictions.png")
             now.epoch, now.batch = epoch + 1, 0
             if run.overfit and record.get("AP", 0.0) >= OVERFIT_AP:
                 log.say(f"--overfit {run.overfit}: AP {record['AP']:.3f}, data and installation can learn")
@@ -261,8 +264,8 @@ def prepare_parts(model, run: Run) -> None:
     it had; batch statistics count once."""
     parts = [module for name, module in model.named_modules() if re.search(PARTS, name)]
     if (run.compile or run.recompute) and not parts:
-        raise ValueError(f"expected modules named encoder.0, decoder.0 or backbone.layer1.0 for --compile and --recompute, "
-                         f"got none in {run.model}: leave the flags out")
+        raise UserError(f"expected modules named encoder.0, decoder.0 or backbone.layer1.0 for --compile and --recompute, "
+                        f"got none in {run.model}: leave the flags out")
     for part in parts:
         if run.compile:
             part.forward = torch.compile(part.forward, fullgraph=True)
@@ -294,52 +297,52 @@ class Average:
             torch._foreach_add_(self.kept, change)
 
 
-def lr_factor(cfg, step: int, steps: int) -> float:
+def lr_factor(recipe, step: int, steps: int) -> float:
     """What every learning rate is multiplied by at this step. `steps`: of one epoch. Step: 0.1 once after epoch lr_drop;
     drops: 0.1 after each share of the run in lr_drops; cosine: from 1 to 0.01; all rise linearly over the first `warmup`
     share of the run."""
-    total = steps * cfg.epochs
-    rise = min(1.0, (step + 1) / max(1.0, cfg.warmup * total))
-    if cfg.schedule == "step":
-        return rise * (0.1 if step >= cfg.lr_drop * steps else 1.0)
-    if cfg.schedule == "drops":
-        return rise * 0.1 ** sum(step >= round(share * total) for share in cfg.lr_drops)
-    if cfg.schedule == "cosine":
+    total = steps * recipe.epochs
+    rise = min(1.0, (step + 1) / max(1.0, recipe.warmup * total))
+    if recipe.schedule == "step":
+        return rise * (0.1 if step >= recipe.lr_drop * steps else 1.0)
+    if recipe.schedule == "drops":
+        return rise * 0.1 ** sum(step >= round(share * total) for share in recipe.lr_drops)
+    if recipe.schedule == "cosine":
         return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
-    if cfg.schedule == "flat":
+    if recipe.schedule == "flat":
         return rise
-    raise ValueError(f"expected --schedule step, drops, cosine or flat, got {cfg.schedule!r}")
+    raise UserError(f"expected --schedule step, drops, cosine or flat, got {recipe.schedule!r}")
 
 
 # ---------------------------------------------------------------------------------------------- data
 
-def load_data(run: Run, cfg, rank: int):
-    """-> cfg, training set, validation set. With --overfit both are the same few images and nothing is random."""
+def load_data(run: Run, cfg, recipe: Recipe, rank: int):
+    """-> cfg, recipe, training set, validation set. With --overfit both are the same few images and nothing is random."""
     if run.overfit:
-        cfg = dataclasses.replace(cfg, schedule="flat", **({"dropout": 0.0} if hasattr(cfg, "dropout") else {}))
+        recipe, cfg = dataclasses.replace(recipe, schedule="flat"), override(cfg, {"dropout": 0.0})
     masks = getattr(load_paper(run.model), "NEEDS_MASKS", False)
-    train_set, val_set = datasets.build_datasets(run.data or None, cfg, run.seed, masks, overfit=run.overfit,
+    train_set, val_set = datasets.build_datasets(run.data or None, recipe, run.seed, masks, overfit=run.overfit,
                                              num_train=run.num_train, num_val=run.num_val)
     if masks and not train_set.has_masks:
-        raise ValueError(f"expected a segmentation for every object of {train_set.name}, as {run.model} learns masks, got "
-                         "objects without one: add them to the json, or train a detector")
+        raise UserError(f"expected a segmentation for every object of {train_set.name}, as {run.model} learns masks, got "
+                        "objects without one: add them to the json, or train a detector")
     if rank == 0:
         check_data.quick_check(train_set)   # refuses a training set without one object
         check_data.quick_check(val_set, training=False)
-    return cfg, train_set, val_set
+    return cfg, recipe, train_set, val_set
 
 
-def make_plan(run: Run, cfg, images: int, rank: int, world: int) -> Plan:
+def make_plan(run: Run, recipe: Recipe, images: int, rank: int, world: int) -> Plan:
     """Cuts the epoch; a training set smaller than the batch gets a smaller batch, said once."""
     parts = run.accum * world
-    if cfg.batch_size % parts:
-        raise ValueError(f"expected --batch_size divisible by accum x processes = {parts}, got {cfg.batch_size}")
-    micro = min(cfg.batch_size, images) // parts
+    if recipe.batch_size % parts:
+        raise UserError(f"expected --batch_size divisible by accum x processes = {parts}, got {recipe.batch_size}")
+    micro = min(recipe.batch_size, images) // parts
     if not micro:
-        raise ValueError(f"expected at least accum x processes = {parts} training images, got {images}: lower --accum")
+        raise UserError(f"expected at least accum x processes = {parts} training images, got {images}: lower --accum")
     total = micro * parts
-    if total < cfg.batch_size and rank == 0:
-        print(f"{images} training images: batch {total} instead of {cfg.batch_size}")
+    if total < recipe.batch_size and rank == 0:
+        print(f"{images} training images: batch {total} instead of {recipe.batch_size}")
     repeats = math.ceil(OVERFIT_STEPS * total / images) if run.overfit else 1
     return Plan(total, micro, repeats, images * repeats // total, rank, world)
 
@@ -360,23 +363,18 @@ def epoch_batches(dataset, plan: Plan, run: Run, epoch: int, start: int):
 
 # ---------------------------------------------------------------------------------------------- evaluation
 
-def evaluation(model, criterion, paper, dataset, cfg, plan: Plan, run: Run, now: Progress) -> dict:
-    """AP on the validation set and the matching's instability, printed as one row of a table and returned for the log."""
+def evaluation(model, paper, dataset, cfg, plan: Plan, run: Run, now: Progress) -> dict:
+    """AP on the validation set, printed as one row of a table and returned for the log."""
     begin = time.perf_counter()
     common = dict(batch_size=plan.micro, amp=run.amp, workers=run.workers)
     scores = evaluate(model, paper.detect, dataset, cfg, run.device, rank=plan.rank, world=plan.world, **common)
-    matches = assignments(model, criterion, dataset, run.device, **common)
     main = scores.get("segm", scores["bbox"])["AP"]   # of masks, where the model makes them
     now.best = max(now.best, main)
     record = {"kind": "eval", "epoch": now.epoch + 1, "step": now.step, "train_seconds": round(now.seconds, 3),
               "AP": main, "best": now.best, **{k: scores[k] for k in KINDS if k in scores}}
-    if now.matches is not None:
-        record["instability"] = (matches != now.matches).sum(1).float().mean().item()
-    now.matches = matches
     record["eval_seconds"] = round(time.perf_counter() - begin, 3)
     cells = [f"{name} {value:.3f}" for name, value in scores["bbox"].items() if name in AP_COLUMNS]
     cells += [f"{name} {scores[kind]['AP']:.3f}" for kind, name in list(KINDS.items())[1:] if kind in scores]
-    cells += [f"{name} {record[name]:.2f}" for name in ("instability",) if name in record]
     if plan.rank == 0:
         tqdm.write(f"epoch {record['epoch']:>3}  trained {now.seconds / 60:6.2f} min  " + "  ".join(cells))
     return record
@@ -384,10 +382,10 @@ def evaluation(model, criterion, paper, dataset, cfg, plan: Plan, run: Run, now:
 
 # ---------------------------------------------------------------------------------------------- what is kept
 
-def whole_state(run, cfg, dataset, model, average, optimizer, now: Progress, rngs: list) -> dict:
+def whole_state(run, cfg, recipe, dataset, model, average, optimizer, now: Progress, rngs: list) -> dict:
     """Everything a checkpoint holds; without `optimizer` only what inference needs."""
     state = {"format": checkpoints.FORMAT, "model_name": run.model, "variant": run.variant,
-             "config": dataclasses.asdict(cfg), "run": dataclasses.asdict(run), "class_names": list(dataset.class_names),
+             "config": dataclasses.asdict(cfg), "recipe": dataclasses.asdict(recipe), "run": dataclasses.asdict(run), "class_names": list(dataset.class_names),
              "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name, "model": model.state_dict(),
              "progress": dataclasses.asdict(now), "epoch": now.epoch, "step": now.step, "best": now.best}
     if average.decay:
@@ -399,10 +397,10 @@ def whole_state(run, cfg, dataset, model, average, optimizer, now: Progress, rng
 
 def restore(state: dict, model, average: Average, optimizer, plan: Plan) -> Progress:
     """Puts a saved run back, random states last. A rank that the saved run did not have keeps the states of its seed."""
-    now = Progress(**state["progress"])
+    now = override(Progress(), state["progress"])
     if now.step != now.epoch * plan.steps + now.batch:
-        raise ValueError(f"expected epochs of {(now.step - now.batch) // max(1, now.epoch)} steps as in the saved run, got "
-                         f"{plan.steps}: train on the same images with a batch that accum x processes divides")
+        raise UserError(f"expected epochs of {(now.step - now.batch) // max(1, now.epoch)} steps as in the saved run, got "
+                        f"{plan.steps}: train on the same images with a batch that accum x processes divides")
     model.load_state_dict(state["model"])
     if average.decay:
         average.model.load_state_dict(state["ema"])
@@ -415,8 +413,8 @@ def restore(state: dict, model, average: Average, optimizer, plan: Plan) -> Prog
 def start_weights(run: Run, cfg, model, class_names: list[str]) -> list[str]:
     """Fills a fresh model from --init or the backbone's weights -> lines for the report."""
     if getattr(model, "class_names", class_names) != class_names:   # of a wrapped detector
-        raise ValueError(f"expected a detector of the classes of the data, in this order,\n  {class_names}\n"
-                         f"got\n  {model.class_names}\ntrain it on this data, or give --data what it was trained on")
+        raise UserError(f"expected a detector of the classes of the data, in this order,\n  {class_names}\n"
+                        f"got\n  {model.class_names}\ntrain it on this data, or give --data what it was trained on")
     if run.resume:
         return [f"resumed from {run.resume}"]
     if not run.init:
@@ -424,25 +422,25 @@ def start_weights(run: Run, cfg, model, class_names: list[str]) -> list[str]:
         return [load_backbone_weights(backbone, cfg.backbone, cfg.backbone_weights) for backbone in backbones]
     state = checkpoints.load(run.init)
     if "model_name" not in state:
-        state = released.released(state, run.init)
+        state = released.convert(state, run.init)
     fitted, skipped = class_rows.fit(state.get("ema", state["model"]), state["class_names"], model.state_dict(),
                                       class_names)
     model.load_state_dict(fitted)
     return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]
 
 
-def run_folder(run: Run, cfg, rank: int) -> tuple[Path, dict | None]:
+def run_folder(run: Run, cfg, recipe: Recipe, rank: int) -> tuple[Path, dict | None]:
     """The run folder, made if need be, and the checkpoint to go on from. Refuses to mix two runs."""
     out = Path(run.out)
     if run.resume:
         state = checkpoints.load(run.resume)   # after `parse`: a path, never "auto"
         if "optimizer" not in state:
-            raise ValueError(f"{run.resume} holds weights only, a run cannot go on from it: give last.pt, or --init")
-        if state["config"] != dataclasses.asdict(cfg):
-            raise ValueError(f"expected the config of {run.resume}, got another one: start a new run with --out")
+            raise UserError(f"{run.resume} holds weights only, a run cannot go on from it: give last.pt, or --init")
+        if checkpoints.settings(load_paper(run.model), state) != (cfg, recipe):
+            raise UserError(f"expected the config of {run.resume}, got another one: start a new run with --out")
         return out, state
     if rank == 0 and any((out / name).exists() for name in ("last.pt", "last.pt.prev", "best.pt")):
-        raise ValueError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
+        raise UserError(f"{out} already holds a run: continue it with --resume, or name another folder with --out")
     out.mkdir(parents=True, exist_ok=True)
     return out, None
 
@@ -451,8 +449,8 @@ class Log:
     """log.jsonl: a line of mean losses every LOG_EVERY steps and a line of scores at every evaluation; nan_report.jsonl: a
     line for every skipped step. A resumed run drops the lines that it is about to write again."""
 
-    def __init__(self, out: Path, now: Progress, plan: Plan, cfg, run: Run):
-        self.out, self.plan, self.epochs, self.run, self.waiting, self.seconds = out, plan, cfg.epochs, run, [], now.seconds
+    def __init__(self, out: Path, now: Progress, plan: Plan, recipe: Recipe, run: Run):
+        self.out, self.plan, self.epochs, self.run, self.waiting, self.seconds = out, plan, recipe.epochs, run, [], now.seconds
         self.start, self.told = now.step, False   # told: what the run costs
         for path in (out / "log.jsonl", out / "nan_report.jsonl"):
             if plan.rank == 0 and path.exists():
@@ -613,9 +611,9 @@ class Stop:
         self.immediately = False
 
 
-def progress_bar(cfg, plan: Plan, now: Progress):
+def progress_bar(recipe: Recipe, plan: Plan, now: Progress):
     """Images of the whole run, images a second, time left."""
-    return tqdm(total=cfg.epochs * plan.steps * plan.total, initial=now.step * plan.total, unit="image",
+    return tqdm(total=recipe.epochs * plan.steps * plan.total, initial=now.step * plan.total, unit="image",
                 disable=plan.rank > 0, dynamic_ncols=True, mininterval=0.5 if sys.stderr.isatty() else 60,
                 bar_format="{percentage:3.0f}%|{bar}| {elapsed}, left {remaining} {postfix}")
 
@@ -643,7 +641,7 @@ def peak_memory(device: str) -> str:
     return f"{int(found[1]) / 2 ** 20:.1f} GiB" if found else "unknown"
 
 
-def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: list[str], now: Progress) -> str:
+def report(run: Run, cfg, recipe: Recipe, plan: Plan, device, train_set, val_set, model, notes: list[str], now: Progress) -> str:
     """What is about to happen, in about ten lines."""
     counts = sorted(zip(data.class_counts(train_set).tolist(), train_set.class_names), reverse=True)
     classes = ", ".join(f"{name} {count}" for count, name in counts[:12]) + (", ..." if len(counts) > 12 else "")
@@ -654,11 +652,12 @@ def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: 
     busy = f" (busy: load {load:.1f}; --threads 1 may be faster)" if run.threads > 1 and load > cores() / 2 else ""
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"cpu, {run.threads} threads{busy}"
     batch = f"batch {plan.total}" + (f" = {plan.micro} x {run.accum} x {plan.world}" if plan.micro < plan.total else "")
-    made_for = recipe(load_paper(run.model), run)
-    hint = "" if plan.total == made_for["batch_size"] else (
-        f" (the recipe: {made_for['lr']:g} for batch {made_for['batch_size']}; lr follows the batch unless --lr is given)")
+    _, made_for = preset(load_paper(run.model), run)
+    hint = "" if plan.total == made_for.batch_size else (
+        f" (the recipe: {made_for.lr:g} for batch {made_for.batch_size}; lr follows the batch unless --lr is given)")
     options = "".join(f"; {name}" for name in ("recompute", "compile", "deterministic") if getattr(run, name))
     lines = [f"config    {json.dumps(dataclasses.asdict(cfg))}",
+             f"recipe    {json.dumps(dataclasses.asdict(recipe))}",
              f"device    {where}; {'bfloat16 autocast' if run.amp else 'float32'}; "
              f"deformable attention: {attention(device)}{options}",
              f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to evaluate on; "
@@ -666,13 +665,13 @@ def report(run: Run, cfg, plan: Plan, device, train_set, val_set, model, notes: 
              f"objects   {sum(c for c, _ in counts)} in {kinds}: {classes}",
              f"model     {' '.join((run.model, run.variant)).strip()}: {trainable / 1e6:.2f} M parameters to train of "
              f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-             f"training  {batch}, lr {cfg.lr * plan.total / cfg.batch_size:g}{hint}, {cfg.epochs} epochs of {plan.steps} "
+             f"training  {batch}, lr {recipe.lr * plan.total / recipe.batch_size:g}{hint}, {recipe.epochs} epochs of {plan.steps} "
              f"steps, seed {run.seed}",
              *(f"weights   {note}" for note in notes),
              f"folder    {run.out}"]
     if now.step:
-        ended = ", trained to the end: evaluates again" if now.step == cfg.epochs * plan.steps else ""
-        lines.append(f"resuming  at step {now.step} of {cfg.epochs * plan.steps}{ended}")
+        ended = ", trained to the end: evaluates again" if now.step == recipe.epochs * plan.steps else ""
+        lines.append(f"resuming  at step {now.step} of {recipe.epochs * plan.steps}{ended}")
     if run.device == "cpu" and run.preset == "paper":
         lines.append("note      the published sizes are meant for a GPU: a CPU takes minutes a step, 1.5 GB or more for each "
                      "image of a batch (--accum N divides it); --preset small is meant for CPUs")
@@ -692,8 +691,8 @@ def load_paper(name: str):
     found = importlib.util.find_spec(name) if re.fullmatch(r"\w+", name) else None
     paper = importlib.import_module(name) if found else None
     if not (hasattr(paper, "Config") and hasattr(paper, "build")):
-        raise ValueError(f"expected --model to name a file with Config and build, got {name!r}: "
-                         f"there are {', '.join(paper_files())}")
+        raise UserError(f"expected --model to name a file with Config and build, got {name!r}: "
+                        f"there are {', '.join(paper_files())}")
     return paper
 
 
@@ -720,13 +719,14 @@ def field_comments(cls) -> dict[str, str]:
     return dict(re.findall(r"^    (\w+)\s*:[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.M))
 
 
-def add_flags(parser, cls, small: dict) -> None:
+def add_flags(parser, defaults, small: dict) -> None:
     """One flag per field of a dataclass; its comment in the source is its help text."""
+    cls = type(defaults)
     comments, hints = field_comments(cls), typing.get_type_hints(cls)
     group = parser.add_argument_group(f"{cls.__module__.replace('__main__', 'train')}.{cls.__name__}")
     show = lambda value: ",".join(map(str, value)) if isinstance(value, tuple) else value
     for item in dataclasses.fields(cls):
-        shown = f"{show(item.default)}" + (f" ({show(small[item.name])})" if item.name in small else "")
+        shown = f"{show(getattr(defaults, item.name))}" + (f" ({show(small[item.name])})" if item.name in small else "")
         options = dict(dest=item.name, default=argparse.SUPPRESS, type=parser_of(hints[item.name], item.default),
                        help=f"{comments.get(item.name, '')} [{shown}]".strip().replace("%", "%%"), metavar="X")
         if hints[item.name] in (bool, bool | None):
@@ -738,81 +738,65 @@ def add_flags(parser, cls, small: dict) -> None:
         group.add_argument(f"--{item.name}", **options)
 
 
-def recipe(paper, run: Run) -> dict:
-    """The paper file's values for this preset and variant, before flags."""
-    return {**dataclasses.asdict(paper.Config()), **(getattr(paper, "SMALL", {}) if run.preset == "small" else {}),
-            **getattr(paper, "VARIANTS", {}).get(run.variant, {})}
+def preset(paper, run: Run) -> tuple:
+    """The paper file's Config and Recipe for this preset and variant, before flags."""
+    return configure(paper, getattr(paper, "SMALL", {}) if run.preset == "small" else {},
+                     getattr(paper, "VARIANTS", {}).get(run.variant, {}))
 
 
-def parse(argv: list[str]) -> tuple[Run, object]:
-    """Command line -> Run and Config: the file's defaults, then its SMALL with preset small, then the variant, then
+def parse(argv: list[str]) -> tuple[Run, object, Recipe]:
+    """Command line -> Run, Config and Recipe: the file's defaults, then its SMALL with preset small, then the variant, then
     flags; learning rates follow --batch_size in proportion unless --lr is given. A resumed run takes everything from its
     checkpoint and refuses flags that contradict it."""
     first = Flags(add_help=False)
-    add_flags(first, Run, {})
+    add_flags(first, Run(), {})
     peek = Run(**vars(first.parse_known_args(argv)[0]))
-    base, values = Run(), {}
+    base = Run()
     if peek.resume:
         path = Path(peek.resume if peek.resume != "auto" else peek.out or f"runs/{peek.model}")
         if peek.resume == "auto" or path.is_dir():
             path = checkpoints.newest(path)
         state = checkpoints.load(path)
-        base = dataclasses.replace(Run(**state["run"]), resume=str(path), init="", out=str(path.parent))
-        values = state["config"]
+        saved_run = {**state["run"], "detector": checkpoints.saved_detector(state)}
+        base = dataclasses.replace(Run(**saved_run), resume=str(path), init="", out=str(path.parent))
     paper = load_paper(base.model if peek.resume else peek.model)
     small, variants = getattr(paper, "SMALL", {}), getattr(paper, "VARIANTS", {})
     parser = Flags(description=__doc__.split("\n")[0], usage="python train.py --model NAME [--flag value ...]",
                    epilog="Defaults in brackets; in parentheses those of --preset small. "
                           f"Models: {', '.join(paper_files())}. Variants of this one: {', '.join(variants) or 'none'}.")
-    add_flags(parser, Run, {})
-    add_flags(parser, paper.Config, small)
+    add_flags(parser, Run(), {})
+    add_flags(parser, paper.Config(), small)
+    add_flags(parser, paper.RECIPE, small)
     given = vars(parser.parse_args(argv))
     known = {item.name for item in dataclasses.fields(Run)}
     run_given = {name: value for name, value in given.items() if name in known}
     cfg_given = {name: value for name, value in given.items() if name not in known}
     if peek.resume:
-        now = {**dataclasses.asdict(base), **values}
+        cfg, recipe = checkpoints.settings(paper, state)
+        now = {**dataclasses.asdict(base), **dataclasses.asdict(cfg), **dataclasses.asdict(recipe)}
         other = sorted(name for name in set(given) - MAY_CHANGE if given[name] != now[name])
         if other:
             parser.error(f"--resume goes on with the saved settings ({path}), got another --{other[0]} {given[other[0]]}: "
                          f"the run has {now[other[0]]}; leave it out, or start a new run with --init and --out")
         kept = {name: value for name, value in run_given.items() if name in MAY_CHANGE - {"resume", "out"}}
-        return dataclasses.replace(base, **kept), checkpoints.make_config(paper, values)
+        return dataclasses.replace(base, **kept), cfg, recipe
     run = Run(**run_given)
     run.preset = run.preset or ("paper" if run.data else "small")
     if run.preset not in ("paper", "small"):
         parser.error(f"expected --preset paper or small, got {run.preset!r}")
     if run.variant not in ("", *variants):
         parser.error(f"expected --variant {' or '.join(variants) or 'left out: this file has none'}, got {run.variant!r}")
-    values = recipe(paper, run)
+    _, made_for = preset(paper, run)
+    values = {**small, **variants.get(run.variant, {})} if run.preset == "small" else dict(variants.get(run.variant, {}))
     if "batch_size" in cfg_given and "lr" not in cfg_given:
-        share = cfg_given["batch_size"] / values["batch_size"]
-        values |= {name: x * share for name, x in values.items() if name.startswith("lr") and isinstance(x, float)}
+        share = cfg_given["batch_size"] / made_for.batch_size
+        values |= {name: getattr(made_for, name) * share for name in ("lr", "lr_backbone", "lr_offsets")}
     if run.overfit:
         values["epochs"] = OVERFIT_EPOCHS
-    return run, checkpoints.make_config(paper, {**values, **cfg_given})
+    return run, *configure(paper, values, cfg_given)
 
 
-def default_detector(run: Run) -> str:
-    """What --detector auto stands for: best.pt of the default DINO on the same data. It is trained first, in runs/dino or,
-    where that holds another run, in this run's folder; one that was stopped goes on."""
-    wanted = dataclasses.replace(run, model="dino", variant="", init="", overfit=0)
-    cfg = checkpoints.make_config(load_paper("dino"), recipe(load_paper("dino"), wanted))
-    for folder in (Path("runs/dino"), Path(run.out or f"runs/{run.model}") / "detector"):
-        last = folder / "last.pt"
-        saved = checkpoints.load(last) if last.exists() else None
-        if saved and (saved["config"] != dataclasses.asdict(cfg) or any(saved["run"][k] != getattr(run, k) for k in SAME_DATA)):
-            continue
-        scores = visualize.read_log(folder)[1] if saved else []
-        if not scores or scores[-1]["epoch"] < cfg.epochs:
-            print(f"detector  none on this data yet: the default DINO is trained first, in {folder}; the masks follow")
-            scores = [train(dataclasses.replace(wanted, out=str(folder), resume=str(last) if saved else ""), cfg)]
-        print(f"detector  {folder / 'best.pt'}: the default DINO on this data, box AP {scores[-1]['best']:.3f}")
-        return str(folder / "best.pt")
-    raise ValueError(f"expected a default DINO or nothing in {folder}, got another run: name another folder with --out")
-
-
-def out_of_memory(error, run: Run, cfg) -> str:
+def out_of_memory(error, run: Run, recipe: Recipe) -> str:
     """What is lost (nothing that was saved) and what to try next: first what leaves every result as it is."""
     last = Path(run.out or f"runs/{run.model}") / "last.pt"
     flag = f"--accum {2 * run.accum}"
@@ -820,26 +804,24 @@ def out_of_memory(error, run: Run, cfg) -> str:
         flag = "--recompute"
     elif run.amp is False and torch.cuda.is_available():
         flag = "--amp true"
-    elif cfg.batch_size % (2 * run.accum * int(os.environ.get("WORLD_SIZE", 1))):
+    elif recipe.batch_size % (2 * run.accum * int(os.environ.get("WORLD_SIZE", 1))):
         start = f" --init {last} --out DIR" if last.exists() else ""
-        return f"out of memory ({error}). Try smaller images in a new run: --max_size {cfg.max_size // 2}{start}"
+        return f"out of memory ({error}). Try smaller images in a new run: --max_size {recipe.max_size // 2}{start}"
     went = f"{last} is whole: add --resume to go on from there" if last.exists() else "nothing was saved yet"
     return f"out of memory ({error}). Try {flag}; {went}"
 
 
 def main(argv: list[str] | None = None) -> None:
     try:
-        run, cfg = parse(sys.argv[1:] if argv is None else argv)
+        run, cfg, recipe = parse(sys.argv[1:] if argv is None else argv)
         if run.check_data:
             sys.exit(1 if check_data.check(run.check_data) else 0)
-        if getattr(cfg, "detector", "") == "auto":
-            cfg = dataclasses.replace(cfg, detector=default_detector(run))
-        train(run, cfg)
+        train(run, cfg, recipe)
         if dist.is_initialized():
             dist.destroy_process_group()
     except (ValueError, RuntimeError, FileNotFoundError, FloatingPointError) as error:
         if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error):
-            sys.exit(f"train.py: error: {out_of_memory(error, run, cfg)}")
+            sys.exit(f"train.py: error: {out_of_memory(error, run, recipe)}")
         raised = traceback.extract_tb(error.__traceback__)[-1]   # what this project raises is meant to be read without a trace
         if Path(__file__).parent not in Path(raised.filename).parents or not raised.line.startswith("raise"):
             raise

@@ -16,12 +16,12 @@ Boxes are xyxy in pixels of the picture here. A class has the same colour in eve
 """
 import argparse
 import colorsys
-import importlib
 import inspect
 import json
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import matplotlib
@@ -34,6 +34,7 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Rectangle
 from PIL import Image, ImageDraw, ImageFont
 
+from engine.errors import UserError
 from engine import models
 import data
 from scenes import Shapes
@@ -148,13 +149,13 @@ def spread(count, n):
     return np.linspace(0, count - 1, min(n, count)).round().astype(int).tolist()
 
 
-def predictions(model, detect, dataset, cfg, device, path, n=6, score_threshold=0.3):
+def predictions(model, detect, dataset, cfg, recipe, device, path, n=6, score_threshold=0.3):
     """Ground truth beside predictions, for n images spread over the data set, four columns of pictures."""
     training, pictures, titles = model.training, [], []
     model.eval()
     for index in spread(len(dataset), n):
         image, truth = ground_truth(dataset, index)
-        found = above(detect_image(model, detect, image, cfg, device), score_threshold)
+        found = above(detect_image(model, detect, image, cfg, recipe, device), score_threshold)
         pictures += [detections(image, det, dataset.class_names, side=256) for det in (truth, found)]
         titles += [f"{int(dataset.image_ids[index])}: ground truth", f"detections, score >= {score_threshold:g}"]
     model.train(training)
@@ -293,12 +294,12 @@ def sampling_points(checkpoint, image, out="sampling_points.jpg", rank=0, device
     """Where the query of the `rank`-th best detection looks: a row per decoder layer, a column per head; the area of a
     point is its attention weight, its colour its level. White: the layer's reference; dashed: the detected box.
     checkpoint, image: files."""
-    model, detect, cfg, meta = load(checkpoint, device)
+    model, paper, cfg, recipe, meta, _ = loaded = models.load_model(checkpoint, device)
     picture = data.read_image(image)
     with recorded_looks(model) as records:
-        outputs = infer(model, picture, cfg, device)
+        outputs = infer(model, picture, recipe, device)
     size = torch.tensor([picture.size[::-1]], device=device)
-    det = detect(outputs, size, max(cfg.top_k, rank + 1))[0]
+    det = paper.detect(outputs, size, replace(cfg, top_k=max(cfg.top_k, rank + 1)))[0]
     query, box = int(det["query"][rank]), det["boxes"][rank].cpu().numpy()
     layers = [{key: value[0, query].cpu().numpy() for key, value in record.items()} for record in records]
     M, L, K = layers[0]["weights"].shape
@@ -355,12 +356,12 @@ def anchors(checkpoint, image, out="anchors.jpg", score_threshold=0.3, device="c
     """Initial anchors against final boxes. Left: the anchors of all queries (white), those that become detections in
     the colour of their class; right: the boxes these end as, with a line from each anchor's centre. Anchors that are
     points are drawn as points."""
-    model, detect, cfg, meta = load(checkpoint, device)
+    model, paper, cfg, recipe, meta, _ = loaded = models.load_model(checkpoint, device)
     picture = data.read_image(image)
     with torch.no_grad():
-        outputs = infer(model, picture, cfg, device)
+        outputs = infer(model, picture, recipe, device)
     size = torch.tensor([picture.size[::-1]], device=device)
-    det = above(detect(outputs, size, cfg.top_k)[0], score_threshold)
+    det = above(paper.detect(outputs, size, cfg)[0], score_threshold)
     start = outputs["anchors"][0].float().cpu()                                                  # (Nq, 2 or 4)
     start = start * torch.tensor(picture.size).repeat(start.shape[-1] // 2)
     figure, axes = plt.subplots(1, 2, figsize=(11, 5.4 * picture.height / picture.width + 0.3))
@@ -435,12 +436,12 @@ def _plot_conflict(axis, name, found):
 
 def _discriminability_maps(checkpoint, folder, n, device):
     """Yields n images of the validation set and {"encoder", "decoder"}: (h, w) maps on their pixels."""
-    model, _, cfg, meta = load(checkpoint, device)
-    dataset = validation_set(folder, cfg, meta)
+    model, paper, cfg, recipe, meta, _ = loaded = models.load_model(checkpoint, device)
+    dataset = validation_set(folder, loaded)
     for index in spread(len(dataset), n):
         picture = dataset.image(index)
         with recorded_looks(model) as looks:
-            memory = infer(model, picture, cfg, device)["memory"]
+            memory = infer(model, picture, recipe, device)["memory"]
         levels = {"encoder": encoder_norms(memory), "decoder": decoder_attention(memory, looks)}
         yield picture, {part: discriminability(scores, memory)[0].cpu().numpy() for part, scores in levels.items()}
 
@@ -452,7 +453,7 @@ def noised_boxes(pictures, targets, denoising, out, group=0):
     `dino.denoising_queries` gives for them. A group is [N positives | N negatives], N the most objects of an image."""
     N = max(len(slots) for slots, _ in denoising.matches) // denoising.groups
     if not N:
-        raise ValueError("expected at least one object in the batch, got none: there is nothing to denoise")
+        raise UserError("expected at least one object in the batch, got none: there is nothing to denoise")
     copies = denoising.content.shape[1] // (N * denoising.groups)    # 2: positive and negative; 1: positive only
     figure, axes = plt.subplots(1, len(pictures) + 1, figsize=(3.6 * (len(pictures) + 1), 4))
     for b, (axis, picture, target) in enumerate(zip(axes, pictures, targets)):
@@ -488,12 +489,6 @@ def _draw_attention_mask(axis, denoising, stride):
 
 # ---- commands --------------------------------------------------------------------------------------------------------
 
-def load(checkpoint, device="cpu"):
-    """Checkpoint file -> model in eval mode, its paper's detect, its Config, its meta data."""
-    model, cfg, meta = models.load_model(checkpoint, device)
-    return model, importlib.import_module(meta["model_name"]).detect, cfg, meta
-
-
 def scenes(out="scenes.jpg", n=32):
     """A contact sheet of the first n generated training scenes with their ground truth, masks and boxes."""
     dataset = Shapes("train", n, load_masks=True)
@@ -506,11 +501,11 @@ def strip(checkpoint: list, out="strip.jpg", folder=None, n=6, side=256, score_t
     names of their papers."""
     columns, names = [], []
     for path in checkpoint:
-        model, detect, cfg, meta = load(path, device)
-        dataset, pictures = validation_set(folder, cfg, meta), []
+        model, paper, cfg, recipe, meta, _ = loaded = models.load_model(path, device)
+        dataset, pictures = validation_set(folder, loaded), []
         for index in spread(len(dataset), n):
             image = dataset.image(index)
-            found = above(detect_image(model, detect, image, cfg, device), score_threshold)
+            found = above(detect_image(model, paper.detect, image, cfg, recipe, device), score_threshold)
             pictures.append(detections(image, found, dataset.class_names, side=side))
         columns.append(pictures)
         names.append(sys.modules[meta["model_name"]].__doc__.partition(":")[0])
@@ -557,26 +552,25 @@ def citations(out="citations.png"):
 
 def checkpoint_detections(checkpoint, image, out="detections.jpg", score_threshold=0.3, device="cpu"):
     """Boxes and masks of a checkpoint on one image file. Many images: eval.py --images."""
-    model, detect, cfg, meta = load(checkpoint, device)
+    model, paper, cfg, recipe, meta, _ = loaded = models.load_model(checkpoint, device)
     picture = data.read_image(image)
-    found = above(detect_image(model, detect, picture, cfg, device), score_threshold)
+    found = above(detect_image(model, paper.detect, picture, cfg, recipe, device), score_threshold)
     return tile([detections(picture, found, meta["class_names"])], out, 1, gap=0)
 
 
 def checkpoint_predictions(checkpoint, out="predictions.png", folder=None, n=6, score_threshold=0.3, device="cpu"):
     """Ground truth beside predictions on the validation set of a checkpoint."""
-    model, detect, cfg, meta = load(checkpoint, device)
-    return predictions(model, detect, validation_set(folder, cfg, meta), cfg, device, out, n, score_threshold)
+    model, paper, cfg, recipe, meta, _ = loaded = models.load_model(checkpoint, device)
+    return predictions(model, paper.detect, validation_set(folder, loaded), cfg, recipe, device, out, n, score_threshold)
 
 
 def checkpoint_noised_boxes(checkpoint, out="noised_boxes.jpg", folder=None, n=3):
     """The denoising queries that a checkpoint's model would make of n validation images. ValueError without any."""
-    model, _, cfg, meta = load(checkpoint)
-    paper = importlib.import_module(meta["model_name"])
+    model, paper, cfg, recipe, meta, _ = loaded = models.load_model(checkpoint)
     if not hasattr(paper, "denoising_queries") or not hasattr(model, "label_enc"):
-        raise ValueError(f"expected a model trained with denoising queries, got {meta['model_name']} without: give a "
-                         "checkpoint of dino.py with --denoising contrastive or plain")
-    dataset = validation_set(folder, cfg, meta)
+        raise UserError(f"expected a model trained with denoising queries, got {meta['model_name']} without: give a "
+                        "checkpoint of dino.py with --denoising contrastive or plain")
+    dataset = validation_set(folder, loaded)
     indices = [index for index in range(len(dataset)) if len(dataset[index][1]["labels"]) > 1][:n]
     targets = [dataset[index][1] for index in indices]
     torch.manual_seed(0)

@@ -20,6 +20,7 @@ from urllib.error import URLError
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from engine.errors import UserError
 from backbones.focalnet import FOCALNETS, FocalNet
 from backbones.resnet import RESNETS
 from backbones.swin import SWINS, Swin, relative_position_index
@@ -51,16 +52,16 @@ def build_backbone(name: str, weights: str, norm: str = "batch", dilation: bool 
     is trained. `maps`: how many maps, from the coarsest on, the detector reads. `drop_path`: of the last block.
     """
     if name not in BACKBONES:
-        raise ValueError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
+        raise UserError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
     if norm not in ("batch", "group"):
-        raise ValueError(f"unknown backbone_norm {norm!r}: choose batch or group")
+        raise UserError(f"unknown backbone_norm {norm!r}: choose batch or group")
     if dilation and name not in RESNETS or drop_path and name in RESNETS:
-        raise ValueError(f"expected dilation with a ResNet and drop_path with another backbone, got {name} with dilation "
-                         f"{dilation} and drop_path {drop_path:g}: leave out the one that does not fit")
+        raise UserError(f"expected dilation with a ResNet and drop_path with another backbone, got {name} with dilation "
+                        f"{dilation} and drop_path {drop_path:g}: leave out the one that does not fit")
     if name in SWINS:
         return Swin(*SWINS[name], maps, drop_path)
     if name in VITS and maps < 4:
-        raise ValueError(f"expected five feature levels with {name}, whose pyramid has five maps: --num_feature_levels 5")
+        raise UserError(f"expected five feature levels with {name}, whose pyramid has five maps: --num_feature_levels 5")
     if name in VITS:
         return ViT(*VITS[name], drop_path)
     if name in FOCALNETS:
@@ -82,18 +83,18 @@ def load_backbone_weights(backbone: nn.Module, name: str, weights: str) -> str:
         return f"backbone {name}: random weights, trained from scratch"
     if weights == "imagenet":
         if name not in WEIGHT_FILES:
-            raise RuntimeError(f"no public ImageNet weights for backbone {name!r} (they exist for "
-                               f"{', '.join(WEIGHT_FILES)}): pass --backbone_weights FILE with weights of your own, or none "
-                               "to train it from scratch")
+            raise UserError(f"no public ImageNet weights for backbone {name!r} (they exist for "
+                            f"{', '.join(WEIGHT_FILES)}): pass --backbone_weights FILE with weights of your own, or none "
+                            "to train it from scratch")
         url = WEIGHT_FILES[name]
         try:
             state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
         except (URLError, OSError) as error:
-            raise RuntimeError(f"expected ImageNet weights at {url}, got: {error}. Pass --backbone_weights FILE with a "
-                               "downloaded copy, or --backbone_weights none to train from scratch") from error
+            raise UserError(f"expected ImageNet weights at {url}, got: {error}. Pass --backbone_weights FILE with a "
+                            "downloaded copy, or --backbone_weights none to train from scratch") from error
     else:
         if not Path(weights).is_file():
-            raise RuntimeError(f"--backbone_weights expects imagenet, none or a file; there is no file {weights}")
+            raise UserError(f"--backbone_weights expects imagenet, none or a file; there is no file {weights}")
         state = torch.load(weights, map_location="cpu", weights_only=True)
     own = backbone.state_dict()
     known = {key: resized(key, value, own) for key, value in learned(state.get("model", state)).items()
@@ -104,7 +105,7 @@ def load_backbone_weights(backbone: nn.Module, name: str, weights: str) -> str:
                "of another shape": [key for key in known if key in own and known[key].shape != own[key].shape]}
     if any(misfits.values()):
         found = ", ".join(f"{kind} {keys[:3]} ({len(keys)} in all)" for kind, keys in misfits.items())
-        raise RuntimeError(f"{weights} does not fit backbone {name}: {found}; give the weights of {name}")
+        raise UserError(f"{weights} does not fit backbone {name}: {found}; give the weights of {name}")
     backbone.load_state_dict(known, strict=False)
     return f"backbone {name}: {len(known)} tensors from {weights}"
 
@@ -122,8 +123,8 @@ def learned(state: dict) -> dict:
             ours = relative_position_index(side) if kind == "relative_position_index" else (
                 rotary_table(side, side, value.shape[1])[int(kind == "freqs_sin")])
             if ours.shape != value.shape or not (value.is_meta or torch.allclose(value.float(), ours.float(), atol=1e-3)):
-                raise ValueError(f"expected {key} {tuple(value.shape)} to be the table that this backbone computes, got "
-                                 "another one: these weights come from a changed model that this file cannot represent")
+                raise UserError(f"expected {key} {tuple(value.shape)} to be the table that this backbone computes, got "
+                                "another one: these weights come from a changed model that this file cannot represent")
         elif kind not in ("num_batches_tracked", "attn_mask"):
             result[key] = value
     return result

@@ -1,5 +1,4 @@
 """..."""
-import dataclasses
 import json
 import os
 import pickle
@@ -9,9 +8,11 @@ from argparse import Namespace
 from pathlib import Path, PurePosixPath
 import numpy as np
 import torch
+from engine.errors import UserError
+from engine.recipe import configure
 
 
-FORMAT = 1
+FORMAT = 2
 _SCALAR = np.float64(0).__reduce__()[0]   # what makes a pickled NumPy number; NumPy 1 and 2 name it differently
 ALLOWED = [Namespace, *((PurePosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")),   # all that `load` makes
            *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype,
@@ -47,7 +48,7 @@ def load(path: str | Path, map_location="cpu") -> dict:
     a file that is broken or asks for anything else."""
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(f"expected a checkpoint at {path}, found no file; see what {path.parent} holds")
+        raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} holds")
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     try:
@@ -56,21 +57,21 @@ def load(path: str | Path, map_location="cpu") -> dict:
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
         asked = re.search(r"GLOBAL (\S+)", str(error))
         if asked:
-            raise ValueError(f"{path}: expected tensors and plain types only, got a pickle that asks for {asked.group(1)}. "
-                             "Nothing of it was run. Ask whoever made the file for one that holds only weights") from error
+            raise UserError(f"{path}: expected tensors and plain types only, got a pickle that asks for {asked.group(1)}. "
+                            "Nothing of it was run. Ask whoever made the file for one that holds only weights") from error
         with open(path, "rb") as file:
             start = file.read(2)
         if start != b"PK" and start[:1] != b"\x80":   # neither torch.save's archive nor a pickle
-            raise ValueError(f"expected a checkpoint, got {path}, a file of another kind: give a .pt, .pth, .bin or "
-                             ".safetensors file") from error
+            raise UserError(f"expected a checkpoint, got {path}, a file of another kind: give a .pt, .pth, .bin or "
+                            ".safetensors file") from error
         if "Unsupported operand" in str(error):
-            raise ValueError(f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or later, which "
-                             "cannot be read without running it: save it again with torch.save's own protocol") from error
+            raise UserError(f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or later, which "
+                            "cannot be read without running it: save it again with torch.save's own protocol") from error
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise ValueError(f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). Copy it "
-                         f"again, or use {path.name}.prev") from error
+        raise UserError(f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). Copy it "
+                        f"again, or use {path.name}.prev") from error
     if not isinstance(state, dict):
-        raise ValueError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no checkpoint")
+        raise UserError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no checkpoint")
     return state
 
 
@@ -85,8 +86,8 @@ def load_safetensors(path: Path) -> dict:
         return {name: numbers[slice(*row["data_offsets"])].clone().view(SAFETENSORS[row["dtype"]]).view(row["shape"])
                 for name, row in header.items()}
     except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise ValueError(f"{path}: expected a .safetensors file, got one that is broken or cut short "
-                         f"({type(error).__name__}: {error}). Copy it again") from error
+        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut short "
+                        f"({type(error).__name__}: {error}). Copy it again") from error
 
 
 def newest(folder: str | Path) -> Path:
@@ -100,17 +101,23 @@ def newest(folder: str | Path) -> Path:
             continue
         print(f"resuming from {path}" + (f", for {reasons[0]}" if reasons else ""))
         return path
-    raise FileNotFoundError(f"nothing to resume in {folder}: {reasons[0]}. Start the run without --resume")
+    raise UserError(f"nothing to resume in {folder}: {reasons[0]}. Start the run without --resume")
 
 
-def make_config(paper, values: dict):
-    """A paper file's Config from a saved dictionary; ValueError names fields this version of the file does not have."""
-    known = {field.name for field in dataclasses.fields(paper.Config)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise ValueError(f"this checkpoint sets {', '.join(unknown)}, which {paper.__name__}.Config does not have: "
-                         "it was made by another version of the file; check that version out")
-    return paper.Config(**values)
+def settings(paper, state: dict) -> tuple:
+    """The Config and the Recipe of a checkpoint. Before format 2 both were one dictionary, Co-DETR's `base` was called
+    `detector`, and a mask network's detector was a field of its Config."""
+    values = dict(state["config"]) | state.get("recipe", {})
+    if state.get("format", 1) < 2 and "detector" in values:
+        detector = values.pop("detector")
+        if not getattr(paper, "NEEDS_DETECTOR", False):
+            values["base"] = detector
+    return configure(paper, values)
+
+
+def saved_detector(state: dict) -> str:
+    """Where the frozen detector of a mask network lay when it was trained."""
+    return state["run"].get("detector") or state["config"].get("detector", "")
 
 
 def random_state() -> dict:

@@ -25,17 +25,17 @@ def predict(model, dataset, indices, device, batch_size=1, amp=False, workers=0)
 
 
 @torch.no_grad()
-def infer(model, image, cfg, device, amp=False):
+def infer(model, image, recipe, device, amp=False):
     """One PIL image through a model in evaluation mode -> outputs of a batch of one."""
-    images, padding, _ = data.collate([data.eval_transform(cfg)(image)])                         # (1, 3, h, w)
+    images, padding, _ = data.collate([data.eval_transform(recipe)(image)])                         # (1, 3, h, w)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         return model(images.to(device), padding.to(device))
 
 
-def detect_image(model, detect, image, cfg, device, amp=False):
+def detect_image(model, detect, image, cfg, recipe, device, amp=False):
     """The top-k detections of one PIL image, in its pixels."""
     size = torch.tensor([image.size[::-1]], device=device)                                       # (1, 2), h and w
-    return detect(infer(model, image, cfg, device, amp), size, cfg.top_k)[0]
+    return detect(infer(model, image, recipe, device, amp), size, cfg)[0]
 
 
 def above(detection, threshold):

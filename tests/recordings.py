@@ -1,11 +1,12 @@
 """Runs a model of ours on a recording of the authors' code and compares everything the recording holds."""
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
 from torch import nn
 
-from engine import released
+from engine import authors_names
 from backbones.resnet import Bottleneck, ResNet
 
 
@@ -83,7 +84,7 @@ def weights(rec, recipe=None):
 
 
 def load(model, state, family, dtype):
-    model.load_state_dict(released.from_authors(state, family))
+    model.load_state_dict(authors_names.from_authors(state, family))
     return model.to(dtype)
 
 
@@ -118,7 +119,7 @@ def check_matches(rec, matches, name, prefix=""):
 def check_gradients(rec, model, family):
     """Norm and a fixed projection of every parameter's gradient, under the authors' names."""
     grads = {n: p.grad for n, p in model.named_parameters(remove_duplicate=False) if p.grad is not None}
-    theirs = released.to_authors(grads, family)
+    theirs = authors_names.to_authors(grads, family)
     largest = rec["grad_norm"].max()
     waves = np.cos(0.7 * (np.arange(max(p.numel() for p in model.parameters())) + 1.0))
     dot_tolerance = max(1e-3, 20 * float(rec["noise.grad_dot_rel"])) if "noise.grad_dot_rel" in rec else 1e-3
@@ -150,7 +151,7 @@ def check_model(rec, model, criterion, family, dtype=torch.float32, recipe=None,
         for i, given in enumerate(m for m in getattr(model.backbone, "maps", []) if m is not None):
             close(given.grad, rec[f"feature{i}_grad"], 1e-3 * np.abs(rec[f"feature{i}_grad"]).max(), f"feature{i}_grad")
     if "post.scores" in rec:
-        found = detect(outputs, tensor(rec["post_sizes"]), rec["post.scores"].shape[1])
+        found = detect(outputs, tensor(rec["post_sizes"]), replace(model.cfg, top_k=rec["post.scores"].shape[1]))
         for name, tolerance in (("scores", 1e-4), ("labels", 0), ("boxes", 1e-2)):
             close(torch.stack([d[name] for d in found]), rec[f"post.{name}"], tolerance, f"post.{name}")
     return outputs
@@ -192,7 +193,7 @@ def close(ours, theirs, tolerance, name):
 
 def check_initialisation(path, model, family):
     """Every parameter outside the backbone has the recorded shape and, up to chance, mean, spread and constancy."""
-    fresh = released.to_authors(dict(model.named_parameters(remove_duplicate=False)), family)
+    fresh = authors_names.to_authors(dict(model.named_parameters(remove_duplicate=False)), family)
     lines = [line.split(" | ") for line in path.read_text().splitlines() if line.strip() and not line.startswith("#")]
     for name, shape, *numbers in lines:
         mean, std, low, high = (float(x) for x in numbers)

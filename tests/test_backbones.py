@@ -1,7 +1,6 @@
 """backbones.py: published names and shapes, the authors' numbers, strides, freezing, and loading."""
 import copy
 import math
-from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -24,6 +23,8 @@ from backbones import WEIGHT_FILES, build_backbone, load_backbone_weights
 from backbones.parts import ConvEmbed
 from backbones.focalnet import FocalModulation, FocalNet
 from backbones.swin import PatchMerging, Swin, SwinBlock, WindowAttention, relative_position_index, shift_mask
+from engine.recipe import configure
+from engine.errors import UserError
 from backbones.vit import RotaryAttention, SimpleFeaturePyramid, ViT, ViTBlock, rotary_table
 
 NARROW = {   # the families with square roots that do not come out even: window 3, 5 x 7 cells
@@ -96,9 +97,9 @@ def test_a_weight_file_is_loaded_and_a_wrong_one_is_refused(tmp_path):
     backbone = build_backbone("resnet18", "file")
     assert "r18.pth" in load_backbone_weights(backbone, "resnet18", str(tmp_path / "r18.pth"))
     assert torch.equal(backbone.conv1.weight, torch.load(tmp_path / "r18.pth")["conv1.weight"])
-    with pytest.raises(RuntimeError, match="does not fit backbone resnet34"):
+    with pytest.raises(UserError, match="does not fit backbone resnet34"):
         load_backbone_weights(build_backbone("resnet34", "file"), "resnet34", str(tmp_path / "r18.pth"))
-    with pytest.raises(RuntimeError, match="no file"):
+    with pytest.raises(UserError, match="no file"):
         load_backbone_weights(backbone, "resnet18", str(tmp_path / "absent.pth"))
 
 
@@ -107,9 +108,9 @@ def test_imagenet_weights_that_cannot_be_fetched_name_the_remedy(monkeypatch):
         assert url.endswith(WEIGHT_FILES["resnet50"])
         raise OSError("no route")
     monkeypatch.setattr(torch.hub, "load_state_dict_from_url", refuse)
-    with pytest.raises(RuntimeError, match="--backbone_weights none"):
+    with pytest.raises(UserError, match="--backbone_weights none"):
         load_backbone_weights(build_backbone("resnet50", "imagenet"), "resnet50", "imagenet")
-    with pytest.raises(RuntimeError, match="no public ImageNet weights"):
+    with pytest.raises(UserError, match="no public ImageNet weights"):
         load_backbone_weights(build_backbone("tiny", "imagenet"), "tiny", "imagenet")
 
 
@@ -477,7 +478,7 @@ def test_positions_and_patches_of_another_pretraining_are_resized(tmp_path):
 
 def test_weights_of_another_window_or_a_changed_table_are_refused(tmp_path):
     torch.save(Swin(8, (2, 2, 2, 2), (1, 2, 2, 4), 4).state_dict(), tmp_path / "window4.pth")
-    with pytest.raises(RuntimeError, match="of another shape.*relative_position_bias_table.*8 in all"):
+    with pytest.raises(UserError, match="of another shape.*relative_position_bias_table.*8 in all"):
         load_backbone_weights(NARROW["swin"](), "swin", str(tmp_path / "window4.pth"))
     for key, table in (("attn.relative_position_index", relative_position_index(3).flip(0)),
                        ("rope.freqs_sin", rotary_table(3, 3, 8)[0])):
@@ -522,8 +523,7 @@ def tiny_detector(model_name, variant, **changes):
     paper = {"dino": dino, "h_detr": h_detr, "co_detr": co_detr}[model_name]
     sizes = dict(dim=256 if "vit" in variant else 32, ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries=7)
     small = {k: v for k, v in paper.SMALL.items() if k.startswith(("roi_samples", "roi_dim", "rpn_", "num_queries_one2many"))}
-    cfg = replace(paper.Config(), **{**small, **paper.VARIANTS[variant], **sizes, "num_heads": 2, "backbone_weights": "none",
-                                  **changes})
+    cfg, _ = configure(paper, small, paper.VARIANTS[variant], sizes, {"num_heads": 2, "backbone_weights": "none", **changes})
     return (cfg, *paper.build(cfg, 5))
 
 
@@ -574,7 +574,8 @@ def test_vit_images_are_filled_up_to_a_multiple_of_32_and_boxes_stay(tiny):
 def test_layers_of_the_vision_transformer_learn_slower_towards_the_image(tiny):
     """lr x 0.8^(25 - id): id 0 for patches and positions, b + 1 for block b of 24, 25 for all the rest; here 4 blocks."""
     cfg, model, _ = tiny_detector("co_detr", "vit_l")
-    groups = co_detr.param_groups(model, cfg)
+    _, recipe = configure(co_detr, co_detr.VARIANTS["vit_l"])
+    groups = co_detr.param_groups(model, recipe)
     rate = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
     assert len(rate) == sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
     for name, p in model.named_parameters():
@@ -582,7 +583,7 @@ def test_layers_of_the_vision_transformer_learn_slower_towards_the_image(tiny):
         level = 0 if part[0] in ("pos_embed", "patch_embed") else int(part[1]) + 1 if part[0] == "blocks" else 5
         assert rate[id(p)] == (pytest.approx(5e-5 * 0.8 ** (5 - level)), 0.01 if p.dim() > 1 else 0.0), name
     with pytest.raises(ValueError, match="layer_decay beside a ViT"):
-        tiny_detector("co_detr", "swin_l", layer_decay=0.8)
+        co_detr.param_groups(tiny_detector("co_detr", "swin_l")[1], recipe)
 
 
 def test_the_region_head_of_vit_has_one_box_for_all_classes_at_half_the_spread():
@@ -603,8 +604,8 @@ def test_a_detector_on_swin_trains_and_is_evaluated(tiny, tmp_path, capsys):
     flags = ("--model dino --preset small --backbone swin_t --drop_path 0.1 --num_train 8 --num_val 4 --batch_size 4 "
              "--epochs 1 --ema 0 --device cpu --workers 0 --threads 1 --recompute --dim 32 --ffn_dim 32 --num_queries 9 "
              "--train_sizes 64 --eval_size 64")
-    run, cfg = train.parse([*flags.split(), "--out", str(tmp_path)])
-    record = train.train(run, cfg)
+    run, cfg, recipe = train.parse([*flags.split(), "--out", str(tmp_path)])
+    record = train.train(run, cfg, recipe)
     assert record["step"] == 2 and 0 <= record["AP"] <= 1
     assert "backbone swin_t: random weights" in capsys.readouterr().out
 

@@ -1,6 +1,5 @@
 """bench.py: the figures computed by hand, and a table from end to end."""
 import argparse
-import dataclasses
 import json
 import sys
 import types
@@ -9,6 +8,7 @@ import pytest
 import torch
 
 from tools import bench
+from engine.recipe import override
 from engine import checkpoints
 import deformable_detr
 import dino
@@ -70,8 +70,8 @@ def test_the_ladder_reads_finished_runs_and_means_over_seeds(tmp_path, monkeypat
 def test_every_row_of_the_ladder_is_a_training_run(row):
     """Flags are known to train.py, and what a row changes is not what the small preset does anyway."""
     _, model, changes = bench.LADDER[row]
-    run, cfg = train.parse(["--model", model, *(word for flag, value in changes.items() for word in (f"--{flag}", str(value)))])
-    assert run.preset == "small" and (not changes or row == "co_dino_atss_rcnn" or cfg != train.parse(["--model", model])[1])
+    run, *cfg = train.parse(["--model", model, *(word for flag, value in changes.items() for word in (f"--{flag}", str(value)))])
+    assert run.preset == "small" and (not changes or row == "co_dino_atss_rcnn" or cfg != list(train.parse(["--model", model])[1:]))
 
 
 def test_the_ladder_trains_what_is_missing(tmp_path, monkeypatch, capsys):
@@ -98,7 +98,7 @@ def test_the_ladder_trains_what_is_missing(tmp_path, monkeypatch, capsys):
 def small(tmp_path, monkeypatch):
     """The small preset in place of the published one, in an empty folder."""
     monkeypatch.chdir(tmp_path)
-    cfg = dataclasses.replace(deformable_detr.Config(), **deformable_detr.SMALL)
+    cfg = override(deformable_detr.Config(), deformable_detr.SMALL)
     monkeypatch.setattr(deformable_detr, "Config", lambda: cfg)
 
 
@@ -179,7 +179,7 @@ def test_mask_tables_are_read_from_finished_runs(tmp_path, monkeypatch, capsys):
 def test_the_parts_of_the_mask_network_are_counted_and_timed(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for paper in (dino, mask_frozen_detr):
-        small = dataclasses.replace(paper.Config(), **paper.SMALL)
+        small = override(paper.Config(), paper.SMALL)
         monkeypatch.setattr(paper, "Config", lambda small=small: small)
     bench.mask_cost(argparse.Namespace(size=(64, 96), repeats=1, device="cpu"))
     printed = capsys.readouterr().out

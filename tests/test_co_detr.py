@@ -6,12 +6,14 @@ import numpy as np
 import pytest
 import torch
 
+from engine.recipe import override
+from engine import authors_names
 from engine import released
 import co_detr
 import dino
 import recordings
 from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh
-from co_detr import (ATSS_SIDES, BACKGROUND, IGNORED, NINE_SIDES, SMALL, VARIANTS, Candidates, CoDETR, Config, Criterion,
+from co_detr import (ATSS_SIDES, BACKGROUND, IGNORED, NINE_SIDES, RECIPE, SMALL, VARIANTS, Candidates, CoDETR, Config, Criterion,
                      Objects, Pyramid, atss_assign, best_proposals, build, choose_rows, detect, grid_anchors, keep_apart,
                      max_iou_assign, param_groups, quality_focal_loss, region_detections, retinanet_assign, rpn_targets,
                      sample, valid_anchors)
@@ -321,8 +323,8 @@ def test_selected_detections_equal_the_authors(recorded, name, top_k, threshold)
     sizes = t(rec["image_sizes"]).double()
     if name.endswith("rescaled"):
         sizes = sizes / t(rec["scale_factor"]).double()[:, [1, 0]]
-    outputs = {"pred_logits": t(rec["scores_logit"]), "pred_boxes": t(rec["boxes"]), "soft_nms": threshold}
-    compare(detect(outputs, sizes, top_k), rec, name)
+    outputs = {"pred_logits": t(rec["scores_logit"]), "pred_boxes": t(rec["boxes"])}
+    compare(detect(outputs, sizes, Config(top_k=top_k, soft_nms=threshold)), rec, name)
 
 
 def compare(found, rec, name, tolerance=0.02):
@@ -347,11 +349,11 @@ ALL_CASES = [("co_dino", case) for case in CASES] + [("co_deformable", case) for
 
 
 def recorded_model(rec, family, **changes):
-    cfg = replace(Config(), **{**FORMS[family], **SIZES, "top_k": 100, **changes})
+    cfg = override(Config(), {**FORMS[family], **SIZES, "top_k": 100, **changes})
     maps = [m.requires_grad_() for m in levels(rec, "in/feat")]
     model = CoDETR(GivenMaps(maps), cfg, 11)
     weights = {k[3:]: t(v) for k, v in rec.items() if k.startswith("sd/")}
-    model.load_state_dict(released.from_authors(weights, family))
+    model.load_state_dict(authors_names.from_authors(weights, family))
     return cfg, model, Criterion(cfg)
 
 
@@ -393,7 +395,7 @@ def our_name(name):
 def test_tiny_models_equal_the_authors_forward_and_backward(recorded, monkeypatch, first_k, ten_pairs, family, case):
     rec = recorded(f"{family}_tiny")
     cfg, model, criterion = recorded_model(rec, family, **CASES[case])
-    if cfg.detector == "dino":
+    if cfg.base == "dino":
         draws = [t(rec[k]) for k in sorted(rec) if k.startswith(f"{case}/dn_draw")]
         monkeypatch.setattr(dino, "draw_noise", recorded_noise(draws))
         monkeypatch.setattr(co_detr, "keep_apart",   # their Co-DINO hides heads from each other, but not padding
@@ -413,7 +415,7 @@ def test_tiny_models_equal_the_authors_forward_and_backward(recorded, monkeypatc
     total = sum(losses.values())
     assert total.item() == pytest.approx(float(rec[f"{case}/total"]), rel=1e-5)
     total.backward()
-    grads = released.to_authors({n: p.grad for n, p in model.named_parameters()}, family)
+    grads = authors_names.to_authors({n: p.grad for n, p in model.named_parameters()}, family)
     assert sorted(grads) == sorted(rec["param_names"].tolist())
     largest = rec[f"{case}/grad_norm"].max()
     for name, norm in zip(rec["param_names"].tolist(), rec[f"{case}/grad_norm"]):
@@ -466,15 +468,16 @@ def test_detections_of_tiny_models_equal_the_authors(recorded, family):
     rec = recorded(f"{family}_tiny")
     for head, name, top_k in (("detr", "detr", 30 if family == "co_dino" else 100), ("atss", "one-stage", 100),
                               ("rcnn", "two-stage", 100)):
-        _, model, _ = recorded_model(rec, family, eval_head=head)
+        cfg, model, _ = recorded_model(rec, family, eval_head=head)
+        cfg = replace(cfg, top_k=top_k)
         images, padding, _ = recorded_batch(rec, "plain")
         with torch.no_grad():
             outputs = model.eval()(images, padding)
         sizes = t(rec["image_sizes"]).double()
-        compare(detect(outputs, sizes, top_k), rec, f"infer/{name}")
-        compare(detect(outputs, sizes / t(rec["scale_factor"]).double()[:, [1, 0]], top_k), rec, f"infer/{name}_rescaled")
+        compare(detect(outputs, sizes, cfg), rec, f"infer/{name}")
+        compare(detect(outputs, sizes / t(rec["scale_factor"]).double()[:, [1, 0]], cfg), rec, f"infer/{name}_rescaled")
         if f"infer/{name}_without_nms/dets0" in rec:
-            compare(detect({**outputs, "soft_nms": 0.0}, sizes, 300), rec, f"infer/{name}_without_nms")
+            compare(detect(outputs, sizes, replace(cfg, soft_nms=0.0, top_k=300)), rec, f"infer/{name}_without_nms")
 
 
 @pytest.mark.parametrize("family, file, trained, kept", [
@@ -485,16 +488,16 @@ def test_released_checkpoints_map_one_to_one(shared, family, file, trained, kept
     keys = dict(line.split() for line in lines if line and not line.startswith("#"))
     shape = {k: () if v == "scalar" else tuple(map(int, v.split("x"))) for k, v in keys.items()}
     authors = {k: torch.empty(s, device="meta") for k, s in shape.items()}
-    found_family, found = released.recognise(authors)
+    found_family, found = released.recognize(authors)
     assert found_family == family
-    expected = replace(Config(), **FORMS[family])
-    assert replace(Config(), **found) == expected
+    expected = override(Config(), FORMS[family])
+    assert override(Config(), found) == expected
     with torch.device("meta"):
         model, _ = build(expected, 80)
-    ours = released.from_authors(authors, family)
+    ours = authors_names.from_authors(authors, family)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
     counters = {k for k in authors if k.endswith("num_batches_tracked")}
-    back = released.to_authors(ours, family)
+    back = authors_names.to_authors(ours, family)
     assert back.keys() == authors.keys() - counters
     assert all(back[k].shape == authors[k].shape for k in back)
     learned = [k for k in authors if k not in counters and "running_" not in k]
@@ -510,7 +513,7 @@ def test_released_checkpoints_map_one_to_one(shared, family, file, trained, kept
 def small(variant="", **changes):
     """A two-layer model of width 32 on the tiny backbone; forward and backward in milliseconds."""
     torch.manual_seed(0)
-    cfg = replace(Config(), **{**SMALL, **VARIANTS.get(variant, {}), **dict(dim=32, ffn_dim=48, decoder_layers=2,
+    cfg = override(Config(), {**SMALL, **VARIANTS.get(variant, {}), **dict(dim=32, ffn_dim=48, decoder_layers=2,
                                num_queries=9, roi_dim=32), **changes})
     return (cfg, *build(cfg, 5))
 
@@ -535,7 +538,7 @@ def test_every_parameter_gets_a_finite_gradient(variant, heads, objects):
 @pytest.mark.parametrize("variant", BOTH)
 def test_it_overfits_four_scenes(variant):
     cfg, model, criterion = small(variant)
-    seen = [sum(losses.values()) for losses in overfit(model, criterion, param_groups(model, cfg))]
+    seen = [sum(losses.values()) for losses in overfit(model, criterion, param_groups(model, override(RECIPE, SMALL)))]
     assert sum(seen[-5:]) / 5 < 0.6 * seen[0]
 
 
@@ -548,7 +551,7 @@ def test_at_test_time_the_plain_detector_remains(variant):
     for p in model.detector.class_embed.parameters():
         p.data += 0.05 * torch.randn_like(p)
     plain, wrapped = model.detector(images, padding), model(images, padding, targets)
-    assert wrapped.keys() - plain.keys() == {"soft_nms"}
+    assert wrapped.keys() == plain.keys()
     for name in ("pred_logits", "pred_boxes", "queries", "anchors"):
         assert torch.equal(plain[name], wrapped[name])
     heads = [p for n, p in model.named_parameters() if not n.startswith("detector.")]
@@ -695,7 +698,7 @@ def test_co_dino_has_untied_heads_and_as_many_labels_as_classes():
 def test_learning_rates_come_in_groups():
     for variant, count in (("", 2), ("co_deformable_small", 3)):
         cfg, model, _ = small(variant)
-        groups = param_groups(model, cfg)
+        groups = param_groups(model, RECIPE)
         assert len(groups) == count
         assert sum(p.numel() for g in groups for p in g["params"]) == sum(
             p.numel() for p in model.parameters() if p.requires_grad)
@@ -715,13 +718,13 @@ def test_tiny_and_thin_images(size, variant):
     cfg, model, criterion = small(variant, dim=64, backbone_norm="group")
     images, padding, targets = batch(size, objects=(2,))
     assert sum(criterion(model(images, padding, targets), targets).values()).isfinite()
-    assert detect(model.eval()(images, padding), torch.tensor([size]), 10_000)[0]["scores"].isfinite().all()
+    assert detect(model.eval()(images, padding), torch.tensor([size]), replace(cfg, top_k=10_000))[0]["scores"].isfinite().all()
 
 
 @pytest.mark.parametrize("head", ["atss", "rcnn", "retinanet"])
 def test_each_head_can_detect_on_its_own(head):
     cfg, model, _ = small(eval_head=head, aux_heads="rcnn,atss,retinanet")
-    found = detect(model.eval()(*batch((64, 96), (48, 64))[:2]), torch.tensor([[128, 192], [48, 64]]), 20)
+    found = detect(model.eval()(*batch((64, 96), (48, 64))[:2]), torch.tensor([[128, 192], [48, 64]]), replace(cfg, top_k=20))
     for image, (h, w) in zip(found, ((128, 192), (48, 64))):
         assert len(image["scores"]) == 20 and (image["scores"].diff() <= 0).all()
         assert (image["boxes"] >= 0).all() and (image["boxes"] <= torch.tensor([w, h, w, h])).all()
@@ -732,5 +735,5 @@ def test_misspelt_heads_name_the_choices():
         small(aux_heads="atss,fcos")
     with pytest.raises(ValueError, match="eval_head detr or one of"):
         small(aux_heads="atss", eval_head="rcnn")
-    with pytest.raises(ValueError, match="detector dino or h_detr"):
-        small(detector="detr")
+    with pytest.raises(ValueError, match="base dino or h_detr"):
+        small(base="detr")

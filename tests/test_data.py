@@ -16,6 +16,7 @@ from pycocotools import mask as coco_mask
 from pycocotools.cocoeval import COCOeval
 
 import data
+from engine.errors import UserError
 from engine import datasets
 import scenes
 from tools import check_data
@@ -487,7 +488,7 @@ def test_truncated_jpeg(tmp_path, capfd):
     image, target = val[2]                                                 # evaluation: the image stays itself, its object counts as missed
     assert target["image_id"] == 12 and len(target["boxes"]) == 1 and image.std(dim=(1, 2)).max() == 0
     truncate(root / "train2017" / "4.jpg")
-    with pytest.raises(RuntimeError, match="at most 1 unreadable images of 6, got 2"):
+    with pytest.raises(UserError, match="at most 1 unreadable images of 6, got 2"):
         train[4]
 
 
@@ -503,7 +504,7 @@ def test_bad_images_in_workers_stop_the_run_too(tmp_path):
     root = write_folder(tmp_path, [(40, 30)] * 6)
     for k in (1, 3):
         truncate(root / "train2017" / f"{k}.jpg")
-    with pytest.raises(RuntimeError, match="unreadable"):
+    with pytest.raises(UserError, match="unreadable"):
         epoch_of(data.batches(data.CocoFolder(root), [[k] for k in range(6)], workers=1))
 
 
@@ -521,11 +522,11 @@ def test_any_cut_of_any_image_file_is_recognised_as_broken(suffix, tmp_path):
 
 
 def test_missing_folder_and_json_are_named_with_the_remedy(tmp_path):
-    with pytest.raises(FileNotFoundError, match="nowhere.*expected a COCO json.*--write"):
+    with pytest.raises(UserError, match="nowhere.*expected a COCO json.*--write"):
         data.CocoFolder(tmp_path / "nowhere")
     root = write_folder(tmp_path)
     (root / "train2017" / "0.jpg").unlink()
-    with pytest.raises(FileNotFoundError, match="train2017.*0.jpg.*put them there"):
+    with pytest.raises(UserError, match="train2017.*0.jpg.*put them there"):
         data.CocoFolder(root)
     (root / "annotations" / "instances_train2017.json").write_text("[]")
     with pytest.raises(ValueError, match="JSON object with images.*got a list"):

@@ -6,10 +6,12 @@ from dataclasses import replace
 import pytest
 import torch
 
+from engine.recipe import override
 from engine import models
+from engine import authors_names
 from engine import released
 import recordings
-from deformable_detr import (SMALL, VARIANTS, Config, DeformableDETR, Criterion, Memory, build, detect, encoder_proposals,
+from deformable_detr import (RECIPE, SMALL, VARIANTS, Config, DeformableDETR, Criterion, Memory, build, detect, encoder_proposals,
                              encoder_references, param_groups, proposal_boxes, sine_embedding, sine_positions)
 from recordings import batch, close, config_fields, given_maps, narrow_resnet, overfit, speak, tensor
 
@@ -52,10 +54,10 @@ def test_released_checkpoints_map_one_to_one(shared, recipe, variant, file, tens
         model, _ = build(replace(Config(), **VARIANTS.get(variant, {})), 91)
         authors = {name: torch.empty(shape) for name, shape in keys}
     assert sum(p.numel() for p in model.parameters()) == parameters
-    family, found = released.recognise(authors)
-    ours = released.from_authors(authors, family)
+    family, found = released.recognize(authors)
+    ours = authors_names.from_authors(authors, family)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert {k: v.shape for k, v in released.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
+    assert {k: v.shape for k, v in authors_names.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
 
 
 def test_a_fresh_model_looks_like_the_authors(shared):
@@ -104,7 +106,7 @@ def test_detections_equal_the_authors(golden):
     rec = golden("11_postprocess")
     outputs = {"pred_logits": tensor(rec["logits"]), "pred_boxes": tensor(rec["boxes"])}
     for model, k in (("deformable_detr", 100), ("h_detr", 100), ("dino", 300)):
-        found = detect(outputs, tensor(rec["image_sizes_hw"]), k)
+        found = detect(outputs, tensor(rec["image_sizes_hw"]), Config(top_k=k))
         for name, tolerance in (("scores", 1e-6), ("labels", 0), ("boxes", 1e-3)):
             close(torch.stack([d[name] for d in found]), rec[f"{model}_{name}"], tolerance, f"{model} {name}")
 
@@ -114,7 +116,7 @@ def test_detections_equal_the_authors(golden):
 def small(**changes):
     """A two-layer model of width 32 on the tiny backbone; forward and backward in milliseconds."""
     torch.manual_seed(0)
-    cfg = replace(Config(), **{**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9), **changes})
+    cfg = override(Config(), {**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9), **changes})
     return (cfg, *build(cfg, 5))
 
 
@@ -135,7 +137,7 @@ def test_every_parameter_gets_a_finite_gradient(variant, objects):
 @pytest.mark.parametrize("variant", ["plain", "refine", "two_stage"])
 def test_it_overfits_four_scenes(variant):
     cfg, model, criterion = small(**ALL[variant])
-    first, *_, last = (sum(losses.values()) for losses in overfit(model, criterion, param_groups(model, cfg)))
+    first, *_, last = (sum(losses.values()) for losses in overfit(model, criterion, param_groups(model, override(RECIPE, SMALL))))
     assert last < first / 2
 
 
@@ -172,7 +174,7 @@ def test_padding_an_image_further_hardly_moves_its_boxes():
     mask[:, :256, :320] = False
     alone, padded = model(images, padding), model(wider, mask)
     assert (alone["pred_boxes"] - padded["pred_boxes"]).abs().max() < 1e-2
-    best, still = (detect(out, torch.tensor([[256, 320]]), 1)[0] for out in (alone, padded))
+    best, still = (detect(out, torch.tensor([[256, 320]]), Config(top_k=1))[0] for out in (alone, padded))
     assert best["labels"] == still["labels"] and best["query"] == still["query"]
 
 
@@ -183,7 +185,7 @@ def test_under_autocast_boxes_keep_float32_from_reference_to_detection(variant):
     images, padding, _ = batch((64, 96))
     with torch.autocast("cpu", torch.bfloat16):
         out = model.eval()(images, padding)
-    assert {out["anchors"].dtype, out["pred_boxes"].dtype, detect(out, torch.tensor([[64, 96]]), 3)[0]["boxes"].dtype} == {
+    assert {out["anchors"].dtype, out["pred_boxes"].dtype, detect(out, torch.tensor([[64, 96]]), Config(top_k=3))[0]["boxes"].dtype} == {
         torch.float32}
 
 
@@ -256,7 +258,7 @@ def test_tiny_and_thin_images(size):
         images, padding, targets = batch(size, objects=(2,))
         out = model(images, padding)
         assert sum(criterion(out, targets).values()).isfinite()
-        found = detect(out, torch.tensor([size]), 10_000)[0]
+        found = detect(out, torch.tensor([size]), Config(top_k=10_000))[0]
         assert len(found["scores"]) == out["pred_logits"].numel()
 
 
@@ -269,7 +271,7 @@ def test_learning_rates_come_in_three_groups():
     cfg = Config()
     with torch.device("meta"):
         model, _ = build(cfg, 91)
-    rest, backbone, slow = param_groups(model, cfg)
+    rest, backbone, slow = param_groups(model, RECIPE)
     names = {id(p): n for n, p in model.named_parameters()}
     assert {names[id(p)].split(".")[0] for p in backbone["params"]} == {"backbone"}
     assert all("sampling_offsets" in names[id(p)] or "reference_points" in names[id(p)] for p in slow["params"])
@@ -281,7 +283,7 @@ def test_learning_rates_come_in_three_groups():
 
 def test_detections_equal_a_sort():
     outputs = {"pred_logits": torch.randn(1, 4, 3), "pred_boxes": torch.rand(1, 4, 4)}
-    found = detect(outputs, torch.tensor([[10, 20]]), 5)[0]
+    found = detect(outputs, torch.tensor([[10, 20]]), Config(top_k=5))[0]
     flat = sorted(((float(s), q, k) for q, row in enumerate(outputs["pred_logits"][0].sigmoid())
                    for k, s in enumerate(row)), reverse=True)[:5]
     assert [(q, k) for _, q, k in flat] == list(zip(found["query"].tolist(), found["labels"].tolist()))
@@ -301,7 +303,7 @@ def test_dropout_acts_only_in_training():
 
 def test_a_copy_of_the_file_is_a_model(tmp_path):
     """`cp deformable_detr.py mine.py` gives a paper file of one's own."""
-    assert all(hasattr(sys.modules["deformable_detr"], name) for name in ("Config", "build", "detect", "param_groups"))
+    assert all(hasattr(sys.modules["deformable_detr"], name) for name in ("Config", "RECIPE", "build", "detect", "param_groups"))
     assert copy.deepcopy(Config()) == Config()
 
 
@@ -327,9 +329,9 @@ def test_files_of_transformers_give_the_same_boxes_here(tmp_path, variant):
             b.data.uniform_(0.5, 1.5, generator=generator)
     theirs.save_pretrained(tmp_path)
     torch.save(theirs.state_dict(), tmp_path / "pytorch_model.bin")
-    ours, cfg, meta = models.load_model(tmp_path / "model.safetensors")
+    ours, _, cfg, _, meta, _ = models.load_model(tmp_path / "model.safetensors")
     assert (cfg.num_heads, cfg.num_queries, "".join(meta["class_names"])) == (4, 20, "abcdefg")
-    same, _, _ = models.load_model(tmp_path / "pytorch_model.bin")
+    same, *_ = models.load_model(tmp_path / "pytorch_model.bin")
     assert all(torch.equal(a, b) for a, b in zip(ours.state_dict().values(), same.state_dict().values()))
     images, padding, _ = batch((96, 128), (64, 88), objects=())
     with torch.no_grad():

@@ -1,16 +1,17 @@
 """dino.py: the authors' recordings, then one test per claim of the paper."""
 from copy import deepcopy
-from dataclasses import replace
 
 import pytest
 import torch
 
+from engine.recipe import override
+from engine import authors_names
 from engine import released
 import dino
 import recordings
 from boxes import box_cxcywh_to_xyxy
 from deformable_detr import sine_embedding, sine_positions
-from dino import (SMALL, Config, Criterion, DINO, Noise, build, denoising_groups, denoising_mask, denoising_queries,
+from dino import (RECIPE, SMALL, Config, Criterion, DINO, Noise, build, denoising_groups, denoising_mask, denoising_queries,
                   detect, noised_boxes, param_groups)
 from recordings import batch, close, config_fields, given_maps, narrow_resnet, overfit, speak, tensor
 
@@ -79,11 +80,11 @@ def test_released_checkpoints_map_one_to_one(shared, recipe, levels, tensors, pa
         model, _ = build(Config(num_feature_levels=levels), 91)
         authors = {name: torch.empty(shape) for name, shape in keys}
     assert sum(p.numel() for p in model.parameters()) == parameters
-    family, found = released.recognise(authors)
-    ours = released.from_authors(authors, family)
+    family, found = released.recognize(authors)
+    ours = authors_names.from_authors(authors, family)
     assert found["num_feature_levels"] == levels and found["num_queries"] == 900
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert {k: v.shape for k, v in released.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
+    assert {k: v.shape for k, v in authors_names.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
 
 
 @pytest.mark.parametrize("levels", [4, 5])
@@ -181,7 +182,7 @@ def test_the_mask_separates_groups_and_hides_them_from_matching_queries():
 def small(**changes):
     """A two-layer model of width 32 on the tiny backbone; forward and backward in milliseconds."""
     torch.manual_seed(0)
-    cfg = replace(Config(), **{**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9), **changes})
+    cfg = override(Config(), {**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9), **changes})
     return (cfg, *build(cfg, 5))
 
 
@@ -205,7 +206,7 @@ def test_every_parameter_gets_a_finite_gradient(changes, objects):
 @pytest.mark.parametrize("changes", ABLATIONS[:5], ids=str)
 def test_it_overfits_four_scenes(changes):
     cfg, model, criterion = small(**changes)
-    seen = [losses["cls"] + losses["l1"] + losses["giou"] for losses in overfit(model, criterion, param_groups(model, cfg))]
+    seen = [losses["cls"] + losses["l1"] + losses["giou"] for losses in overfit(model, criterion, param_groups(model, override(RECIPE, SMALL)))]
     assert sum(seen[-5:]) / 5 < seen[0] / 2
 
 
@@ -297,7 +298,7 @@ def test_only_positive_slots_pay_for_boxes_and_all_slots_pay_for_classes():
 def test_learning_rates_come_in_two_groups():
     with torch.device("meta"):
         model, _ = build(Config(), 91)
-    rest, backbone = param_groups(model, Config())
+    rest, backbone = param_groups(model, RECIPE)
     assert (len(backbone["params"]), sum(p.numel() for p in backbone["params"])) == (42, 23_232_512)
     assert (len(rest["params"]), sum(p.numel() for p in rest["params"])) == (273, 23_438_270)
 
@@ -308,7 +309,7 @@ def test_tiny_and_thin_images(size):
     images, padding, targets = batch(size, objects=(2,))
     out = model(images, padding, targets)
     assert sum(criterion(out, targets).values()).isfinite()
-    assert len(detect(out, torch.tensor([size]), 10_000)[0]["scores"]) == out["pred_logits"].numel()
+    assert len(detect(out, torch.tensor([size]), Config(top_k=10_000))[0]["scores"]) == out["pred_logits"].numel()
 
 
 def test_a_misspelt_choice_names_the_choices():

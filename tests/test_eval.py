@@ -12,6 +12,7 @@ import torch
 from PIL import Image
 from pycocotools.coco import COCO
 
+from engine.recipe import Recipe, configure
 from engine import checkpoints
 from engine import class_rows
 from engine import models
@@ -19,10 +20,15 @@ import data
 import scenes
 import eval as evaluation
 import analysis
-from engine import class_rows
 from engine import datasets
 from engine import inference
 from engine import machine
+
+
+@dataclasses.dataclass
+class Config:
+    """All that `evaluate` asks of one."""
+    top_k: int = 100
 
 
 def truth(objects, sizes=((100, 100),), categories=((7, "cat"),)):
@@ -183,7 +189,7 @@ class Perfect(torch.nn.Module):
         first, self.next = self.next, self.next + len(images)
         return {"images": range(first, self.next)}
 
-    def detect(self, outputs, sizes, top_k):
+    def detect(self, outputs, sizes, cfg):
         found = []
         for index, (h, w) in zip(outputs["images"], sizes.tolist()):
             rows = [row for row in self.dataset.coco().imgToAnns[int(self.dataset.image_ids[index])] if not row["iscrowd"]]
@@ -194,7 +200,7 @@ class Perfect(torch.nn.Module):
             if self.dataset.has_masks:
                 decoded = [data.decode_mask(row["segmentation"], h, w) for row in rows]
                 masks["masks"] = torch.from_numpy(np.stack(decoded)).bool() if rows else torch.zeros(0, h, w, dtype=torch.bool)
-            found.append({key: value[:top_k] for key, value in
+            found.append({key: value[:cfg.top_k] for key, value in
                           {**detection(corners.tolist(), labels, [1.0] * len(rows)), **masks}.items()})
         return found
 
@@ -217,7 +223,7 @@ class Light(data.DetectionData):
 @pytest.mark.parametrize("name", ["bccd", "nuclei", "coco_mini"])
 def test_perfect_predictions_score_one_through_our_results_path(shared, name):
     dataset = Light(data.CocoFolder(shared / "data" / name, "val"))
-    cfg = type("Config", (), {"top_k": 100})
+    cfg = Config()
     model = Perfect(dataset)
     metrics = evaluation.evaluate(model, model.detect, dataset, cfg, "cpu", batch_size=4, max_dets=500)
     assert metrics["bbox"]["AP"] == pytest.approx(1, abs=1e-9) and metrics["bbox"]["AR500"] == pytest.approx(1)
@@ -247,15 +253,15 @@ def test_images_without_objects_and_a_model_without_detections_are_evaluated():
     empty = dataset.take([i for i in range(16) if not len(dataset.objects(i).labels)])
     assert len(empty) >= 1
     model = Perfect(empty)
-    metrics = evaluation.evaluate(model, model.detect, empty, type("Config", (), {"top_k": 100}), "cpu", batch_size=2)
+    metrics = evaluation.evaluate(model, model.detect, empty, Config(), "cpu", batch_size=2)
     assert metrics["bbox"]["AP"] == -1 and metrics["images"] == len(empty)
-    nothing = lambda outputs, sizes, top_k: [detection([]) for _ in sizes]
-    metrics = evaluation.evaluate(Perfect(dataset), nothing, dataset, type("Config", (), {"top_k": 100}), "cpu")
+    nothing = lambda outputs, sizes, cfg: [detection([]) for _ in sizes]
+    metrics = evaluation.evaluate(Perfect(dataset), nothing, dataset, Config(), "cpu")
     assert metrics["bbox"]["AP"] == 0
 
 
 def test_each_process_runs_its_share_and_all_score_everything(monkeypatch):
-    dataset, cfg = make_scenes(9), type("Config", (), {"top_k": 100})
+    dataset, cfg = make_scenes(9), Config()
     whole = evaluation.evaluate(Perfect(dataset), Perfect(dataset).detect, dataset, cfg, "cpu")
     shares = []
 
@@ -281,7 +287,7 @@ def test_evaluation_leaves_the_models_mode_as_it_was():
     dataset = make_scenes(2)
     for mode in (True, False):
         model = Perfect(dataset).train(mode)
-        evaluation.evaluate(model, model.detect, dataset, type("Config", (), {"top_k": 100}), "cpu")
+        evaluation.evaluate(model, model.detect, dataset, Config(), "cpu")
         assert model.training == mode
 
 
@@ -334,11 +340,12 @@ def write_checkpoint(path, name="dino", class_names=scenes.SCENE_CLASSES, **run)
     """A tiny random model of a paper file, saved as train.py would."""
     torch.manual_seed(0)
     paper = importlib.import_module(name)
-    cfg = paper.Config(**{**paper.SMALL, "dim": 32, "num_heads": 2, "ffn_dim": 32, "num_queries": 12, "decoder_layers": 2,
-                          "train_sizes": (64,), "eval_size": 64})
+    cfg, recipe = configure(paper, paper.SMALL, dict(dim=32, num_heads=2, ffn_dim=32, num_queries=12, decoder_layers=2,
+                                                     train_sizes=(64,), eval_size=64))
     model, _ = paper.build(cfg, len(class_names))
     checkpoints.save(path, {
-        "format": 1, "model_name": name, "variant": "", "config": dataclasses.asdict(cfg), "model": model.state_dict(),
+        "format": 2, "model_name": name, "variant": "", "config": dataclasses.asdict(cfg),
+        "recipe": dataclasses.asdict(recipe), "model": model.state_dict(),
         "class_names": list(class_names), "category_ids": list(range(1, len(class_names) + 1)), "epoch": 1, "step": 5,
         "run": {"data": "", "seed": 0, "overfit": 0, "num_val": 6} | run})
     return path
@@ -385,8 +392,8 @@ def test_images_of_any_size_are_drawn_and_listed_and_broken_ones_named(checkpoin
 def test_boxes_come_back_in_pixels_of_a_picture_that_is_not_square():
     detector = importlib.import_module("deformable_detr")
     outputs = {"pred_logits": torch.tensor([[[3.0, -3.0]]]), "pred_boxes": torch.tensor([[[0.5, 0.5, 1.0, 0.5]]])}
-    cfg = type("Config", (), {"top_k": 1, "eval_size": 30, "max_size": 60})
-    det = inference.detect_image(lambda images, padding: outputs, detector.detect, Image.new("RGB", (90, 60)), cfg, "cpu")
+    cfg, recipe = detector.Config(top_k=1), Recipe(eval_size=30, max_size=60)
+    det = inference.detect_image(lambda images, padding: outputs, detector.detect, Image.new("RGB", (90, 60)), cfg, recipe, "cpu")
     assert det["boxes"].tolist() == [[0, 15, 90, 45]] and det["labels"].tolist() == [0]
 
 
@@ -410,16 +417,16 @@ def test_data_of_other_classes_is_an_error_that_lists_both(shared, checkpoint):
 
 def test_released_heads_lose_their_unused_columns_when_the_data_has_coco_classes(tmp_path):
     path = write_checkpoint(tmp_path / "released.pt", class_names=class_rows.coco_columns())
-    model, cfg, meta = models.load_model(path)
+    model, paper, cfg, _, meta, _ = models.load_model(path)
     dataset = type("Coco", (), {"class_names": class_rows.COCO_NAMES, "name": "coco"})
-    fitted = class_rows.fit_classes(model, importlib.import_module("dino"), cfg, meta, dataset)
+    fitted = class_rows.fit_classes(model, paper, cfg, meta, dataset)
     before, after = (m.class_embed[0].weight for m in (model, fitted))
     assert after.shape[0] == 80 and torch.equal(after, before[class_rows.COCO_IDS])
 
 
 def test_released_weights_without_data_ask_for_it():
     with pytest.raises(ValueError, match="--data"):
-        datasets.validation_set(None, None, {})
+        datasets.validation_set(None, models.Loaded(None, None, None, None, {}, None))
 
 
 def test_hyphens_and_underscores_are_the_same_and_abbreviations_are_refused(capsys):

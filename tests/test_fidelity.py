@@ -1,14 +1,14 @@
 """Fidelity without the recordings: a few figures that the authors' code gave for small models, as literals. Weights, inputs and
 objects are hashed (`hashed`), tolerances those that the recordings state. A clone of this repository alone runs all of it."""
 import importlib
-from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
-from engine import released
+from engine.recipe import override
+from engine import authors_names
 import co_detr
 import dino
 import hashed
@@ -94,18 +94,18 @@ AUTHORS = {
 
 def hashed_model(run):
     """The model with hashed weights under the authors' names, and its criterion."""
-    paper = importlib.import_module(released.FAMILIES[run.family].model_name)
+    paper = importlib.import_module(authors_names.FAMILIES[run.family].model_name)
     sizes = CO if paper is co_detr else SIZES
-    cfg = replace(paper.Config(), **{**released.FAMILIES[run.family].overrides, **sizes, **run.config})
+    cfg = override(paper.Config(), {**authors_names.FAMILIES[run.family].overrides, **sizes, **run.config})
     finest = 16 if len(run.channels) == 1 else 2 ** (6 - len(run.channels))
     maps = [hashed.feature(level, (2, width, 96 // (finest << level), 128 // (finest << level)), run.seed)
             for level, width in enumerate(run.channels)]
     detector = {"deformable_detr": "DeformableDETR", "dino": "DINO", "h_detr": "HDETR", "co_detr": "CoDETR"}[paper.__name__]
     backbone = GivenMaps(maps) if maps else narrow_resnet(cfg.dilation)
     model = getattr(paper, detector)(backbone, cfg, 11)
-    names = released.to_authors(model.state_dict(), run.family)
-    weights = {name: hashed.weight(name, x.shape, run.seed, released.FAMILIES[run.family].tied) for name, x in names.items()}
-    model.load_state_dict(released.from_authors(weights, run.family))
+    names = authors_names.to_authors(model.state_dict(), run.family)
+    weights = {name: hashed.weight(name, x.shape, run.seed, authors_names.FAMILIES[run.family].tied) for name, x in names.items()}
+    model.load_state_dict(authors_names.from_authors(weights, run.family))
     return model, paper.Criterion(cfg)
 
 

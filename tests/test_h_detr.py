@@ -5,9 +5,11 @@ import numpy as np
 import pytest
 import torch
 
+from engine.recipe import override
+from engine import authors_names
 from engine import released
 import recordings
-from h_detr import (SMALL, VARIANTS, Config, Criterion, HDETR, build, detect, group_mask, param_groups)
+from h_detr import (RECIPE, SMALL, VARIANTS, Config, Criterion, HDETR, build, detect, group_mask, param_groups)
 from recordings import batch, close, config_fields, given_maps, overfit, speak, tensor
 
 
@@ -86,16 +88,16 @@ def test_the_released_checkpoint_maps_one_to_one(shared, recipe):
     keys = recipe.read_keys(shared / "golden" / "keys_h_deformable_detr_r50.txt")
     assert len(keys) == 631
     authors = {name: torch.empty(shape, device="meta") for name, shape in keys}
-    family, found = released.recognise(authors)
+    family, found = released.recognize(authors)
     assert family == "h_detr" and (found["num_queries"], found["num_queries_one2many"]) == (300, 1500)
     with torch.device("meta"):
         model, _ = build(Config(**found), 91)
-        baseline, _ = build(replace(Config(), **VARIANTS["baseline"]), 91)
+        baseline, _ = build(override(Config(), VARIANTS["baseline"]), 91)
     assert sum(p.numel() for p in model.parameters()) == 47_946_073
     assert sum(p.numel() for p in baseline.parameters()) == 47_562_073
-    ours = released.from_authors(authors, family)
+    ours = authors_names.from_authors(authors, family)
     assert {k: v.shape for k, v in ours.items()} == {k: v.shape for k, v in model.state_dict().items()}
-    assert {k: v.shape for k, v in released.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
+    assert {k: v.shape for k, v in authors_names.to_authors(ours, family).items()} == {k: torch.Size(s) for k, s in keys}
 
 
 def test_a_fresh_model_looks_like_the_authors(shared):
@@ -109,7 +111,7 @@ def test_a_fresh_model_looks_like_the_authors(shared):
 def small(**changes):
     """A two-layer model of width 32 on the tiny backbone; forward and backward in milliseconds."""
     torch.manual_seed(0)
-    cfg = replace(Config(), **{**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9,
+    cfg = override(Config(), {**SMALL, **dict(dim=32, ffn_dim=48, decoder_layers=2, num_queries=9,
                                                num_queries_one2many=20, k_one2many=3), **changes})
     return (cfg, *build(cfg, 5))
 
@@ -127,7 +129,7 @@ def test_every_parameter_gets_a_finite_gradient(many, objects):
 
 def test_it_overfits_four_scenes():
     cfg, model, criterion = small()
-    seen = [losses["cls"] + losses["l1"] + losses["giou"] for losses in overfit(model, criterion, param_groups(model, cfg))]
+    seen = [losses["cls"] + losses["l1"] + losses["giou"] for losses in overfit(model, criterion, param_groups(model, override(RECIPE, SMALL)))]
     assert sum(seen[-5:]) / 5 < seen[0] / 2
 
 
@@ -203,4 +205,4 @@ def test_tiny_and_thin_images(size):
     images, padding, targets = batch(size, objects=(2,))
     out = model(images, padding, targets)
     assert sum(criterion(out, targets).values()).isfinite()
-    assert len(detect(out, torch.tensor([size]), 10_000)[0]["scores"]) == out["pred_logits"].numel()
+    assert len(detect(out, torch.tensor([size]), Config(top_k=10_000))[0]["scores"]) == out["pred_logits"].numel()

@@ -6,9 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from engine.recipe import override
+from engine import models
 from engine import checkpoints
 import co_detr
-import data
 import scenes
 import deformable_detr
 import dino
@@ -22,7 +23,7 @@ from mask_frozen_detr import (SMALL, Config, Criterion, Frozen, MaskFrozenDETR, 
                               encode, grid_points, interpolation, mask_iou, paste, read, read_objects, uncertain_points)
 from recordings import batch, speak
 
-TINY = {**SMALL, **dict(detector="given", roi_size=8, channel_dim=32, image_ffn_dim=32, box_ffn_dim=32, score_dim=8,
+TINY = {**SMALL, **dict(roi_size=8, channel_dim=32, image_ffn_dim=32, box_ffn_dim=32, score_dim=8,
                         score_ffn_dim=16, num_heads=2, num_points=2, loss_points=64)}
 
 
@@ -30,7 +31,7 @@ def detector(paper=dino, **changes):
     """A small detector whose heads say something."""
     torch.manual_seed(0)
     small = dict(paper.SMALL, dim=32, ffn_dim=48, num_heads=2, decoder_layers=2, num_queries=9, size_divisor=1) | changes
-    cfg = replace(paper.Config(), **small)
+    cfg = override(paper.Config(), small)
     model, _ = paper.build(cfg, 5)
     speak(getattr(model, "detector", model))
     return model
@@ -38,7 +39,7 @@ def detector(paper=dino, **changes):
 
 def network(frozen=None, paper=dino, **changes):
     """-> Config, mask network in training mode, criterion."""
-    cfg = replace(Config(), **{**TINY, **changes})
+    cfg = override(Config(), {**TINY, **changes})
     frozen = frozen or Frozen(detector(paper), paper.detect, cfg.enc_layer)
     torch.manual_seed(1)
     return cfg, MaskFrozenDETR(frozen, cfg).train(), Criterion(cfg)
@@ -75,7 +76,7 @@ def test_any_detector_of_the_project_can_be_wrapped_and_its_boxes_stay(paper):
     with torch.no_grad():
         alone, found = model(images, padding), masks(images, padding)
     sizes = torch.tensor([[100, 150], [75, 100]])
-    for ours, theirs, size in zip(detect(found, sizes, 20), paper.detect(alone, sizes, 20), sizes.tolist()):
+    for ours, theirs, size in zip(detect(found, sizes, replace(cfg, top_k=20)), paper.detect(alone, sizes, replace(model.cfg, top_k=20)), sizes.tolist()):
         assert ours["masks"].shape == (len(ours["boxes"]), *size) and ours["masks"].dtype == torch.bool
         for name in ("scores", "labels", "boxes", "query"):
             assert torch.equal(ours[name], theirs[name]), name
@@ -86,7 +87,7 @@ def test_the_detector_is_bit_identical_after_training_steps_and_has_no_gradient(
     cfg, masks, criterion = network(frozen, ema=0.9)
     before = {name: value.clone() for name, value in frozen.model.state_dict().items()}
     average = train.Average(masks, 0.9)
-    optimizer = torch.optim.AdamW(mfd.param_groups(masks, cfg), lr=1e-2, fused=True)
+    optimizer = torch.optim.AdamW(mfd.param_groups(masks, override(mfd.RECIPE, SMALL)), lr=1e-2, fused=True)
     examples = scene((64, 96), (48, 64))
     with torch.no_grad():
         boxes = masks(*examples)["pred_boxes"]
@@ -256,7 +257,7 @@ def test_padding_changes_no_mask(amount):
 
 def test_a_query_sees_its_own_region_and_the_other_queries_of_its_image_alone():
     torch.manual_seed(0)
-    encoder = mfd.QueryEncoder(replace(Config(), **{**TINY, "query_encoder": "both"}))
+    encoder = mfd.QueryEncoder(override(Config(), {**TINY, "query_encoder": "both"}))
     queries, region = torch.randn(4, 32), torch.randn(4, 8, 8, 32)
     image = torch.tensor([0, 0, 1, 1])
     changed = region.clone()
@@ -448,7 +449,7 @@ def test_every_parameter_gets_a_finite_gradient(changes, objects):
     assert [n for n, p in masks.named_parameters() if p.grad is None or not p.grad.isfinite().all()] == []
     assert (sum(losses.values()) == 0) == (objects == (0, 0))
     masks.eval()
-    found = detect(masks(images, padding, targets), torch.tensor([[64, 96], [48, 64]]), 20)
+    found = detect(masks(images, padding, targets), torch.tensor([[64, 96], [48, 64]]), replace(masks.cfg, top_k=20))
     assert [len(f["masks"]) == len(f["mask_scores"]) == len(f["scores"]) for f in found] == [True, True]
 
 
@@ -465,7 +466,7 @@ def test_regions_of_the_ground_truth_find_every_object():
     cfg, masks, _ = network(roi_box="gt")
     images, padding, targets = scene((64, 96), (48, 64))
     masks.eval()
-    found = detect(masks(images, padding, targets), torch.tensor([[64, 96], [48, 64]]), 20)
+    found = detect(masks(images, padding, targets), torch.tensor([[64, 96], [48, 64]]), replace(masks.cfg, top_k=20))
     assert len(found[1]["masks"]) == 0 and found[0]["scores"].tolist() == [1, 1, 1]
     assert sorted(found[0]["labels"].tolist()) == sorted(targets[0]["labels"].tolist())
     assert "found" in masks(images, padding)                               # without targets: the detector's
@@ -474,7 +475,7 @@ def test_regions_of_the_ground_truth_find_every_object():
 def test_it_overfits_four_scenes():
     cfg, masks, criterion = network(roi_size=16, channel_dim=64, roi_box="gt")
     images, padding, targets = scene((64, 64), (64, 64), (64, 64), (64, 64), objects=(1, 2, 1, 2))
-    optimizer = torch.optim.AdamW(mfd.param_groups(masks, cfg), lr=3e-3)
+    optimizer = torch.optim.AdamW(mfd.param_groups(masks, override(mfd.RECIPE, SMALL)), lr=3e-3)
     for _ in range(60):
         out = masks(images, padding, targets)
         losses = criterion(out, targets)
@@ -505,8 +506,8 @@ def test_parameters_are_those_that_the_default_sizes_give():
 
 
 def test_the_learning_rate_falls_after_ninety_and_ninety_five_percent():
-    cfg = replace(Config(), epochs=1)
-    factors = {step: train.lr_factor(cfg, step, 88_500) for step in (0, 79_649, 79_650, 84_074, 84_075, 88_499)}
+    recipe = replace(mfd.RECIPE, epochs=1)
+    factors = {step: train.lr_factor(recipe, step, 88_500) for step in (0, 79_649, 79_650, 84_074, 84_075, 88_499)}
     assert list(factors.values()) == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
 
 
@@ -584,7 +585,7 @@ def test_a_checkpoint_is_evaluated_with_and_without_mask_scores_and_knows_its_de
 
 
 def test_without_a_detector_the_error_says_how_to_get_one(tmp_path):
-    with pytest.raises(SystemExit, match="--detector FILE.*python train.py --model dino.*--detector auto"):
+    with pytest.raises(SystemExit, match="--detector FILE.*python train.py --model dino"):
         run(*MASKS, "--out", str(tmp_path / "masks"))
 
 
@@ -592,7 +593,7 @@ def test_a_mask_network_is_no_detector_and_classes_must_agree(tmp_path, trained,
     with pytest.raises(SystemExit, match="expected a detector, got"):
         run(*MASKS, "--detector", str(masks_folder / "best.pt"), "--out", str(tmp_path / "other"))
     with pytest.raises(ValueError, match="a detector of 3 classes"):
-        mfd.build(replace(Config(), detector=trained), 3)
+        mfd.build(Config(), 3, models.load_detector(trained))
     state = checkpoints.load(trained)
     state["class_names"] = state["class_names"][::-1]
     checkpoints.save(tmp_path / "reversed.pt", state)
@@ -604,18 +605,3 @@ def test_data_without_masks_is_refused(shared, tmp_path, trained):
     with pytest.raises(SystemExit, match="expected a segmentation for every object of bccd"):
         run(*MASKS[:2], "--data", str(shared / "data" / "bccd"), "--preset", "small", "--detector", trained,
             "--out", str(tmp_path / "masks"))
-
-
-def test_auto_trains_the_default_detector_once_then_the_masks(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    for name, value in dict(epochs=1, dim=32, ffn_dim=32, num_heads=2, num_queries=12, train_sizes=(64,), eval_size=64).items():
-        monkeypatch.setitem(dino.SMALL, name, value)
-    words = (*MASKS, "--num_train", "8", "--detector", "auto", "--epochs", "1")
-    run(*words)
-    assert "the default DINO is trained first" in capsys.readouterr().out
-    run(*words, "--out", "again")
-    printed = capsys.readouterr().out
-    assert "trained first" not in printed and "runs/dino/best.pt: the default DINO on this data" in printed
-    assert checkpoints.load("again/best.pt")["config"]["detector"] == "runs/dino/best.pt"
-    run(*words, "--out", "other", "--num_train", "9")                      # other data: runs/dino is not what is wanted
-    assert checkpoints.load("other/best.pt")["config"]["detector"] == "other/detector/best.pt"

@@ -2,6 +2,7 @@
 import argparse
 import importlib
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -9,14 +10,16 @@ import pytest
 import torch
 from PIL import Image
 
+from engine.recipe import configure
 from engine import checkpoints
 from engine import class_rows
-from engine import models
-from engine import released
+from engine import models, released
+from engine import authors_names
 import data
 import deformable_detr
 import eval as evaluation
 from engine import inference
+from engine.errors import UserError
 import hashed
 import train
 
@@ -31,10 +34,10 @@ def test_a_photo_on_disk_becomes_the_authors_detections(golden, recipe, shared, 
     shapes = [json.loads(str(shape)) for shape in rec[f"j{job}.key_shapes"]]
     weights = recipe.state_dict(zip(rec[f"j{job}.key_names"].tolist(), shapes), made["seed"], made["tied_heads"])
     torch.save({"model": {name: torch.from_numpy(value) for name, value in weights.items()}}, tmp_path / "released.pth")
-    model, cfg, meta = models.load_model(tmp_path / "released.pth")
+    model, _, cfg, recipe, meta, _ = models.load_model(tmp_path / "released.pth")
     assert meta["model_name"] == made["variant"]
     folder, name = made["files"][photo].split("/")
-    dataset = data.CocoFolder(shared / "data" / "coco_mini", folder.removesuffix("2017"), data.eval_transform(cfg))
+    dataset = data.CocoFolder(shared / "data" / "coco_mini", folder.removesuffix("2017"), data.eval_transform(recipe))
     index = dataset.files.tolist().index(name)
     expected = {key.split(".", 1)[1]: value for key, value in rec.items() if key.startswith(f"j{job}i{photo}.")}
 
@@ -45,7 +48,7 @@ def test_a_photo_on_disk_becomes_the_authors_detections(golden, recipe, shared, 
 
     model.double().register_forward_pre_hook(lambda _, inputs: (inputs[0].double(), *inputs[1:]))
     (outputs, (target,)), = inference.predict(model, dataset, [index], "cpu")
-    found, = deformable_detr.detect(outputs, target["orig_size"][None], cfg.top_k)
+    found, = deformable_detr.detect(outputs, target["orig_size"][None], cfg)
     assert len(found["scores"]) == len(expected["scores"])
     np.testing.assert_allclose(found["scores"], expected["scores"], rtol=0, atol=1e-5)
     assert found["labels"].tolist() == expected["labels"].tolist()
@@ -59,14 +62,14 @@ SMALL = dict(dim=32, ffn_dim=16, encoder_layers=1, decoder_layers=2, num_queries
 
 def released_file(path, family, **options):
     """A narrow transformer on ResNet-50 with hashed weights for 91 classes, saved as the authors save theirs."""
-    paper = importlib.import_module(released.FAMILIES[family].model_name)
+    paper = importlib.import_module(authors_names.FAMILIES[family].model_name)
     with torch.device("meta"):
         model, _ = paper.build(replace(paper.Config(), num_heads=options.get("nheads", 8), **SMALL,
-                                       **released.FAMILIES[family].overrides), 91)
-    names = released.to_authors(model.state_dict(), family)
-    weights = {name: hashed.weight(name, x.shape, 5, released.FAMILIES[family].tied) for name, x in names.items()}
+                                       **authors_names.FAMILIES[family].overrides), 91)
+    names = authors_names.to_authors(model.state_dict(), family)
+    weights = {name: hashed.weight(name, x.shape, 5, authors_names.FAMILIES[family].tied) for name, x in names.items()}
     torch.save({"model": weights, "args": argparse.Namespace(**options), "epoch": 11}, path)
-    return released.from_authors(weights, family)
+    return authors_names.from_authors(weights, family)
 
 
 def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, capsys):
@@ -81,7 +84,7 @@ def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, c
         "annotations": [{"id": 1, "image_id": 1, "category_id": 18, "bbox": [5, 2, 90, 8], "area": 720, "iscrowd": 0}]}))
     evaluation.main(["--checkpoint", str(tmp_path / "released.pth"), "--data", str(tmp_path / "coco"), "--device", "cpu"])
     said = capsys.readouterr().out
-    for part in ("recognised as released dino", "keeping the 80 class columns", "short side 800 px but long side at most 1333 px",
+    for part in ("recognized as released dino", "keeping the 80 class columns", "short side 800 px but long side at most 1333 px",
                  "the 250 best (query, class) pairs"):
         assert part in said
     assert json.loads((tmp_path / "eval.json").read_text())["images"] == 1
@@ -89,20 +92,20 @@ def test_eval_takes_a_released_file_with_the_settings_of_its_authors(tmp_path, c
 
 def test_settings_are_those_of_the_family():
     co = importlib.import_module("co_detr")
-    said = evaluation.settings(co.Config())
+    said = evaluation.settings(*configure(co))
     assert "short side 800" in said and "the 300 best" in said and "soft-NMS from IoU 0.8" in said
-    assert "NMS" not in evaluation.settings(replace(co.Config(), **co.VARIANTS["co_deformable"]))
-    said = evaluation.settings(replace(co.Config(), **co.VARIANTS["vit_l"]))
+    assert "NMS" not in evaluation.settings(*configure(co, co.VARIANTS["co_deformable"]))
+    said = evaluation.settings(*configure(co, co.VARIANTS["vit_l"]))
     assert "short side 1280 px but long side at most 2048 px" in said and "multiple of 32" in said and "the 1000 best" in said
-    assert "the 100 best" in evaluation.settings(deformable_detr.Config())
+    assert "the 100 best" in evaluation.settings(*configure(deformable_detr))
 
 
 def test_options_beside_the_weights_tell_what_no_shape_shows(tmp_path):
     released_file(tmp_path / "a.pth", "deformable_detr_two_stage", num_queries=7, nheads=4, dilation=True, lr=2e-4)
-    _, cfg, _ = models.load_model(tmp_path / "a.pth")
-    assert (cfg.num_queries, cfg.num_heads, cfg.dilation, cfg.lr) == (7, 4, True, deformable_detr.Config().lr)
+    _, _, cfg, recipe, *_ = models.load_model(tmp_path / "a.pth")
+    assert (cfg.num_queries, cfg.num_heads, cfg.dilation, recipe) == (7, 4, True, deformable_detr.RECIPE)
     released_file(tmp_path / "b.pth", "deformable_detr", num_queries=5)
-    _, cfg, _ = models.load_model(tmp_path / "b.pth", variant="dc5")
+    _, _, cfg, *_ = models.load_model(tmp_path / "b.pth", variant="dc5")
     assert cfg.dilation and cfg.num_feature_levels == 4   # what shapes show stays
     with pytest.raises(ValueError, match="expected --variant to be one of single_scale, dc5, refine, two_stage, got 'dc6'"):
         models.load_model(tmp_path / "b.pth", variant="dc6")
@@ -116,7 +119,7 @@ def arguments(tmp_path, model, *more):
 
 def started(tmp_path, model, class_names, *more):
     """What `train.py --init` starts from, and its report."""
-    run, cfg = train.parse(arguments(tmp_path, model, *more))
+    run, cfg, _ = train.parse(arguments(tmp_path, model, *more))
     fresh, _ = importlib.import_module(model).build(cfg, len(class_names))
     report = train.start_weights(run, cfg, fresh, class_names)
     return fresh.state_dict(), "\n".join(report)
@@ -159,3 +162,119 @@ def test_a_training_step_on_photos_from_a_released_file(shared, tmp_path):
                          "--overfit", "2", "--batch_size", "2", "--epochs", "1", "--lr", "0", "--lr_backbone", "0",
                          "--device", "cpu"))
     check_rows(checkpoints.load(tmp_path / "run" / "last.pt")["model"], theirs)
+
+
+# ---- files of models that are not built here
+
+def test_a_detector_trained_with_large_scale_jitter_is_refused(tmp_path):
+    """Its tensors are those of plain Co-DINO; only the saved config tells that padding is no
+    padding."""
+    state = {"state_dict": {}, "meta": {"config": "model = dict(\n    with_attn_mask=False,\n"}}
+    with pytest.raises(UserError, match="large-scale jitter"):
+        released.convert(state, tmp_path / "lsj.pth")
+
+
+def vit_l_keys(shared):
+    lines = (shared / "golden/co_detr/keys_co_dino_5scale_vit_l.txt").read_text().splitlines()
+    rows = [line.split(" ", 1) for line in lines if line and not line.startswith("#")]
+    return {name: torch.empty([int(n) for n in re.findall(r"\d+", shape)], device="meta")
+            for name, shape in rows}
+
+
+def test_the_windows_of_a_released_vit_are_compared_with_ours(shared):
+    """Co-DETR's LVIS detectors have windows of 16 and every third block global."""
+    state = vit_l_keys(shared)
+    assert released.recognize(state)[1]["backbone"] == "vit_l"
+    for key in list(state):
+        if key.endswith(("freqs_cos", "freqs_sin")):
+            state[key] = torch.empty(16 * 16, 64, device="meta")
+    with pytest.raises(UserError, match="windows of 24 .* got windows of 16 .* not built here"):
+        released.recognize(state)
+    # The same window size, but other blocks are global.
+    state = vit_l_keys(shared)
+    for kind in ("cos", "sin"):
+        table = state.pop(f"backbone.blocks.2.attn.rope.freqs_{kind}")
+        state[f"backbone.blocks.3.attn.rope.freqs_{kind}"] = table
+    with pytest.raises(UserError, match="in blocks 0,1,2,4.* got windows of 24 in blocks 0,1,3,4"):
+        released.recognize(state)
+
+
+def transformers_file(folder, config_json=None, **changes):
+    """A small Deformable DETR saved by `transformers`, with its config.json (or another one)."""
+    transformers = pytest.importorskip("transformers")
+    stages = transformers.ResNetConfig(
+        embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3],
+        out_features=["stage2", "stage3", "stage4"])
+    options = dict(use_timm_backbone=False, backbone_config=stages, num_labels=91, d_model=32,
+                   encoder_layers=1, decoder_layers=2, encoder_ffn_dim=16, decoder_ffn_dim=16,
+                   num_queries=5, disable_custom_kernels=True)
+    model = transformers.DeformableDetrForObjectDetection(
+        transformers.DeformableDetrConfig(**{**options, **changes}))
+    path = folder / "model.pt"
+    torch.save(model.state_dict(), path)
+    if config_json is None:
+        config_json = model.config.to_json_string()
+    (folder / "config.json").write_text(config_json)
+    return path, model
+
+
+@pytest.mark.parametrize("changes, message", [
+    (dict(activation_function="gelu"), "expected activation_function 'relu', got 'gelu'"),
+    (dict(position_embedding_type="learned"), "expected position_embedding_type 'sine'"),
+    (dict(encoder_n_points=2), "expected encoder_n_points equal to decoder_n_points, got 2 and 4"),
+    (dict(decoder_attention_heads=4), "expected encoder_attention_heads equal to decoder"),
+    (dict(decoder_ffn_dim=8), "expected encoder_ffn_dim equal to decoder_ffn_dim, got 16 and 8"),
+])
+def test_transformers_models_that_our_config_cannot_express_are_refused(tmp_path, changes, message):
+    path, _ = transformers_file(tmp_path, **changes)
+    with pytest.raises(UserError, match=message):
+        models.load_model(path)
+
+
+def test_heads_that_no_file_tells_are_refused_by_shape(tmp_path):
+    """With four heads and no config.json, the shapes do not fit eight heads."""
+    path, _ = transformers_file(tmp_path, encoder_attention_heads=4, decoder_attention_heads=4)
+    models.load_model(path)
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(UserError, match="sampling_offsets.*heads and points.*config.json"):
+        models.load_model(path)
+
+
+def test_dilation_is_read_as_transformers_reads_it(tmp_path):
+    """transformers dilates a timm backbone only; ours then does the same, with equal boxes."""
+    path, theirs = transformers_file(tmp_path, dilation=True)
+    options = json.loads((tmp_path / "config.json").read_text())
+    assert options["dilation"] is True and not options["use_timm_backbone"]
+    loaded = models.load_model(path)
+    assert not loaded.cfg.dilation
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        expected = theirs.eval()(images, torch.ones(1, 64, 96, dtype=torch.int64)).logits
+        ours = loaded.model(images, torch.zeros(1, 64, 96, dtype=torch.bool))["pred_logits"]
+    torch.testing.assert_close(ours, expected, atol=1e-4, rtol=0)
+    options["use_timm_backbone"] = True
+    (tmp_path / "config.json").write_text(json.dumps(options))
+    assert models.load_model(path).cfg.dilation
+
+
+@pytest.mark.parametrize("text, message", [("{", "to be a json file"), ("[1]", "got list")])
+def test_a_broken_config_json_is_one_line(tmp_path, text, message):
+    path, _ = transformers_file(tmp_path, config_json=text)
+    with pytest.raises(UserError, match=message):
+        models.load_model(path)
+
+
+def test_another_model_of_transformers_is_refused(tmp_path):
+    path, _ = transformers_file(tmp_path)
+    state = {key.replace("decoder.layers.0.self_attn.q_proj", "decoder.layers.0.self_attn.query"):
+             value for key, value in torch.load(path).items()}
+    with pytest.raises(UserError, match="other models of transformers are not read"):
+        released.convert(state, path)
+
+
+def test_a_released_file_with_tensors_missing_is_refused(tmp_path):
+    released_file(tmp_path / "released.pth", "dino")
+    state = torch.load(tmp_path / "released.pth", weights_only=False)
+    del state["model"]["transformer.encoder.layers.0.norm1.bias"]
+    with pytest.raises(UserError, match="expected encoder.0.norm1.bias .32,., got nothing"):
+        released.convert(state, tmp_path / "released.pth")

@@ -26,6 +26,7 @@ from engine import models
 import data
 import scenes
 import eval as evaluation
+from engine.recipe import configure
 from engine import datasets
 import train
 
@@ -61,7 +62,8 @@ def cheap_runs():
 
 
 def config(model, **changes):
-    return importlib.import_module(model).Config(**{**TINY, **OWN.get(model, {}), **changes})
+    """-> Config and Recipe"""
+    return configure(importlib.import_module(model), TINY, OWN.get(model, {}), changes)
 
 
 def level_embed(state):
@@ -94,10 +96,10 @@ def at_step(monkeypatch, number, action):
     """Calls `action` just before optimiser step `number` of the next run."""
     original = train.lr_factor
 
-    def wrapped(cfg, step, steps):
+    def wrapped(recipe, step, steps):
         if step == number:
             action()
-        return original(cfg, step, steps)
+        return original(recipe, step, steps)
     monkeypatch.setattr(train, "lr_factor", wrapped)
 
 
@@ -153,7 +155,7 @@ def uninterrupted(tmp_path_factory):
     @functools.cache
     def make(model):
         folder = tmp_path_factory.mktemp(model)
-        return folder / "run", train.train(run(folder, model, accum=2), config(model))
+        return folder / "run", train.train(run(folder, model, accum=2), *config(model))
     return make
 
 
@@ -168,15 +170,15 @@ def test_resume_exact(tmp_path, monkeypatch, uninterrupted, model):
         with monkeypatch.context() as patch:
             at_step(patch, point, lambda: signal.raise_signal(signal.SIGTERM))
             with pytest.raises(SystemExit) as stopped:
-                train.train(run(tmp_path, model, "cut", accum=2, resume=resume), cfg)
+                train.train(run(tmp_path, model, "cut", accum=2, resume=resume), *cfg)
         assert stopped.value.code == 128 + signal.SIGTERM
         assert checkpoints.load(last)["step"] == point + 1
         torch.manual_seed(99)   # resuming must bring back the random states itself
         resume = str(last)
-    resumed = train.train(run(tmp_path, model, "cut", accum=2, resume=resume), cfg)
+    resumed = train.train(run(tmp_path, model, "cut", accum=2, resume=resume), *cfg)
     for name in ("last.pt", "best.pt"):
         same(checkpoints.load(whole_folder / name), checkpoints.load(tmp_path / "cut" / name))
-    assert whole["AP"] == resumed["AP"] and whole["instability"] == resumed["instability"]
+    assert whole["AP"] == resumed["AP"]
 
 
 def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path, monkeypatch, uninterrupted, model="dino"):
@@ -188,10 +190,10 @@ def test_resume_after_a_crash_goes_on_from_the_last_save(tmp_path, monkeypatch, 
     with monkeypatch.context() as patch:
         at_step(patch, 5, crash)
         with pytest.raises(RuntimeError, match="gone"):
-            train.train(run(tmp_path, model, "cut", accum=2, save_every=2), cfg)
+            train.train(run(tmp_path, model, "cut", accum=2, save_every=2), *cfg)
     last = tmp_path / "cut" / "last.pt"
     assert checkpoints.load(last)["step"] == 4
-    train.train(run(tmp_path, model, "cut", accum=2, save_every=2, resume=str(last)), cfg)
+    train.train(run(tmp_path, model, "cut", accum=2, save_every=2, resume=str(last)), *cfg)
     a, b = (checkpoints.load(folder / "last.pt") for folder in (whole_folder, tmp_path / "cut"))
     a["run"] = b["run"] = None
     same(a, b)
@@ -236,15 +238,15 @@ def test_a_folder_without_a_checkpoint_can_be_started_again(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         at_step(patch, 1, lambda: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            train.train(run(tmp_path), cfg)
+            train.train(run(tmp_path), *cfg)
     assert (tmp_path / "run" / "config.json").exists()
-    assert train.train(run(tmp_path), cfg)["step"] == 3
+    assert train.train(run(tmp_path), *cfg)["step"] == 3
 
 
 def test_workers_change_nothing(tmp_path):
     cfg = config("dino", epochs=1)
-    train.train(run(tmp_path, "dino", "alone"), cfg)
-    train.train(run(tmp_path, "dino", "two", workers=2), cfg)
+    train.train(run(tmp_path, "dino", "alone"), *cfg)
+    train.train(run(tmp_path, "dino", "two", workers=2), *cfg)
     a, b = (checkpoints.load(tmp_path / name / "last.pt") for name in ("alone", "two"))
     same(a["model"], b["model"])
 
@@ -278,29 +280,29 @@ def test_a_second_signal_quits_at_once(tmp_path, monkeypatch):
     for seconds, name in ((0.0, "quit"), (60.0, "saved")):
         monkeypatch.setattr(train, "SAME_REQUEST", seconds)
         with pytest.raises(SystemExit) as stopped:
-            train.train(run(tmp_path, name=name), config("deformable_detr"))
+            train.train(run(tmp_path, name=name), *config("deformable_detr"))
         assert stopped.value.code == 128 + signal.SIGINT and (tmp_path / name / "last.pt").exists() == (name == "saved")
     assert signal.getsignal(signal.SIGINT) is before, "handlers are put back"
 
 
 def test_resuming_demands_the_saved_settings(tmp_path, capsys):
-    train.train(run(tmp_path), config("deformable_detr", epochs=1))
+    train.train(run(tmp_path), *config("deformable_detr", epochs=1))
     out = str(tmp_path / "run")
-    resumed, cfg = train.parse(["--resume", "--out", out])
-    assert resumed.model == "deformable_detr" and resumed.resume == os.path.join(out, "last.pt") and cfg.epochs == 1
+    resumed, *cfg = train.parse(["--resume", "--out", out])
+    assert resumed.model == "deformable_detr" and resumed.resume == os.path.join(out, "last.pt") and cfg[1].epochs == 1
     assert train.parse(["--resume", os.path.join(out, "last.pt")])[0].out == out
     assert train.parse(["--resume", out])[0].resume == resumed.resume
     with pytest.raises(SystemExit):
         train.parse(["--resume", "--out", out, "--lr", "0.5"])
     assert "lr 0.5" in capsys.readouterr().err
     with pytest.raises(ValueError, match="weights only.*--init"):
-        train.train(run(tmp_path, resume=os.path.join(out, "best.pt")), cfg)
+        train.train(run(tmp_path, resume=os.path.join(out, "best.pt")), *cfg)
 
 
 def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
-    train.train(run(tmp_path), config("deformable_detr", epochs=1))
+    train.train(run(tmp_path), *config("deformable_detr", epochs=1))
     with pytest.raises(ValueError, match="--resume.*--out"):
-        train.train(run(tmp_path), config("deformable_detr", epochs=1))
+        train.train(run(tmp_path), *config("deformable_detr", epochs=1))
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -308,7 +310,7 @@ def test_same_seed_bit_equal(tmp_path, model):
     """Two steps; the test of resuming makes more."""
     cfg = config(model, epochs=1)
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
-        train.train(run(tmp_path, model, name, seed=seed, num_train=8, num_val=1), cfg)
+        train.train(run(tmp_path, model, name, seed=seed, num_train=8, num_val=1), *cfg)
     a, b, c = (checkpoints.load(tmp_path / name / "last.pt") for name in "abc")
     same(a, b)
     assert not torch.equal(level_embed(a["model"]), level_embed(c["model"]))
@@ -318,12 +320,12 @@ def test_same_seed_bit_equal(tmp_path, model):
 @pytest.mark.parametrize("model", MODELS)
 def test_same_seed_bit_equal_on_a_gpu(tmp_path, model):
     for name in "ab":
-        train.train(run(tmp_path, model, name, device="cuda", amp=True, deterministic=True), config(model, epochs=1))
+        train.train(run(tmp_path, model, name, device="cuda", amp=True, deterministic=True), *config(model, epochs=1))
     same(*(checkpoints.load(tmp_path / name / "last.pt")["model"] for name in "ab"))
 
 
 def test_deterministic_holds_for_its_run_only(tmp_path):
-    train.train(run(tmp_path, deterministic=True), config("deformable_detr", epochs=1))
+    train.train(run(tmp_path, deterministic=True), *config("deformable_detr", epochs=1))
     assert torch.are_deterministic_algorithms_enabled()
     train.set_up(run(tmp_path))
     assert not torch.are_deterministic_algorithms_enabled()
@@ -358,7 +360,7 @@ def test_nan_batch_changes_nothing(tmp_path, monkeypatch, capsys, model):
     images, the losses and where it began; the run goes on."""
     seen = []
     spoil(monkeypatch, (5,), seen)
-    record = train.train(run(tmp_path, model), config(model, epochs=2))
+    record = train.train(run(tmp_path, model), *config(model, epochs=2))
     bad = [k for k, (*_, result) in enumerate(seen) if not result[3]]
     assert len(bad) == 2 and bad[0] < 3 <= bad[1], "image 5 once an epoch"
     for k, (before, after, _) in enumerate(seen):
@@ -378,13 +380,13 @@ def test_nan_batch_changes_nothing(tmp_path, monkeypatch, capsys, model):
 def test_three_bad_steps_in_a_row_stop_the_run(tmp_path, monkeypatch):
     spoil(monkeypatch, range(12), [])
     with pytest.raises(FloatingPointError, match="3 bad steps in a row.*images"):
-        train.train(run(tmp_path), config("deformable_detr"))
+        train.train(run(tmp_path), *config("deformable_detr"))
 
 
 @pytest.mark.parametrize("recompute", (False, True))
 def test_the_first_bad_module_is_found_without_a_trace(tmp_path, recompute):
-    cfg = config("dino")
-    scenes, _ = datasets.build_datasets(None, cfg, 0, num_train=4, num_val=1)
+    cfg, recipe = config("dino")
+    scenes, _ = datasets.build_datasets(None, recipe, 0, num_train=4, num_val=1)
     model, _ = importlib.import_module("dino").build(cfg, 8)
     train.prepare_parts(model.train(), run(tmp_path, "dino", recompute=recompute))
     state = {key: value.clone() for key, value in model.state_dict().items()}
@@ -408,11 +410,11 @@ def test_accum_equivalence(model):
     gradients = {}
     for accum in (1, 2, 4):
         torch.manual_seed(0)
-        cfg = config(model, backbone_norm="group", dropout=0.0, **ALONE.get(model, {}))
+        cfg, recipe = config(model, backbone_norm="group", dropout=0.0, **ALONE.get(model, {}))
         paper = importlib.import_module(model)
-        scenes, _ = datasets.build_datasets(None, cfg, 0, num_train=4, num_val=1)
+        scenes, _ = datasets.build_datasets(None, recipe, 0, num_train=4, num_val=1)
         net, criterion = paper.build(cfg, 8)
-        optimizer = torch.optim.AdamW(paper.param_groups(net, cfg), fused=True)
+        optimizer = torch.optim.AdamW(paper.param_groups(net, recipe), fused=True)
         batches = [data.collate([scenes[i] for i in range(k, k + 4 // accum)]) for k in range(0, 4, 4 // accum)]
         assert len({len(t["labels"]) for _, _, targets in batches for t in targets}) > 1
         *_, finite = train.step(net, net, criterion, optimizer, train.Average(net, 0.0), batches, 0.0, False, 0, 1)
@@ -422,15 +424,15 @@ def test_accum_equivalence(model):
         torch.testing.assert_close(gradients[accum], gradients[1], rtol=2e-4, atol=2e-5 * gradients[1].abs().max().item())
 
 
-def step_of(model, cfg, world=1, places=(0, 1, 2, 3), settings=train.Run(), empty=False):
+def step_of(model, cfg, recipe, world=1, places=(0, 1, 2, 3), settings=train.Run(), empty=False):
     """One training step of a fresh model on these generated scenes -> gradients by name, batch statistics, bytes kept for
     the backward pass."""
     paper = importlib.import_module(model)
-    scenes, _ = datasets.build_datasets(None, cfg, 0, num_train=8, num_val=1)
+    scenes, _ = datasets.build_datasets(None, recipe, 0, num_train=8, num_val=1)
     torch.manual_seed(0)
     net, criterion = paper.build(cfg, 8)
     net.train()
-    optimizer = torch.optim.AdamW(paper.param_groups(net, cfg), fused=True)
+    optimizer = torch.optim.AdamW(paper.param_groups(net, recipe), fused=True)
     train.prepare_parts(net, settings)
     batch = data.collate([scenes[i] for i in places])
     if empty:
@@ -460,8 +462,8 @@ def test_recompute_gives_the_same_bytes_for_less_memory(monkeypatch, model, back
         table, sizes, needed = TRANSFORMERS[backbone]
         monkeypatch.setitem(getattr(backbones, table), backbone, sizes)
         changes |= dict(backbone=backbone, drop_path=0.3, **needed)
-    plain, statistics, much = step_of(model, config(model, **changes))
-    again, again_statistics, little = step_of(model, config(model, **changes), settings=train.Run(recompute=True))
+    plain, statistics, much = step_of(model, *config(model, **changes))
+    again, again_statistics, little = step_of(model, *config(model, **changes), settings=train.Run(recompute=True))
     same(plain, again)
     same(statistics, again_statistics)
     assert little < 0.6 * much, (little, much)
@@ -473,9 +475,9 @@ def test_a_compiled_step_equals_an_eager_one(monkeypatch, backend, model="dino")
     before machine code is made, the slow one compiles with the default backend."""
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=backend))
     cfg = config(model, dropout=0.0, decoder_layers=1)
-    eager, statistics, _ = step_of(model, cfg)
+    eager, statistics, _ = step_of(model, *cfg)
     for recompute in (False, True):
-        compiled, compiled_statistics, _ = step_of(model, cfg, settings=train.Run(compile=True, recompute=recompute))
+        compiled, compiled_statistics, _ = step_of(model, *cfg, settings=train.Run(compile=True, recompute=recompute))
         for name, gradient in eager.items():
             scale = gradient.abs().max().item()
             torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-4 * scale + 1e-7, msg=name)
@@ -513,8 +515,8 @@ def test_statistics_of_a_frozen_part_are_not_among_those_that_change():
 
 
 def test_schedules():
-    cfg = config("dino", epochs=10, lr_drop=6, warmup=0.1)
-    at = lambda schedule, step: train.lr_factor(dataclasses.replace(cfg, schedule=schedule), step, 100)
+    _, recipe = config("dino", epochs=10, lr_drop=6, warmup=0.1)
+    at = lambda schedule, step: train.lr_factor(dataclasses.replace(recipe, schedule=schedule), step, 100)
     assert [at("step", s) for s in (0, 49, 99, 599, 600, 999)] == pytest.approx([0.01, 0.5, 1, 1, 0.1, 0.1])
     assert at("cosine", 500) == pytest.approx(0.505) and at("cosine", 999) == pytest.approx(0.01, abs=1e-4)
     assert at("flat", 999) == 1
@@ -536,7 +538,7 @@ class Numbers(data.DetectionData):
 def epoch_of(count, batch_size, seed=0, epoch=0, start=0, rank=0, world=1, workers=0, accum=1):
     """-> places in the data set of every micro-batch of every step of one rank"""
     settings = train.Run(workers=workers, accum=accum, seed=seed, device="cpu")
-    plan = train.make_plan(settings, config("dino", batch_size=batch_size), count, rank, world)
+    plan = train.make_plan(settings, config("dino", batch_size=batch_size)[1], count, rank, world)
     return [[[t["index"] for t in targets] for _, _, targets in step]
             for step in train.epoch_batches(Numbers(count), plan, settings, epoch, start)]
 
@@ -563,10 +565,10 @@ def test_ranks_and_micro_batches_share_a_step_without_overlap(world, accum):
 
 @pytest.mark.parametrize("count, world, total", ((1, 1, 1), (3, 1, 3), (7, 2, 6), (9, 2, 8)))
 def test_a_training_set_smaller_than_the_batch_gets_a_smaller_batch(count, world, total, capsys):
-    assert train.make_plan(train.Run(), config("dino", batch_size=8), count, 0, world).total == total
+    assert train.make_plan(train.Run(), config("dino", batch_size=8)[1], count, 0, world).total == total
     assert capsys.readouterr().out.count("instead") == (total < 8)
     with pytest.raises(ValueError, match="at least .* 2 training images, got 1"):
-        train.make_plan(train.Run(accum=2), config("dino", batch_size=8), 1, 0, 1)
+        train.make_plan(train.Run(accum=2), config("dino", batch_size=8)[1], 1, 0, 1)
 
 
 # ---- data and classes
@@ -574,21 +576,21 @@ def test_a_training_set_smaller_than_the_batch_gets_a_smaller_batch(count, world
 @pytest.mark.parametrize("model", MODELS)
 def test_dataset_of_one(tmp_path, capsys, model):
     folder = coco_folder(tmp_path / "data", images=1)
-    record = train.train(run(tmp_path, model, data=folder), config(model))
+    record = train.train(run(tmp_path, model, data=folder), *config(model))
     assert record["step"] == 2 and "batch 1 instead of 4" in capsys.readouterr().out
 
 
 def test_zero_annotations_refused(tmp_path):
     folder = coco_folder(tmp_path / "data", empty=True)
     with pytest.raises(ValueError, match="at least one usable box"):
-        train.train(run(tmp_path, data=folder), config("deformable_detr"))
+        train.train(run(tmp_path, data=folder), *config("deformable_detr"))
     assert not (tmp_path / "run" / "log.jsonl").exists()
 
 
 def test_checkpoint_carries_names(tmp_path):
     folder = coco_folder(tmp_path / "data", names=("cat", "dog"), ids=(7, 3))
-    train.train(run(tmp_path, data=folder), config("deformable_detr", epochs=1, batch_size=2))
-    model, cfg, meta = models.load_model(tmp_path / "run" / "best.pt")
+    train.train(run(tmp_path, data=folder), *config("deformable_detr", epochs=1, batch_size=2))
+    model, _, cfg, _, meta, _ = models.load_model(tmp_path / "run" / "best.pt")
     assert meta["class_names"] == ["dog", "cat"] and meta["category_ids"] == [3, 7]
     assert meta["model_name"] == "deformable_detr" and cfg.dim == 32 and not model.training
 
@@ -596,8 +598,8 @@ def test_checkpoint_carries_names(tmp_path):
 @pytest.mark.parametrize("model", MODELS)
 def test_init_from_other_classes(tmp_path, capsys, model):
     """Eight shapes -> two classes, one of them known: everything but class rows is taken over, the known row too."""
-    cfg = config(model, epochs=1, batch_size=2, ema=0.0)
-    train.train(run(tmp_path, model, "first"), dataclasses.replace(cfg, batch_size=4))
+    cfg, recipe = config(model, epochs=1, batch_size=2, ema=0.0)
+    train.train(run(tmp_path, model, "first"), cfg, dataclasses.replace(recipe, batch_size=4))
     folder = coco_folder(tmp_path / "data", names=("ring", "cat"), ids=(1, 2))
     weights = checkpoints.load(tmp_path / "first" / "best.pt")
     paper = importlib.import_module(model)
@@ -609,36 +611,36 @@ def test_init_from_other_classes(tmp_path, capsys, model):
     head = next(key for key in state if key.endswith("class_embed.0.weight"))
     assert torch.equal(state[head][0], weights["model"][head][ring]) and len(state[head]) == 2
     assert any("1 of 2 classes" in line for line in lines)
-    train.train(run(tmp_path, model, "second", data=folder, init=str(tmp_path / "first" / "best.pt")), cfg)
+    train.train(run(tmp_path, model, "second", data=folder, init=str(tmp_path / "first" / "best.pt")), cfg, recipe)
     assert "1 of 2 classes" in capsys.readouterr().out
 
 
 # ---- the command line
 
 def test_flags_reach_run_and_config():
-    settings, cfg = train.parse(["--model", "deformable_detr", "--lr-backbone=1e-6", "--train_sizes", "64,96", "--two_stage",
+    settings, cfg, recipe = train.parse(["--model", "deformable_detr", "--lr-backbone=1e-6", "--train_sizes", "64,96", "--two_stage",
                                  "--with_box_refine", "true", "--no_crop", "--amp", "false", "--num-val", "7"])
-    assert (cfg.lr_backbone, cfg.train_sizes, cfg.two_stage, cfg.with_box_refine) == (1e-6, (64, 96), True, True)
-    assert cfg.crop is False
+    assert (recipe.lr_backbone, recipe.train_sizes, cfg.two_stage, cfg.with_box_refine) == (1e-6, (64, 96), True, True)
+    assert recipe.crop is False
     assert settings.amp is False and settings.num_val == 7 and settings.preset == "small"
 
 
 def test_presets_and_variants():
     paper = importlib.import_module("dino")
-    assert train.parse(["--data", "somewhere"])[1] == paper.Config()
-    assert train.parse([])[1] == paper.Config(**paper.SMALL)
-    assert train.parse(["--data", "x", "--preset", "small", "--lr", "1"])[1] == paper.Config(**{**paper.SMALL, "lr": 1.0})
+    assert train.parse(["--data", "somewhere"])[1:] == configure(paper)
+    assert train.parse([])[1:] == configure(paper, paper.SMALL)
+    assert train.parse(["--data", "x", "--preset", "small", "--lr", "1"])[1:] == configure(paper, paper.SMALL, {"lr": 1.0})
     assert train.parse(["--data", "x", "--variant", "5scale"])[1].num_feature_levels == 5
 
 
 def test_learning_rates_follow_the_batch_unless_given(tmp_path, capsys):
     small = importlib.import_module("deformable_detr").SMALL
-    rates = lambda *argv: [getattr(train.parse(["--model", "deformable_detr", *argv])[1], name) / small[name]
+    rates = lambda *argv: [getattr(train.parse(["--model", "deformable_detr", *argv])[2], name) / small[name]
                            for name in ("lr", "lr_backbone", "lr_offsets")]
     assert rates() == [1, 1, 1] and rates("--batch_size", str(2 * small["batch_size"])) == [2, 2, 2]
     assert rates("--batch_size", "4", "--lr", str(small["lr"])) == [1, 1, 1]
     assert rates("--batch_size", str(small["batch_size"] // 2), "--lr_offsets", str(small["lr_offsets"])) == [0.5, 0.5, 1]
-    train.train(run(tmp_path), config("deformable_detr", epochs=1))
+    train.train(run(tmp_path), *config("deformable_detr", epochs=1))
     assert f"batch 4, lr 0.001 (the recipe: 0.0002 for batch 32; lr follows the batch" in capsys.readouterr().out
 
 
@@ -712,14 +714,14 @@ def test_help_shows_both_defaults(capsys):
     text = " ".join(capsys.readouterr().out.split())
     paper = importlib.import_module("dino")
     assert stopped.value.code == 0
-    assert f"[{paper.Config().batch_size} ({paper.SMALL['batch_size']})]" in text and "bfloat16 autocast" in text
+    assert f"[{paper.RECIPE.batch_size} ({paper.SMALL['batch_size']})]" in text and "bfloat16 autocast" in text
 
 
 def test_the_report_says_what_is_about_to_happen(tmp_path, capsys):
     """In ten lines, the last as soon as a few steps have shown what they cost."""
-    train.train(run(tmp_path), config("deformable_detr", epochs=1))
+    train.train(run(tmp_path), *config("deformable_detr", epochs=1))
     text = capsys.readouterr().out
-    words = ("config", "device", "data", "objects", "model", "training", "weights", "folder", "expected")
+    words = ("config", "recipe", "device", "data", "objects", "model", "training", "weights", "folder", "expected")
     lines = text[:text.index("epoch   1")].splitlines()
     assert [line.split()[0] for line in lines if line.strip()] == list(words)
     for word in ("cpu, 1 threads", "float32", "deformable attention", "8 classes", "batch 4", "1 epochs of 3 steps", "tiny",
@@ -732,8 +734,8 @@ def test_the_report_says_what_is_about_to_happen(tmp_path, capsys):
 
 def test_what_a_run_costs_is_told_when_it_is_warm(tmp_path, capsys):
     """From steps 11 to 20: 40 images in 4 of the 24 seconds so far."""
-    folder, cfg, plan = tmp_path, config("dino", epochs=12), train.Plan(4, 4, 1, 1000, 0, 1)
-    log, model = train.Log(folder, train.Progress(), plan, cfg, train.Run(device="cpu")), None
+    folder, (_, recipe), plan = tmp_path, config("dino", epochs=12), train.Plan(4, 4, 1, 1000, 0, 1)
+    log, model = train.Log(folder, train.Progress(), plan, recipe, train.Run(device="cpu")), None
     for step, seconds in ((10, 20.0), (20, 24.0), (30, 28.0)):
         log.waiting = [([[0]], {"cls": torch.ones(())}, torch.ones(()), torch.tensor(True))] * 10
         optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
@@ -747,15 +749,15 @@ def test_what_a_run_costs_is_told_when_it_is_warm(tmp_path, capsys):
 @pytest.mark.parametrize("model", MODELS)
 def test_overfit_eight(tmp_path, model):
     """Eight scenes are learnt within 1000 steps of the small preset; about two minutes each."""
-    settings, cfg = train.parse(["--model", model, "--overfit", "8", "--epochs", "10", "--out", str(tmp_path / "run")])
-    assert train.train(settings, cfg)["AP"] > 0.9
+    settings, *cfg = train.parse(["--model", model, "--overfit", "8", "--epochs", "10", "--out", str(tmp_path / "run")])
+    assert train.train(settings, *cfg)["AP"] > 0.9
 
 
 # ---- more than one process
 
 def rank_step(rank, cfg, folder, empty):
     train.set_up(train.Run(**RUN))
-    gradients, *_ = step_of(type(cfg).__module__, cfg, 2, places=(0, 1) if rank == 0 else (2, 3), empty=empty and rank == 1)
+    gradients, *_ = step_of(type(cfg[0]).__module__, *cfg, 2, places=(0, 1) if rank == 0 else (2, 3), empty=empty and rank == 1)
     torch.save(gradients, folder / f"{rank}.pt")
 
 
@@ -765,7 +767,7 @@ def test_two_ranks_compute_the_gradients_of_one(tmp_path, model):
     micro-batch (Departs), so they are left out."""
     cfg = config(model, backbone_norm="group", dropout=0.0, **ALONE.get(model, {}))
     assert forked(2, rank_step, cfg, tmp_path, False) == [0, 0]
-    one, *_ = step_of(model, cfg)
+    one, *_ = step_of(model, *cfg)
     ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     same(*ranks)
     for name, gradient in one.items():
@@ -774,7 +776,7 @@ def test_two_ranks_compute_the_gradients_of_one(tmp_path, model):
 
 
 @pytest.mark.parametrize("model, changes", [*((model, {}) for model in MODELS), *(
-    ("co_detr", {"detector": detector, "aux_heads": heads}) for detector in ("dino", "h_detr")
+    ("co_detr", {"base": base, "aux_heads": heads}) for base in ("dino", "h_detr")
     for heads in ("atss", "rcnn", "retinanet"))])
 def test_one_rank_empty(tmp_path, model, changes):
     """No object on one rank: no hang, a finite loss, and the same gradient for every parameter on both."""
@@ -796,7 +798,7 @@ def test_sigterm_on_one_rank_stops_all_and_two_ranks_resume_exactly(tmp_path, mo
             torch.save(evaluated.state_dict(), tmp_path / f"{name}{rank}.pt")
             return original(evaluated, *rest)
         monkeypatch.setattr(train, "evaluation", evaluation)
-        train.train(run(tmp_path, model, name, num_train=8, **changes), cfg)
+        train.train(run(tmp_path, model, name, num_train=8, **changes), *cfg)
     last = tmp_path / "cut" / "last.pt"
     assert forked(2, run_rank, "whole") == [0, 0]
     assert forked(2, run_rank, "cut", 1) == [143, 143]
@@ -807,9 +809,9 @@ def test_sigterm_on_one_rank_stops_all_and_two_ranks_resume_exactly(tmp_path, mo
     evaluated = [torch.load(tmp_path / f"{name}{rank}.pt") for name in ("whole", "cut") for rank in (0, 1)]
     for other in evaluated[1:]:
         same(evaluated[0], other)
-    loaded, cfg, meta = models.load_model(last)
-    detect, val_set = importlib.import_module(model).detect, datasets.validation_set("", cfg, meta)
-    alone = evaluation.evaluate(loaded, detect, val_set, cfg, "cpu", 2)
+    loaded = models.load_model(last)
+    val_set = datasets.validation_set("", loaded)
+    alone = evaluation.evaluate(loaded.model, loaded.paper.detect, val_set, loaded.cfg, "cpu", 2)
     record = json.loads(open(tmp_path / "cut" / "log.jsonl").readlines()[-1])
     assert alone["bbox"]["AP"] == pytest.approx(record["AP"], abs=1e-6) and alone["images"] == RUN["num_val"]
 

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from test_eval import two_checkpoints, write_checkpoint
 
+from engine.recipe import override
 from engine import models
 import data
 import scenes
@@ -127,7 +128,7 @@ def test_runs_are_compared_in_one_picture(tmp_path):
 # ---- inside the model ------------------------------------------------------------------------------------------------
 
 def test_recorded_sampling_points_reproduce_the_output_of_every_decoder_layer(checkpoint):
-    model, cfg, _ = models.load_model(checkpoint)
+    model, _, cfg, *_ = models.load_model(checkpoint)
     for module in model.modules():                # offsets and weights that differ from query to query
         if isinstance(module, MSDeformAttn):
             torch.nn.init.normal_(module.sampling_offsets.weight, std=0.3)
@@ -188,9 +189,9 @@ def test_the_citations_show_every_paper_file_above_what_it_builds_on(tmp_path, m
 
 
 def test_predictions_leave_the_model_in_the_mode_they_found(checkpoint, tmp_path):
-    model, detect, cfg, _ = visualize.load(checkpoint)
-    dataset = scenes.Shapes("val", 3, transform=data.eval_transform(cfg))
-    visualize.predictions(model.train(), detect, dataset, cfg, "cpu", tmp_path / "p.png", n=1)
+    model, paper, cfg, recipe, *_ = models.load_model(checkpoint)
+    dataset = scenes.Shapes("val", 3, transform=data.eval_transform(recipe))
+    visualize.predictions(model.train(), paper.detect, dataset, cfg, recipe, "cpu", tmp_path / "p.png", n=1)
     assert model.training
 
 
@@ -213,7 +214,7 @@ def test_ground_truth_is_in_pixels_of_the_original_image():
 @pytest.mark.parametrize("denoising", ["contrastive", "plain"])
 def test_noised_boxes_show_positives_within_and_negatives_beyond_the_noise(tmp_path, monkeypatch, denoising):
     dino = importlib.import_module("dino")
-    cfg = dino.Config(**{**dino.SMALL, "denoising": denoising, "dn_box_noise": 0.2})
+    cfg = override(dino.Config(), {**dino.SMALL, "denoising": denoising, "dn_box_noise": 0.2})
     boxes = [torch.tensor([[0.5, 0.5, 0.2, 0.2], [0.3, 0.6, 0.2, 0.3], [0.6, 0.4, 0.3, 0.3]]), torch.tensor([[0.4, 0.4, 0.4, 0.4]])]
     targets = [{"labels": torch.zeros(len(b), dtype=torch.int64), "boxes": b} for b in boxes]
     queries = dino.denoising_queries(targets, torch.nn.Embedding(9, 32), 8, cfg, 12)

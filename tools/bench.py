@@ -35,7 +35,8 @@ import deformable_attn
 from deformable_attn import ms_deform_attn, ms_deform_attn_fused, sampling_locations
 import data
 import scenes
-from engine import checkpoints, datasets, released
+from engine import authors_names, checkpoints, datasets
+from engine.recipe import configure
 from eval import coco_results, score
 from engine.machine import prepare_cpu
 
@@ -284,19 +285,19 @@ def step(args):
     rows = []
     for name in args.models:
         paper = importlib.import_module(name)
-        cfg = dataclasses.replace(paper.Config(), **paper.SMALL)
-        dataset, _ = datasets.build_datasets(None, cfg, 0)
+        cfg, recipe = configure(paper, paper.SMALL)
+        dataset, _ = datasets.build_datasets(None, recipe, 0)
         model, criterion = paper.build(cfg, len(dataset.class_names))
         model.to(args.device).train()
-        optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=1e-4, fused=True)
-        average = train.Average(model, cfg.ema)
-        batches = [data.collate([dataset[i] for i in range(k * cfg.batch_size, (k + 1) * cfg.batch_size)]) for k in range(3)]
+        optimizer = torch.optim.AdamW(paper.param_groups(model, recipe), lr=1e-4, fused=True)
+        average = train.Average(model, recipe.ema)
+        batches = [data.collate([dataset[i] for i in range(k * recipe.batch_size, (k + 1) * recipe.batch_size)]) for k in range(3)]
         for amp in (False, True):
             times = {"torch": [], "kernel": []}
             for k in range(args.repeats + 2):
                 for impl in times:
                     deformable_attn.ms_deform_attn_fused = functools.partial(ms_deform_attn_fused, impl=impl)
-                    run = lambda: train.step(model, model, criterion, optimizer, average, [batches[k % 3]], cfg.clip, amp, k, 1)[2].item()
+                    run = lambda: train.step(model, model, criterion, optimizer, average, [batches[k % 3]], recipe.clip, amp, k, 1)[2].item()
                     times[impl].append(1e3 * clock(run))
             slow, fast = (statistics.median(times[impl][2:]) for impl in ("torch", "kernel"))
             rows.append([name, "bfloat16" if amp else "float32", f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}"])
@@ -327,7 +328,7 @@ def inference(args):
     rows = []
     for name, variant in (model.partition(":")[::2] for model in args.models):
         paper = importlib.import_module(name)
-        cfg = dataclasses.replace(paper.Config(), **(paper.VARIANTS[variant] if variant else {}))
+        cfg, _ = configure(paper, paper.VARIANTS[variant] if variant else {})
         model = paper.build(cfg, 80)[0].to(args.device).eval()
         images, padding, _ = (x.to(args.device) if torch.is_tensor(x) else x for x in random_batch(args.size, 1))
         cells = []
@@ -336,7 +337,7 @@ def inference(args):
             def run():
                 with torch.autocast(args.device, torch.bfloat16, enabled=amp):
                     outputs = model(images, padding)
-                paper.detect(outputs, torch.tensor([args.size]), cfg.top_k)
+                paper.detect(outputs, torch.tensor([args.size]), cfg)
 
             ms = median_ms(run, args.device, args.repeats)
             cells += [f"{ms:.0f}", f"{1e3 / ms:.2f}"]
@@ -349,7 +350,7 @@ def transformers(args):
     if not importlib.util.find_spec("transformers"):
         sys.exit("bench.py: the package transformers is not installed: pip install -r tests/requirements.txt")
     import train
-    theirs, model, criterion, cfg = peers()
+    theirs, model, criterion, recipe = peers()
     images, padding, targets = random_batch(args.size, args.batch)
     theirs_inputs, inputs = (images[:1], ~padding[:1]), (images[:1], padding[:1])
     with torch.no_grad():
@@ -371,12 +372,12 @@ def transformers(args):
         with torch.autocast(args.device, torch.bfloat16, enabled=amp):
             loss = theirs.train()(images, valid, labels=labels).loss
         loss.backward()
-        torch.nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.grad is not None], cfg.clip, foreach=True)
+        torch.nn.utils.clip_grad_norm_([p for p in theirs.parameters() if p.grad is not None], recipe.clip, foreach=True)
         theirs_optimizer.step()
 
     def our_step(amp):
-        train.step(model.train(), model, criterion, optimizer, train.Average(model, 0), [(images, padding, targets)], cfg.clip,
-                   amp, 0, 1)
+        train.step(model.train(), model, criterion, optimizer, train.Average(model, 0), [(images, padding, targets)],
+                   recipe.clip, amp, 0, 1)
 
     package = {"inference, 1 image": functools.partial(detect, theirs, theirs_inputs), f"training step, {args.batch}": theirs_step}
     ours = {"inference, 1 image": functools.partial(detect, model, inputs), f"training step, {args.batch}": our_step}
@@ -413,9 +414,9 @@ def peers():
         disable_custom_kernels=True))
     cfg = deformable_detr.Config(**deformable_detr.VARIANTS["two_stage"])
     model, criterion = deformable_detr.build(cfg, 91)
-    weights = released.from_transformers(theirs.state_dict())
-    model.load_state_dict(released.from_authors(weights, "deformable_detr_two_stage"))
-    return theirs, model, criterion, cfg
+    weights = authors_names.from_transformers(theirs.state_dict())
+    model.load_state_dict(authors_names.from_authors(weights, "deformable_detr_two_stage"))
+    return theirs, model, criterion, deformable_detr.RECIPE
 
 
 # ---- Memory and time of a training step -----------------------------------------------------------------------------
@@ -441,15 +442,15 @@ def step_cost(name, batch, recompute, args):
     torch.set_num_threads(args.threads)
     prepare_cpu()
     paper = importlib.import_module(name)
-    cfg = dataclasses.replace(paper.Config(), **(paper.SMALL if args.preset == "small" else {}))
-    images = datasets.build_datasets(None, cfg, 0, num_train=batch, num_val=1)[0] if args.preset == "small" else None
+    cfg, recipe = configure(paper, paper.SMALL if args.preset == "small" else {})
+    images = datasets.build_datasets(None, recipe, 0, num_train=batch, num_val=1)[0] if args.preset == "small" else None
     samples = data.collate([images[i] for i in range(batch)]) if images else random_batch(args.size, batch)
     model, criterion = paper.build(cfg, 80)
     model.to(args.device).train()
     train.prepare_parts(model, train.Run(recompute=recompute))
-    optimizer = torch.optim.AdamW(paper.param_groups(model, cfg), lr=1e-5, fused=True)
-    average = train.Average(model, cfg.ema)
-    ms = median_ms(lambda: train.step(model, model, criterion, optimizer, average, [samples], cfg.clip, args.amp, 0, 1),
+    optimizer = torch.optim.AdamW(paper.param_groups(model, recipe), lr=1e-5, fused=True)
+    average = train.Average(model, recipe.ema)
+    ms = median_ms(lambda: train.step(model, model, criterion, optimizer, average, [samples], recipe.clip, args.amp, 0, 1),
                    args.device, args.repeats)
     if args.device == "cuda":
         return ms, torch.cuda.max_memory_allocated() / 2 ** 30
@@ -468,10 +469,10 @@ def loading(args):
         if not args.data:
             with contextlib.redirect_stdout(io.StringIO()):
                 scenes.write_scenes(folder, args.images, 1)
-        for title, source, cfg in (("generated scenes, small preset", None, dataclasses.replace(dino.Config(), **dino.SMALL)),
+        for title, source, recipe in (("generated scenes, small preset", None, configure(dino, dino.SMALL)[1]),
                                    (f"{Path(args.data).name or 'scenes as files'}, published preset", args.data or folder,
-                                    dino.Config())):
-            images = datasets.build_datasets(source, cfg, 0, num_train=args.images, num_val=1)[0]
+                                    dino.RECIPE)):
+            images = datasets.build_datasets(source, recipe, 0, num_train=args.images, num_val=1)[0]
             places = [[(2 * i + k) % len(images) for k in range(2)] for i in range(args.images // 2)]
             for workers in args.workers:
                 seconds = clock(lambda: sum(len(padding) for _, padding, _ in data.batches(images, places, workers)))

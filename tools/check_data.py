@@ -2,6 +2,7 @@
 import sys
 from pathlib import Path
 import numpy as np
+from engine.errors import UserError
 from data import BROKEN_IMAGE, CocoFolder, FIELDS, LARGE_AREA, Problem, SMALL_AREA, class_counts, images_folder, json_path, json_problems, listed_area, listed_size, read_header, read_image, read_json, upright_size
 
 HEADERS_AT_START = 500                                 # image files whose header the check at every start opens
@@ -97,8 +98,8 @@ def quick_check(dataset, training=True):
     report(problems, limit=3)
     boxes = class_counts(dataset).sum()
     if training and not boxes:
-        raise ValueError(f"{dataset.name}: expected at least one usable box to learn from, got {len(dataset)} images with "
-                         f"none ({dataset.degenerate} degenerate boxes dropped); python -m tools.check_data DIR shows what is there")
+        raise UserError(f"{dataset.name}: expected at least one usable box to learn from, got {len(dataset)} images with "
+                        f"none ({dataset.degenerate} degenerate boxes dropped); python -m tools.check_data DIR shows what is there")
     return problems
 
 

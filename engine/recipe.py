@@ -1,0 +1,56 @@
+"""How a model is trained: the settings that all papers share, with one meaning everywhere."""
+from dataclasses import dataclass, fields, replace
+
+from engine.errors import UserError
+
+
+@dataclass
+class Recipe:
+    """Optimizer, schedule, image sizes and augmentation of one training run."""
+    lr: float = 1e-4                # for exactly `batch_size` images a step
+    lr_backbone: float = 1e-5       # of the backbone
+    lr_offsets: float = 2e-5        # of sampling offsets and reference points, where a paper says so
+    layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: lr_backbone for all
+    weight_decay: float = 1e-4
+    clip: float = 0.1               # limit of the gradient norm; 0: none
+    batch_size: int = 16            # images a step, over all processes and micro-batches
+    epochs: int = 12
+    schedule: str = "step"          # step, drops, cosine or flat
+    lr_drop: int = 11               # step: lr x 0.1 after this epoch
+    lr_drops: tuple[float, ...] = (0.9, 0.95)   # drops: lr x 0.1 after these fractions of the run
+    warmup: float = 0.0             # fraction of the run over which lr rises from 0
+    ema: float = 0.0                # decay of the averaged weights that are evaluated; 0: none
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # px
+    max_size: int = 1333            # limit of the longer side, px
+    crop: bool = True               # half of the images: resize, random crop, resize
+    color_jitter: bool = False      # random colors
+    eval_size: int = 800            # shorter side at evaluation, px
+
+
+# Shared by every paper file's SMALL, which trains in minutes on two CPU cores.
+SMALL_RECIPE = dict(
+    lr=6e-4, lr_backbone=6e-4, lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8,
+    epochs=12, schedule="cosine", warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213,
+    crop=False, color_jitter=True, eval_size=128)
+SMALL_DETECTOR = dict(
+    backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4,
+    encoder_layers=1, decoder_layers=3, ffn_dim=384, num_queries=40, size_divisor=32)
+
+
+def override(defaults, values: dict):
+    """Copy a dataclass instance with those of `values` that are fields of it."""
+    names = {field.name for field in fields(defaults)}
+    return replace(defaults, **{name: x for name, x in values.items() if name in names})
+
+
+def configure(paper, *overrides: dict) -> tuple:
+    """Make the Config and the Recipe of a paper file; later overrides win. A name that is a field
+    of neither is a UserError."""
+    cfg = paper.Config()
+    values = {name: x for changes in overrides for name, x in changes.items()}
+    known = {field.name for part in (cfg, paper.RECIPE) for field in fields(part)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise UserError(f"expected fields of {paper.__name__}.Config or of Recipe, got "
+                        f"{', '.join(unknown)}: they belong to another version of the file")
+    return override(cfg, values), override(paper.RECIPE, values)
