@@ -1,318 +1,523 @@
-"""COCO AP of a checkpoint, detections on your own pictures, and how far anchors start from their objects.
+"""COCO AP of a checkpoint, and detections on your own images.
 
-    python eval.py --checkpoint runs/dino/best.pt                    AP on the data the checkpoint was trained on
-    python eval.py --checkpoint FILE --data DIR                      AP on another COCO-layout folder, same classes
-    python eval.py --checkpoint FILE --images a.jpg photos/ "*.png"  drawn pictures and a COCO-results json
-    python eval.py --checkpoint FILE --analyze [OTHER ...]           ATD(k): DINO, section 3.3; Co-DETR, section 3.4
+    python eval.py --checkpoint runs/dino                          AP on the data of the run
+    python eval.py --checkpoint FILE --data DIR                    AP on another COCO-layout folder
+    python eval.py --checkpoint FILE --json image_info_test.json   detections for a test server
+    python eval.py --checkpoint FILE --images a.jpg photos/        pictures, tables, counts
+    python eval.py --checkpoint FILE --images a.jpg --tile 640     small objects in large images
+    torchrun --nproc_per_node 8 eval.py --checkpoint FILE          processes share the images
 
-AP, AP50, AP75 and the size bands are pycocotools' figures, for boxes and, where detections carry masks, for masks. Two
-things pycocotools leaves to its caller: `summarize` knows no limit but 100 detections an image, so the table is read
-from `eval["precision"]` here; and -1 means "no such object", which the printed table shows as "-".
+AP, AP50, AP75 and the size bands are pycocotools' figures, for boxes and, where detections carry
+masks, for masks. -1 in eval.json means "no such object"; the printed table shows it as "-".
 
-The way of one detection: `detect` gives corner boxes in pixels of the original image and a label in 0..N-1;
-`coco_results` turns them into what a COCO json holds (x, y, w, h, the category id of the json, compressed RLE);
-`score` compares the results with the ground truth of `dataset.coco()`.
+From an image to AP: `detect` gives corner boxes in pixels of the original image and labels in
+0..N-1; `coco_results` turns them into what a COCO json holds (x, y, w, h, the category id of the
+json, compressed RLE); `score` compares the results with the ground truth of `dataset.coco()`.
 """
 import contextlib
+import csv
 import glob
-import io
 import json
 import re
 import sys
 import time
 import weakref
-from dataclasses import replace
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
+from typing import Annotated
+
 import numpy as np
 import torch
+import tyro
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
-from engine.errors import UserError
-from engine import models
-import data
-from analysis import analysis_table, analyze_files
-from engine.class_rows import fit_classes
-from engine.cli import Flags
-from engine.datasets import validation_set
-from engine.inference import above, detect_image, predict
-from engine.machine import prepare_cpu
+from tqdm import tqdm
 
-_TRUTHS = weakref.WeakKeyDictionary()   # data set -> its COCO, made once: training evaluates after every epoch
+import visualize
+from engine import commands, files
+from engine.commands import open_detector
+from engine.coco_json import json_problems, read_json, refuse_fatal
+from engine.errors import UserError
+from engine.images import UnreadableImage, read_image
+from engine.inference import detect_image, predict, require_finite
+from engine.machine import prepare_cpu, user_errors
+from engine.scoring import gather, score
+from engine.tiles import detect_tiled
+
+__all__ = ["detect_image", "evaluate", "open_detector", "score"]
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}   # segm_cls: masks ranked without their own score
+# the kinds of figures and their names in short; segm_cls: masks ranked without their own score
+KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}
+DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint knows no better
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
+# data set -> its ground truth for pycocotools, made once: training evaluates after every epoch
+_TRUTHS = weakref.WeakKeyDictionary()
+
+
+# ---- AP ------------------------------------------------------------------------------------------
+
+def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, amp=False,
+             workers=0, rank=0, world=1):
+    """AP of a model on a data set.
+
+    detect: the paper file's. With `world` processes each rank runs and matches every world-th
+    image; all ranks return the same figures, those of a single process. The model's training mode
+    is restored. UserError, on every rank, where detections are not finite.
+
+    -> {"bbox": figures, "segm": figures (with masks), "segm_cls": the same masks ranked by the
+    score of their box (where they have scores of their own), "images", "seconds", "score_seconds"},
+    figures as in `engine.scoring.score`."""
+    start = time.perf_counter()
+    cfg = replace(cfg, top_k=max(cfg.top_k, max_dets))
+    results = collect_results(model, detect, dataset, cfg, device, batch_size, amp, workers, rank,
+                              world)
+    scoring = time.perf_counter()
+    metrics = score_results(dataset, results, max_dets, rank, world)
+    for kind in metrics.values():
+        del kind["curves"]         # too long for the log of a run
+    end = time.perf_counter()
+    return {**metrics, "images": len(dataset), "seconds": end - start,
+            "score_seconds": end - scoring}
 
 
 @torch.no_grad()
-def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, amp=False, workers=0, rank=0, world=1):
-    """AP of `model` on `dataset` -> {"bbox": figures, "segm": figures (with masks), "segm_cls": the same masks ranked by the
-    score of their box (where they have scores of their own), "images", "seconds", "score_seconds"}, figures as in `score`.
-
-    `detect(outputs, sizes, cfg)` comes from the paper file. With `world` processes each rank runs every world-th
-    image and all ranks get all results, hence the same figures. The model's training mode is left as it was found.
-    """
-    start = time.perf_counter()
+def collect_results(model, detect, dataset, cfg, device, batch_size=1, amp=False, workers=0,
+                    rank=0, world=1):
+    """Detect on this rank's images, every world-th -> COCO results, see `coco_results`."""
     results = []
-    for outputs, targets in predict(model, dataset, range(rank, len(dataset), world), device, batch_size, amp, workers):
-        sizes = torch.stack([target["orig_size"] for target in targets]).to(device)              # (B, 2), h and w
-        detections = detect(outputs, sizes, replace(cfg, top_k=max(cfg.top_k, max_dets)))
-        results += coco_results(detections, [target["image_id"] for target in targets], dataset.category_ids)
-    if world > 1:
-        shares = [None] * world
-        torch.distributed.all_gather_object(shares, results)
-        results = [result for share in shares for result in share]
-    scoring = time.perf_counter()
-    if dataset not in _TRUTHS:
-        _TRUTHS[dataset] = dataset.coco()
-    metrics = {"bbox": score(_TRUTHS[dataset], results, "bbox", max_dets)}
-    if dataset.has_masks and any("segmentation" in result for result in results):
-        metrics["segm"] = score(_TRUTHS[dataset], [{**row, "score": row.get("mask_score", row["score"])} for row in results],
-                                "segm", max_dets)
-        if any("mask_score" in result for result in results):
-            metrics["segm_cls"] = score(_TRUTHS[dataset], results, "segm", max_dets)
-    end = time.perf_counter()
-    return {**metrics, "images": len(dataset), "seconds": end - start, "score_seconds": end - scoring}
+    indices = range(rank, len(dataset), world)
+    with errors_of_all_ranks(world):
+        for outputs, targets in predict(model, dataset, indices, device, batch_size, amp, workers):
+            sizes = torch.stack([target["orig_size"] for target in targets])   # (B, 2), h and w
+            detections = detect(outputs, sizes.to(device), cfg)
+            image_ids = [target["image_id"] for target in targets]
+            results += coco_results(detections, image_ids, dataset.category_ids)
+    return results
+
+
+def collect_tiled(detector, dataset, options, rank=0, world=1):
+    """`collect_results` from tiles of this rank's images."""
+    results = []
+    with errors_of_all_ranks(world):
+        for index in tqdm(range(rank, len(dataset), world), leave=False, disable=None):
+            _, image = dataset.load_or_substitute(index)
+            found = detect_tiled(detector, image, options.tile, options.overlap, options.amp)
+            results += coco_results([found], [dataset.image_ids[index]], dataset.category_ids)
+    return results
+
+
+@contextlib.contextmanager
+def errors_of_all_ranks(world):
+    """One rank's UserError is raised on all: none waits for results that never come."""
+    error = None
+    try:
+        yield
+    except UserError as caught:
+        error = caught
+    errors = [e for e in gather(error, world) if e is not None]
+    if errors:
+        raise errors[0]
+
+
+def score_results(dataset, results, max_dets=100, rank=0, world=1):
+    """The results of this rank's images -> {"bbox": figures, ...} of all ranks, see `evaluate`,
+    with the `curves` of every class."""
+    truth = ground_truth(dataset, rank, world)
+    metrics = {"bbox": score(truth, results, "bbox", max_dets, rank, world)}
+    keys = set().union(*gather({key for row in results for key in row}, world))
+    if dataset.has_masks and "segmentation" in keys:
+        ranked = [{**row, "score": row.get("mask_score", row["score"])} for row in results]
+        metrics["segm"] = score(truth, ranked, "segm", max_dets, rank, world)
+        if "mask_score" in keys:
+            metrics["segm_cls"] = score(truth, results, "segm", max_dets, rank, world)
+    return metrics
+
+
+def ground_truth(dataset, rank=0, world=1):
+    """The ground truth of this rank's images as a pycocotools COCO."""
+    shares = _TRUTHS.setdefault(dataset, {})
+    if (rank, world) not in shares:
+        rows = list(range(rank, len(dataset), world))
+        share = dataset if world == 1 else dataset.subset(rows)
+        shares[rank, world] = share.coco()
+    return shares[rank, world]
 
 
 def coco_results(detections, image_ids, category_ids):
-    """Detections in COCO's results format, a list of {image_id, category_id, bbox [x, y, w, h] px, score}.
+    """Detections in COCO's results format, a list of {image_id, category_id, bbox, score}.
 
-    detections: one {scores (k,), labels (k,), boxes (k, 4) xyxy px, masks (k, h, w) or k RLEs (optional)} per image;
-    category_ids[label] is the category's id in the json. Masks become `segmentation`, a compressed RLE whose counts
-    are text, so the list can be written as json; `mask_scores` (k,), where masks have their own, become `mask_score`.
-    """
+    detections: one {scores (k,), labels (k,), boxes (k, 4) xyxy px, masks (k, h, w) or k RLEs
+    (optional)} per image; category_ids[label] is the category's id in the json. bbox is
+    [x, y, w, h] in px. Masks become `segmentation`, a compressed RLE whose counts are text, so that
+    the list can be written as json; `mask_scores` (k,), where masks have their own, become
+    `mask_score`. UserError for detections that are not finite."""
     results = []
     for detection, image_id in zip(detections, image_ids, strict=True):
-        corners = detection["boxes"].cpu().double()                                              # (k, 4)
-        xywh = torch.cat([corners[:, :2], corners[:, 2:] - corners[:, :2]], 1).tolist()
-        labels, scores = detection["labels"].tolist(), detection["scores"].tolist()
-        rows = [{"image_id": int(image_id), "category_id": category_ids[label], "bbox": box, "score": value}
-                for label, box, value in zip(labels, xywh, scores, strict=True)]
+        require_finite(detection, f"image {int(image_id)}")
+        corners = detection["boxes"].cpu().double()                            # (k, 4)
+        sides = corners[:, 2:] - corners[:, :2]                                # (k, 2)
+        columns = {"bbox": torch.cat([corners[:, :2], sides], 1).tolist(),
+                   "score": detection["scores"].tolist()}
         if "masks" in detection:
-            for row, mask in zip(rows, encode_masks(detection["masks"]), strict=True):
-                row["segmentation"] = mask
+            columns["segmentation"] = encode_masks(detection["masks"])
         if "mask_scores" in detection:
-            for row, value in zip(rows, detection["mask_scores"].tolist(), strict=True):
-                row["mask_score"] = value
-        results += rows
+            columns["mask_score"] = detection["mask_scores"].tolist()
+        labels = detection["labels"].tolist()
+        for label, *values in zip(labels, *columns.values(), strict=True):
+            row = {"image_id": int(image_id), "category_id": category_ids[label]}
+            results.append(row | dict(zip(columns, values)))
     return results
 
 
 def encode_masks(masks):
     """Masks (k, h, w), bool, or k RLEs -> k compressed RLEs {size [h, w], counts text}."""
     if isinstance(masks, torch.Tensor):
-        fortran = np.asfortranarray(masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy())        # (h, w, k)
-        masks = rle.encode(fortran) if len(masks) else []
-    return [{"size": [int(n) for n in mask["size"]], "counts": _text(mask["counts"])} for mask in masks]
-
-
-def _text(counts):
-    return counts.decode("ascii") if isinstance(counts, bytes) else counts
-
-
-def score(gt, results, iou_type="bbox", max_dets=100):
-    """COCO's figures for a list of results against the ground truth `gt` (a pycocotools COCO).
-
-    iou_type: "bbox" or "segm". Only the `max_dets` best detections of an image count.
-    -> {AP, AP50, AP75, APs, APm, APl, ARs, ARm, ARl, AR1, AR10, AR<max_dets>, max_dets,
-    per_class {name: {AP, AP50, objects}}}; -1 where the ground truth has no such object. ValueError for results of
-    images or categories that the ground truth does not have.
-    """
-    evaluation = COCOeval(gt, _results_as_coco(gt, results, iou_type), iou_type)
-    evaluation.params.maxDets = [limit for limit in (1, 10, 100) if limit < max_dets] + [max_dets]
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.evaluate()
-        evaluation.accumulate()
-    # precision (T thresholds, R recalls, K classes, A areas, M limits), recall (T, K, A, M); areas: all, s, m, l
-    precision, recall = evaluation.eval["precision"], evaluation.eval["recall"]
-    figures = {"AP": _mean(precision[:, :, :, 0, -1]), "AP50": _mean(precision[0, :, :, 0, -1]),
-               "AP75": _mean(precision[5, :, :, 0, -1])}
-    for area, letter in enumerate("sml", start=1):
-        figures["AP" + letter] = _mean(precision[:, :, :, area, -1])
-        figures["AR" + letter] = _mean(recall[:, :, area, -1])
-    for m, limit in enumerate(evaluation.params.maxDets):
-        figures[f"AR{limit}"] = _mean(recall[:, :, 0, m])
-    per_class = {}
-    for k, category in enumerate(evaluation.params.catIds):
-        objects = sum(not gt.anns[i].get("iscrowd") for i in gt.getAnnIds(catIds=[category]))
-        per_class[gt.cats[category]["name"]] = {"AP": _mean(precision[:, :, k, 0, -1]),
-                                                "AP50": _mean(precision[0, :, k, 0, -1]), "objects": objects}
-    return {**figures, "max_dets": max_dets, "per_class": per_class}
-
-
-def _mean(values):
-    """Mean of the entries that exist; pycocotools marks the others, and we their mean, with -1."""
-    existing = values[values > -1]
-    return float(existing.mean()) if existing.size else -1.0
-
-
-def _results_as_coco(gt, results, iou_type):
-    """Results as the second COCO object of COCOeval. `COCO.loadRes` cannot be used: it fails on an empty list, changes
-    the caller's rows, and takes the area of the box for that of the mask where a row has both."""
-    for key, known in (("image_id", gt.imgs), ("category_id", gt.cats)):
-        foreign = sorted({result[key] for result in results} - known.keys())
-        if foreign:
-            raise UserError(f"expected every {key} of the results among the {len(known)} of the ground truth, got "
-                            f"{foreign[:5]}: are the detections from another data set?")
-    annotations = []
-    for number, result in enumerate(results, start=1):     # COCOeval takes id 0 for "no match"
-        row = {"id": number, "iscrowd": 0, **{key: result[key] for key in ("image_id", "category_id", "score")}}
-        if iou_type == "bbox":
-            row |= {"bbox": result["bbox"], "area": result["bbox"][2] * result["bbox"][3]}
-        else:                                              # one by one: rle.area fails for a list of more than 255
-            row |= {"segmentation": result["segmentation"], "area": float(rle.area(result["segmentation"]))}
-        annotations.append(row)
-    coco = COCO()
-    coco.dataset = {"images": gt.dataset["images"], "categories": gt.dataset["categories"], "annotations": annotations}
-    with contextlib.redirect_stdout(io.StringIO()):
-        coco.createIndex()
-    return coco
+        pixels = masks.to(torch.uint8).permute(1, 2, 0).cpu().numpy()          # (h, w, k)
+        masks = rle.encode(np.asfortranarray(pixels)) if len(masks) else []
+    encoded = []
+    for mask in masks:
+        counts = mask["counts"]
+        text = counts.decode("ascii") if isinstance(counts, bytes) else counts
+        encoded.append({"size": [int(side) for side in mask["size"]], "counts": text})
+    return encoded
 
 
 def table(metrics, classes=True):
-    """The figures of `evaluate` as text: one line per kind of overlap, then (`classes`) one line per class."""
+    """The figures of `evaluate` as text: one line per kind, then (`classes`) one line per class."""
     kinds = [kind for kind in KINDS if kind in metrics]
-    recalls = sorted((key for key in metrics["bbox"] if re.fullmatch(r"AR\d+", key)), key=lambda key: int(key[2:]))
-    lines = [" " * 8 + "".join(f"{name:>8}" for name in (*COLUMNS, *recalls))]
+    recalls = [key for key in metrics["bbox"] if re.fullmatch(r"AR\d+", key)]
+    columns = (*COLUMNS, *sorted(recalls, key=lambda name: int(name[2:])))
+    lines = [" " * 8 + "".join(f"{name:>8}" for name in columns)]
     for kind in kinds:
-        lines.append(f"{kind:8}" + "".join(_cell(metrics[kind][name]) for name in (*COLUMNS, *recalls)))
+        cells = [cell(metrics[kind][name]) for name in columns]
+        lines.append(f"{kind:8}" + "".join(cells))
     if classes:
-        per_class = metrics["bbox"]["per_class"]
-        width = max(map(len, per_class), default=0) + 2
-        head = "".join(f"{kind + ' ' + name:>14}" for kind in kinds for name in ("AP", "AP50"))
-        lines += ["", f"{'class':{width}}{'objects':>8}{head}"]
-        for name, row in per_class.items():
-            cells = "".join(_cell(metrics[kind]["per_class"][name][column], 14)
-                            for kind in kinds for column in ("AP", "AP50"))
-            lines.append(f"{name:{width}}{row['objects']:>8}{cells}")
+        lines += ["", *class_table(metrics, kinds)]
     return "\n".join(lines)
 
 
-def _cell(value, width=8):
+def class_table(metrics, kinds):
+    """AP, AP50 and number of objects of each class, as lines."""
+    per_class = metrics["bbox"]["per_class"]
+    width = max(map(len, per_class), default=0) + 2
+    columns = [(kind, name) for kind in kinds for name in ("AP", "AP50")]
+    heads = [f"{kind + ' ' + name:>14}" for kind, name in columns]
+    lines = [f"{'class':{width}}{'objects':>8}" + "".join(heads)]
+    for name, row in per_class.items():
+        cells = [cell(metrics[kind]["per_class"][name][column], 14) for kind, column in columns]
+        lines.append(f"{name:{width}}{row['objects']:>8}" + "".join(cells))
+    return lines
+
+
+def threshold_table(metrics):
+    """For each class the threshold with the best F1, as text."""
+    per_class = metrics["bbox"]["per_class"]
+    width = max(map(len, per_class), default=0) + 2
+    columns = ("threshold", "precision", "recall", "F1")
+    lines = ["threshold of the best F1 for each class, boxes at IoU 0.5:",
+             " " * width + "".join(f"{name:>11}" for name in columns)]
+    for name, row in per_class.items():
+        lines.append(f"{name:{width}}" + "".join(cell(row[column], 11) for column in columns))
+    return "\n".join(lines)
+
+
+def thresholds(metrics):
+    """{class name: threshold with the best F1} for classes that were detected at all.
+
+    train.py stores it in best.pt, where --images looks for it."""
+    per_class = metrics["bbox"]["per_class"]
+    return {name: row["threshold"] for name, row in per_class.items() if row["threshold"] > 0}
+
+
+def cell(value, width=8):
     return f"{'-':>{width}}" if value == -1 else f"{value:>{width}.3f}"
 
 
+# ---- your own images -----------------------------------------------------------------------------
+
 def find_images(patterns):
-    """Files, folders and glob patterns -> image files, sorted within each, none twice. FileNotFoundError names what
-    matched nothing."""
+    """Files, folders and glob patterns -> image files, sorted within each, none twice. UserError
+    names what matched nothing."""
     found = {}
     for pattern in patterns:
         path = Path(pattern)
-        files = [path] if path.is_file() else path.iterdir() if path.is_dir() else \
-            [Path(name) for name in glob.glob(pattern, recursive=True)]
-        images = sorted(file for file in files if file == path or file.suffix.lower() in SUFFIXES)
-        if not images:
-            raise UserError(f"expected an image file, a folder of images or a glob pattern, got {pattern!r}, "
-                            f"which matches none ({', '.join(sorted(SUFFIXES))})")
-        found.update(dict.fromkeys(images))
+        if path.is_file():
+            matching = [path]
+        elif path.is_dir() and pattern.strip():      # Path("") would be the current folder
+            matching = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+        else:
+            names = map(Path, glob.glob(pattern, recursive=True))
+            matching = [file for file in names if file.suffix.lower() in SUFFIXES]
+        if not matching:
+            raise UserError("--images: expected an image file, a folder of images or a pattern, "
+                            f"got {pattern!r}, which matches none ({', '.join(sorted(SUFFIXES))})")
+        found.update(dict.fromkeys(sorted(matching)))
     return list(found)
 
 
-def image_ids(paths):
-    """File names that are all different numbers are the ids, as in COCO; otherwise 1, 2, 3, ..."""
+def image_ids(paths, listed=None):
+    """Image ids of files, for the results json.
+
+    listed: the `images` of a COCO json; ids are then those of its file names, and a file that it
+    does not list is a UserError. Without it, file names that are all different numbers are the ids,
+    as in COCO; otherwise 1, 2, 3, ..."""
+    if listed is not None:
+        return [listed_id(path, listed) for path in paths]
     numbers = [int(path.stem) for path in paths if path.stem.isdecimal()]
     return numbers if len(set(numbers)) == len(paths) else list(range(1, len(paths) + 1))
 
 
-def detect_images(paths, model, detect, cfg, recipe, meta, out, device, threshold=0.3, amp=False):
-    """Writes out/NAME.jpg for every image, with the detections of at least `threshold`, and out/detections.json, COCO
-    results of the top-k with a `file_name` in each row. Files that are no whole image are named and skipped.
-    -> the number of images read."""
-    import visualize   # here, because AP needs no matplotlib and visualize imports this file
+def listed_id(path, listed):
+    """The id of a file in the `images` of a COCO json. UserError where not exactly one entry has
+    its name; folders in `file_name` must agree where names alone do not tell."""
+    entries = [image for image in listed if Path(image["file_name"]).name == path.name]
+    if len(entries) > 1:
+        location = path.as_posix()
+        entries = [image for image in entries if location.endswith("/" + image["file_name"])]
+    if len(entries) != 1:
+        raise UserError(f"--json: expected one entry for {path} among the {len(listed)} images of "
+                        f"the json, got {len(entries)}")
+    return entries[0]["id"]
 
-    out.mkdir(parents=True, exist_ok=True)
-    results, names = [], set()
-    for path, image_id in zip(paths, image_ids(paths), strict=True):
+
+def read_listing(path, meta):
+    """A COCO json for the ids of --images -> its images, category id of each class of the model.
+
+    Classes are matched by name. UserError where the json lacks one."""
+    listing = read_json(path)
+    listing.setdefault("annotations", [])
+    refuse_fatal(path, json_problems(listing))
+    ids = {category["name"]: category["id"] for category in listing["categories"]}
+    lacking = [name for name in meta["class_names"] if name not in ids]
+    if lacking:
+        raise UserError(f"--json: expected the classes of the model in {path}, got none called "
+                        f"{', '.join(lacking[:5])}")
+    return listing["images"], [ids[name] for name in meta["class_names"]]
+
+
+def detect_images(paths, ids, detect, class_names, category_ids, out, thresholds,
+                  boxes_only=False):
+    """Detect on image files and write what was found into the folder `out`.
+
+    detect: a PIL image -> its detections, such as `detect_image`.
+
+    NAME.jpg            each image with its detections of at least the score thresholds[label]
+    detections.json     COCO results, the `cfg.top_k` best of each image with file and class names
+    detections.csv      file, class, score, x, y, w, h of the drawn detections, px
+    counts.csv          for each image the number of objects of each class, and their sum
+
+    Files that are no complete image are named and skipped. -> the number of images read"""
+    results = []
+    boxes = []
+    counts = {}
+    for path, image_id in zip(paths, ids, strict=True):
         try:
-            image = data.read_image(path)
-        except data.BROKEN_IMAGE as error:
-            print(f"skipped {path}: {error}", file=sys.stderr)
+            image = read_image(path)
+        except UnreadableImage as error:
+            print(f"skipped {error}", file=sys.stderr)
             continue
-        detection = detect_image(model, detect, image, cfg, recipe, device, amp)
-        rows = coco_results([detection], [image_id], meta["category_ids"])
-        results += [{**row, "file_name": path.name} for row in rows]
-        shown = above(detection, threshold)
-        name = path.stem if path.stem not in names else f"{path.stem}_{image_id}"
-        names.add(name)
-        visualize.detections(image, shown, meta["class_names"]).save(out / f"{name}.jpg", quality=90)
-        print(f"{path}: {_summary(shown['labels'].tolist(), meta['class_names'])}")
-    (out / "detections.json").write_text(json.dumps(results))
-    return len(names)
+        detection = detect(image)
+        labels = detection["labels"].tolist()
+        least = torch.tensor([thresholds[label] for label in labels])
+        drawn = detection["scores"].cpu() >= least                             # (k,)
+        shown = {key: value[drawn.to(value.device)] for key, value in detection.items()}
+        names = [class_names[label] for label in shown["labels"].tolist()]
+        counts[path] = Counter(names)
+
+        rows = coco_results([detection], [image_id], category_ids)
+        for row, label, is_drawn in zip(rows, labels, drawn.tolist(), strict=True):
+            results.append({**row, "file_name": path.name, "category_name": class_names[label]})
+            if is_drawn:
+                x, y, w, h = (round(value, 1) for value in row["bbox"])
+                score = round(row["score"], 4)
+                boxes.append((str(path), class_names[label], score, x, y, w, h))
+        picture = visualize.draw_detections(image, shown, class_names)
+        visualize.save_picture(picture, picture_path(out, path, image_id, counts))
+        found = ", ".join(f"{count} {name}" for name, count in counts[path].items())
+        print(f"{path}: {found or 'nothing'}")
+
+    write_results(out / "detections.json", results, boxes_only)
+    write_csv(out / "detections.csv", ("file", "class", "score", "x", "y", "w", "h"), boxes)
+    lines = []
+    for path, count in counts.items():
+        lines.append((path, *(count[name] for name in class_names), sum(count.values())))
+    write_csv(out / "counts.csv", ("file", *class_names, "all"), lines)
+    return len(counts)
 
 
-def _summary(labels, class_names):
-    counts = [f"{labels.count(label)} {class_names[label]}" for label in sorted(set(labels))]
-    return ", ".join(counts) or "nothing"
+def picture_path(out, path, image_id, earlier):
+    """Where the picture of an image goes: its name, with the id where that name is used already."""
+    used = [other.stem for other in earlier if other != path]
+    return out / (f"{path.stem}_{image_id}.jpg" if path.stem in used else f"{path.stem}.jpg")
+
+
+def write_csv(path, head, rows):
+    with files.complete_file(path) as temporary:
+        with open(temporary, "w", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows([head, *rows])
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+@dataclass
+class Options:
+    """COCO AP of a checkpoint, or detections on your own images."""
+    checkpoint: str              # best.pt of a run, its folder, or released weights
+    data: str = ""               # COCO-layout folder; default: the data of the checkpoint's own run
+    # COCO json in place of the folder's annotations/instances_val2017.json; one without annotations
+    # gives detections.json only. With --images: the json whose ids are used
+    json: str = ""
+    # detect on these files, folders or glob patterns
+    images: Annotated[list[str] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
+    # minimum score to draw and to list, with --images; default: for each class the one with the
+    # best F1 in training, or 0.3
+    score_threshold: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
+    max_dets: int = 100          # maximum detections per image and class in AP
+    save_detections: bool = False  # also write detections.json, the COCO results of the data
+    boxes_only: bool = False     # leave the masks out of detections.json
+    tile: int = 0                # also detect on tiles of this many px: small objects, large images
+    overlap: float = 0.2         # fraction of a tile that neighbors share
+    eval_size: int = 0           # shorter side of the images, px; default: that of the checkpoint
+    out: str = ""                # folder for results; default: that of the checkpoint
+    batch_size: int = 1          # images at a time; with 1 nothing is padded
+    workers: int = -1            # processes that read images; -1: chosen from the number of cores
+    device: str = ""             # cpu or cuda; default: cuda where there is a GPU
+    amp: bool = False            # bfloat16 autocast
+    variant: str = ""            # variant of the paper file that released weights do not show: dc5
+    detector: str = ""           # where the frozen detector of a mask network lies now
+
+    def check(self):
+        """UserError for values that cannot work."""
+        require = commands.require
+        require(self.max_dets >= 1, "--max_dets of at least 1", self.max_dets)
+        require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
+        require(self.workers >= -1, "--workers of at least -1", self.workers)
+        require(self.eval_size >= 0, "--eval_size of at least 1", self.eval_size)
+        require(self.tile == 0 or self.tile >= 16, "--tile of at least 16", self.tile)
+        require(0 <= self.overlap <= 0.9, "--overlap in 0..0.9", self.overlap)
+        threshold = self.score_threshold
+        require(threshold is None or 0 <= threshold <= 1, "--score_threshold in 0..1", threshold)
+        require(self.images != [], "--images PATH ...", "no path")
 
 
 def settings(cfg, recipe):
-    """How images go in and detections come out, in words; for released weights as in the authors' evaluation."""
-    multiple = f" up to a multiple of {cfg.size_divisor}" if getattr(cfg, "size_divisor", 1) > 1 else ""
-    nms = f", soft-NMS from IoU {cfg.soft_nms}" if getattr(cfg, "soft_nms", 0) else ""
-    return (f"in: RGB, short side {recipe.eval_size} px but long side at most {recipe.max_size} px (bilinear), ImageNet mean and deviation, "
-            f"zeros to the right and below{multiple}\nout: the {cfg.top_k} best (query, class) pairs{nms}")
+    """In words: the image sizes that go in and the detections that come out. For released weights
+    they are those of the authors' evaluation."""
+    divisor = getattr(cfg, "size_divisor", 1)
+    multiple = f" up to a multiple of {divisor}" if divisor > 1 else ""
+    soft_nms = getattr(cfg, "soft_nms", 0)
+    nms = f", soft-NMS from IoU {soft_nms}" if soft_nms else ""
+    return (f"in: RGB, short side {recipe.eval_size} px but long side at most {recipe.max_size} px "
+            f"(bilinear), ImageNet mean and deviation, zeros to the right and below{multiple}\n"
+            f"out: the {cfg.top_k} best (query, class) pairs{nms}")
 
 
-def parser():
-    flags = Flags(description=__doc__.split("\n")[0])
-    flags.add_argument("--checkpoint", required=True, metavar="FILE", help="best.pt of a run, or released weights")
-    flags.add_argument("--variant", default="", metavar="NAME", help="of the paper file, for what released weights do not "
-                       "show: dc5, for instance")
-    flags.add_argument("--detector", default="", metavar="FILE", help="where the frozen detector of a mask network lies now")
-    flags.add_argument("--data", metavar="DIR", help="COCO-layout folder; without it, the data of the checkpoint")
-    flags.add_argument("--images", nargs="+", metavar="PATH", help="detect on these files, folders or glob patterns")
-    flags.add_argument("--score_threshold", type=float, default=0.3, help="least score that is drawn (default 0.3)")
-    flags.add_argument("--max_dets", type=int, default=100, help="detections an image that count (default 100)")
-    flags.add_argument("--analyze", nargs="*", metavar="FILE", help="also ATD(k), IoF-IoB curves and the conflict of heads, "
-                       "beside those of other checkpoints; visualize.py analysis draws them")
-    flags.add_argument("--k", type=int, default=100, help="the k of ATD(k) (default 100)")
-    flags.add_argument("--out", metavar="DIR", help="folder of the results (default: that of the checkpoint)")
-    flags.add_argument("--batch_size", type=int, default=1, help="images at a time (default 1: nothing is padded)")
-    flags.add_argument("--workers", type=int, default=0, help="processes that read images (default 0: this one)")
-    flags.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default %(default)s")
-    flags.add_argument("--amp", action="store_true", help="bfloat16 autocast")
-    return flags
+def class_thresholds(meta, given):
+    """The minimum score of each class: the given one, else that of the checkpoint, else 0.3."""
+    if given is not None:
+        return [given] * len(meta["class_names"])
+    stored = meta.get("thresholds", {})
+    return [stored.get(name, DEFAULT_THRESHOLD) for name in meta["class_names"]]
+
+
+def run_on_images(options, detector, out):
+    """--images: draw and list the detections on image files."""
+    paths = find_images(options.images)
+    detector = commands.in_used_classes(detector)
+    category_ids = detector.meta["category_ids"]
+    listed = None
+    if options.json:
+        listed, category_ids = read_listing(options.json, detector.meta)
+    ids = image_ids(paths, listed)
+    folder = files.prepare_folder(options.out or out / "detections")
+    least = class_thresholds(detector.meta, options.score_threshold)
+    if options.tile:
+        detect = partial(detect_tiled, detector, tile=options.tile, overlap=options.overlap,
+                         amp=options.amp)
+    else:
+        detect = partial(detect_image, detector, amp=options.amp)
+    read = detect_images(paths, ids, detect, detector.meta["class_names"], category_ids, folder,
+                         least, options.boxes_only)
+    scores = ", ".join(f"{value:.2f}" for value in sorted(set(least)))
+    print(f"{read} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
+    if not read:
+        sys.exit(1)
+
+
+def run_on_data(options, detector, out, device, rank, world):
+    """Evaluate on a data set; write eval.json and, on request or without ground truth,
+    detections.json."""
+    detector, dataset = commands.with_data(detector, options.data, options.json)
+    labeled = dataset.split != "test"
+    folder = files.prepare_folder(options.out or out)
+    workers = options.workers if options.workers >= 0 else commands.default_workers(world)
+    if rank == 0:
+        print(settings(detector.cfg, detector.recipe))
+
+    start = time.perf_counter()
+    if options.tile:
+        results = collect_tiled(detector, dataset, options, rank, world)
+    else:
+        results = collect_results(detector.model, detector.paper.detect, dataset, detector.cfg,
+                                  device, options.batch_size, options.amp, workers, rank, world)
+    if options.save_detections or not labeled:
+        path = folder / "detections.json"
+        count = write_results(path, results, options.boxes_only, rank, world)
+        if rank == 0:
+            print(f"{count} detections of {len(dataset)} images written to {path}")
+    if not labeled:
+        return
+
+    scoring = time.perf_counter()
+    metrics = score_results(dataset, results, options.max_dets, rank, world)
+    end = time.perf_counter()
+    metrics |= {"images": len(dataset), "seconds": end - start, "score_seconds": end - scoring}
+    if rank == 0:
+        print(table(metrics))
+        print(f"\n{threshold_table(metrics)}")
+        print(f"\n{dataset.name}: {len(dataset)} images, best {options.max_dets} detections of "
+              f"each, {end - start:.1f} s ({end - scoring:.1f} s of them scoring)")
+        record = {"checkpoint": options.checkpoint, "step": detector.meta["step"],
+                  "data": dataset.name, **metrics}
+        files.write_json(folder / "eval.json", record)
+        print(f"written to {folder / 'eval.json'}")
+
+
+def write_results(path, results, boxes_only=False, rank=0, world=1):
+    """Write the results of all ranks as one COCO results json -> their number."""
+    left_out = {"segmentation", "mask_score"} if boxes_only else set()
+    lines = []
+    for row in results:
+        lines.append(json.dumps({key: row[key] for key in row if key not in left_out}))
+    shares = gather("\n".join(lines), world)
+    lines = [line for share in shares for line in share.splitlines()]
+    if rank == 0:
+        with files.complete_file(path) as temporary:
+            temporary.write_text("[" + ",\n".join(lines) + "]\n")
+    return len(lines)
 
 
 def main(argv=None):
-    args = parser().parse_args(argv)
-    try:
-        loaded = models.load_model(args.checkpoint, args.device, args.variant, args.detector)
-        model, paper, cfg, recipe, meta, _ = loaded
-        cfg.top_k = max(cfg.top_k, args.max_dets)
-        if args.images:
-            paths = find_images(args.images)
+    options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
+                       config=(tyro.conf.FlagCreatePairsOff,))
+    with user_errors("eval.py"):
+        options.check()
+        device, rank, world = commands.join_processes(options.device)
+        detector = open_detector(options.checkpoint, device, options.variant, options.detector)
+        top_k = max(detector.cfg.top_k, options.max_dets)
+        detector = detector._replace(cfg=replace(detector.cfg, top_k=top_k))
+        if options.eval_size:
+            recipe = replace(detector.recipe, eval_size=options.eval_size)
+            detector = detector._replace(recipe=recipe)
+        checkpoint = Path(options.checkpoint)
+        out = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        if options.images:
+            commands.require(world == 1, "one process with --images", f"{world} processes")
+            print(settings(detector.cfg, detector.recipe))
+            run_on_images(options, detector, out)
         else:
-            dataset = validation_set(args.data, loaded)
-            model = fit_classes(model, paper, cfg, meta, dataset)
-    except (ValueError, FileNotFoundError) as error:
-        sys.exit(f"eval.py: {error}")
-    print(settings(cfg, recipe))
-    out = Path(args.out or Path(args.checkpoint).parent)
-    if args.images:
-        out = Path(args.out or out / "detections")
-        read = detect_images(paths, model, paper.detect, cfg, recipe, meta, out, args.device, args.score_threshold, args.amp)
-        print(f"{read} of {len(paths)} images drawn (scores of at least {args.score_threshold}), see {out}")
-        return
-    common = dict(batch_size=args.batch_size, amp=args.amp, workers=args.workers)
-    metrics = evaluate(model, paper.detect, dataset, cfg, args.device, max_dets=args.max_dets, **common)
-    print(table(metrics))
-    print(f"\n{dataset.name}: {metrics['images']} images, best {args.max_dets} detections of each, "
-          f"{metrics['seconds']:.1f} s ({metrics['score_seconds']:.1f} s of them scoring)")
-    out.mkdir(parents=True, exist_ok=True)
-    if args.analyze is not None:
-        try:
-            analyses = analyze_files(model, loaded, dataset, args, **common)
-        except (ValueError, FileNotFoundError) as error:
-            sys.exit(f"eval.py: {error}")
-        print("\n" + analysis_table(analyses))
-        (out / "analysis.json").write_text(json.dumps(analyses, indent=1))
-        print(f"\ncurves and maps: python visualize.py analysis --analysis {out / 'analysis.json'}")
-        metrics["analysis"] = next(iter(analyses.values()))
-    record = {"checkpoint": str(args.checkpoint), "step": meta["step"], "data": dataset.name, **metrics}
-    (out / "eval.json").write_text(json.dumps(record, indent=1))
-    print(f"written to {out / 'eval.json'}")
+            run_on_data(options, detector, out, device, rank, world)
 
 
 if __name__ == "__main__":

@@ -1,34 +1,43 @@
-"""H-DETR: DETRs with Hybrid Matching (Jia et al., CVPR 2023, arXiv 2207.13080), on an improved two-stage Deformable DETR.
+"""H-DETR: DETRs with Hybrid Matching (Jia et al., CVPR 2023, arXiv 2207.13080), on an improved
+two-stage Deformable DETR.
 
-The idea: one-to-one matching spares us NMS but gives every object a single positive query. So in training only, a second
-group of queries is matched to the objects repeated K times. All weights are shared; at test time the group is gone.
-48.7 AP in 12 epochs, where the same detector without the group reaches 47.0.
+The idea: one-to-one matching makes NMS unnecessary but gives every object a single positive query.
+So, in training only, a second group of queries is matched to the objects repeated K times. All
+weights are shared; at test time the group is gone. 48.7 AP in 12 epochs, where the same detector
+without the group reaches 47.0.
 
     paper                                             here
     section 3.2.1 hybrid branch: two query groups     HDETR.propose, group_mask, HDETR.forward
-    section 3.2.1 one-to-many matching, Eq. 1-2       Criterion, matcher.Group.copies
+    section 3.2.1 one-to-many matching, Eq. 1-2       Criterion.groups, matcher.Group.copies
     section 4.2, Table 8 mixed query selection        HDETR.propose (from DINO)
     section 4.2, Table 8 look forward twice           HDETR.decode (from DINO)
-    Tables 1, 8 and 14 recipe                         Config
+    Tables 1, 8 and 14 recipe                         Config, RECIPE
 
     symbol     here
     n, T       num_queries, num_queries_one2many
     K, lambda  k_one2many, lambda_one2many
     Q, Q^      queries of the proposals of rank 0..n-1 and n..n+T-1
 
-B images, S tokens, Nq queries (n, in training n + T), C channels. `num_queries_one2many=0` is the baseline without the
-branch. Boxes and `padding` are those of `deformable_detr`.
+B images, S tokens, Nq queries (n, in training n + T), C channels. `num_queries_one2many=0` is the
+baseline without the branch. Boxes and `padding` are those of deformable_detr.py.
 
-Departs
- 1. The one-to-many losses are divided by the number of repeated objects: a mean over positives, not K times the sum (code).
- 2. The encoder's proposals are charged once, with the one-to-one group (code).
- 3. Half of the position network's output is never used, its first half is the query position (code).
- 4. Proposals are capped at the number of tokens, so that images of any size work; the one-to-many group shrinks first.
- 5. A batch without any object, in the training loop: the one-to-many background loss is divided by K, not by 1.
- 6. Hybrid epoch and hybrid layer, the paper's other two schemes, are left out: in Table 6 they stay within 0.4 AP of the
-    branch and take longer.
- 7. Mixed query selection (DINO, Zhang et al. 2023) as this code has it: proposals are ranked by class 0, and a query's position
-    is made once; DINO ranks by the best class and renews the position in every layer.
+Differences from the paper
+ 1. The one-to-many losses are divided by the number of repeated objects: they are a mean over
+    positives, not K times the sum (code).
+ 2. The encoder's proposals are supervised once, with the one-to-one group (code).
+ 3. Half of the position network's output is never used; its first half is the query position
+    (code).
+ 4. There are at most as many proposals as tokens, so that images of any size work; the one-to-many
+    group shrinks first. Proposals with nearly equal scores may trade ranks, see dino.py.
+ 5. In a batch without any object, in the training loop, the one-to-many background loss is divided
+    by K, not by 1.
+ 6. Hybrid epoch and hybrid layer, the paper's other two schemes, are left out. After 12, 24 and 36
+    epochs (Table 6) the branch reaches 45.9, 47.6 and 48.0 AP, hybrid epoch 45.5, 47.0 and 47.9,
+    hybrid layer 45.6, 47.9 and 48.0; both take longer to train.
+ 7. Mixed query selection (DINO, Zhang et al. 2023) as this code has it: proposals are ranked by
+    class 0, and the position of a query is made once; DINO ranks by the best class and makes the
+    position anew in every layer.
+ 8. Precision, classes and skipped steps: as in deformable_detr.py, 10 to 12. TF32: as in dino.py.
 """
 from copy import deepcopy
 from dataclasses import dataclass
@@ -38,9 +47,10 @@ from torch import Tensor, nn
 
 import deformable_detr
 from backbones import build_backbone
-from deformable_detr import (DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head,
-                             detect, encoder_proposals, init_transformer, input_projections, named_layers,  # noqa: F401
-                             num_maps, offset_boxes, param_groups, sine_embedding, take)
+from deformable_detr import (  # noqa: F401
+    DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head, detect,
+    encoder_proposals, gather_rows, in_float32, init_transformer, input_projections, named_layers,
+    num_maps, offset_boxes, param_groups, sine_embedding, slice_queries)
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from matcher import Group
 
@@ -49,14 +59,14 @@ from matcher import Group
 class Config:
     """The R50 row of Table 1: hybrid branch, 12 epochs, 48.7 AP on COCO val2017."""
     backbone: str = "resnet50"
-    backbone_weights: str = "imagenet"     # imagenet, a file, or none: trained from scratch with live normalisation
-    backbone_norm: str = "batch"           # batch or group; published weights come with their own frozen statistics
-    drop_path: float = 0.0                 # of the last block of a Swin, ViT or FocalNet, rising to it from 0
-    num_feature_levels: int = 4
-    num_queries: int = 300                 # n, one-to-one; all there is at test time
-    num_queries_one2many: int = 1500       # T, in training; 0: no hybrid branch (47.0 AP)
-    k_one2many: int = 6                    # K copies of every object; below 3 it hurts (Table 9); copies beyond T find no query
-    lambda_one2many: float = 1.0
+    backbone_weights: str = "imagenet"   # imagenet, a file, or none: start from random weights
+    backbone_norm: str = "batch"         # batch or group, with backbone_weights none; else frozen
+    drop_path: float = 0.0               # maximum stochastic-depth rate, linear over blocks
+    num_feature_levels: int = 4          # C3 to C5 and one coarser map
+    num_queries: int = 300               # n, one-to-one; the only queries at test time
+    num_queries_one2many: int = 1500     # T, in training; 0: no hybrid branch
+    k_one2many: int = 6                  # K copies of every object; below 3 it hurts (Table 9)
+    lambda_one2many: float = 1.0         # weight of the one-to-many losses
     dim: int = 256
     num_heads: int = 8
     num_points: int = 4
@@ -64,132 +74,169 @@ class Config:
     decoder_layers: int = 6
     ffn_dim: int = 2048
     dropout: float = 0.0
-    top_k: int = 100                       # detections kept per image
+    top_k: int = 100                     # detections per image
     cost_class: float = 2.0
     cost_l1: float = 5.0
     cost_giou: float = 2.0
     loss_class: float = 2.0
     loss_l1: float = 5.0
     loss_giou: float = 2.0
-    size_divisor: int = 1                  # batches are padded to a multiple of this
+    size_divisor: int = 1                # batches are padded to a multiple of this
 
 
 RECIPE = Recipe(lr=2e-4, lr_backbone=2e-5, lr_offsets=2e-5, batch_size=16, epochs=12, lr_drop=11)
 
-
-# What learns in minutes on two CPU cores: sizes and optimisation change, the method does not.
-SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, num_queries_one2many=120, k_one2many=4) | dict(epochs=10)
+# Trains in minutes on two CPU cores: other sizes and optimization, the same method.
+SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, num_queries_one2many=120, k_one2many=4)
+SMALL["epochs"] = 10
 VARIANTS = {
-    "baseline": dict(num_queries_one2many=0),
+    "baseline": dict(num_queries_one2many=0),                       # 47.0 AP
     "24_epochs": dict(epochs=24, lr_drop=20),
-    "36_epochs": dict(epochs=36, lr_drop=30),
-    "swin_t": dict(backbone="swin_t", drop_path=0.2, weight_decay=0.05),   # 51.2 AP; 36 epochs 53.7
-    "swin_l": dict(backbone="swin_l_window7", drop_path=0.5, weight_decay=0.05, num_queries=900, epochs=36,   # 57.8 AP
-                   lr_drop=30),
+    "36_epochs": dict(epochs=36, lr_drop=30),                       # 50.0 AP
+    # 51.2 AP; 53.7 with 36 epochs
+    "swin_t": dict(backbone="swin_t", drop_path=0.2, weight_decay=0.05),
+    # 57.8 AP
+    "swin_l": dict(backbone="swin_l_window7", drop_path=0.5, weight_decay=0.05, num_queries=900,
+                   epochs=36, lr_drop=30),
 }
 
 
 class HDETR(nn.Module):
-    """Figure 3 of the paper, left. `backbone` maps images to [C2, C3, C4, C5] and lists their widths in `backbone.channels`."""
+    """Figure 3, left. `backbone` maps images to [C2, C3, C4, C5], widths in `channels`."""
 
     def __init__(self, backbone: nn.Module, cfg: Config, num_classes: int):
         super().__init__()
-        self.cfg = cfg
         C = cfg.dim
-        self.backbone, self.num_maps = backbone, num_maps(cfg.num_feature_levels)
-        self.input_proj = input_projections(backbone.channels[-self.num_maps:], C, cfg.num_feature_levels)
+        self.cfg = cfg
+        self.backbone = backbone
+        self.num_maps = num_maps(cfg.num_feature_levels)
+        channels = backbone.channels[-self.num_maps:]
+        self.input_proj = input_projections(channels, C, cfg.num_feature_levels)
         self.level_embed = nn.Parameter(torch.empty(cfg.num_feature_levels, C))
         self.encoder = nn.ModuleList(EncoderLayer(cfg) for _ in range(cfg.encoder_layers))
         self.decoder = nn.ModuleList(DecoderLayer(cfg) for _ in range(cfg.decoder_layers))
-        self.enc_output, self.enc_output_norm = nn.Linear(C, C), nn.LayerNorm(C)
-        self.pos_trans, self.pos_trans_norm = nn.Linear(2 * C, 2 * C), nn.LayerNorm(2 * C)
+        self.enc_output = nn.Linear(C, C)
+        self.enc_output_norm = nn.LayerNorm(C)
+        self.pos_trans = nn.Linear(2 * C, 2 * C)
+        self.pos_trans_norm = nn.LayerNorm(2 * C)
         init_transformer(self)
         self.query_embed = nn.Embedding(cfg.num_queries + cfg.num_queries_one2many, C)
-        classes, boxes = class_head(C, num_classes), box_head(C)   # one of each per decoder layer, one for proposals
-        self.class_embed, self.bbox_embed = (nn.ModuleList(deepcopy(head) for _ in range(cfg.decoder_layers + 1))
-                                             for head in (classes, boxes))
 
+        # A class head and a box head for each decoder layer, and one of each for the proposals.
+        classes = class_head(C, num_classes)
+        boxes = box_head(C)
+        count = cfg.decoder_layers + 1
+        self.class_embed = nn.ModuleList(deepcopy(classes) for _ in range(count))
+        self.bbox_embed = nn.ModuleList(deepcopy(boxes) for _ in range(count))
+
+    sine = DeformableDETR.sine
     encode = DeformableDETR.encode   # backbone, projections and encoder are unchanged
 
     def forward(self, images: Tensor, padding: Tensor, targets=None) -> dict:
-        """images (B, 3, H, W), padding (B, H, W) -> outputs as in `deformable_detr.DeformableDETR.forward`, of the n
-        one-to-one queries; in training also `many_outputs`, the same predictions of the T one-to-many queries."""
+        """Detect objects in images (B, 3, H, W) with padding (B, H, W); `targets` are not used.
+
+        Returns what `deformable_detr.DeformableDETR.forward` does, for the n one-to-one queries; in
+        training also `many_outputs`, the same predictions of the T one-to-many queries.
+        """
         n = self.cfg.num_queries
         memory = self.encode(images, padding)
-        queries, enc = self.propose(memory)
-        layers, states = self.decode(memory, queries, group_mask(n, queries.content))
-        one, many = ([{name: x[:, part] for name, x in layer.items()} for layer in layers]
-                     for part in (slice(n), slice(n, None)))
-        outputs = {**one[-1], "aux_outputs": one[:-1], "queries": states[-1][:, :n],
-                   "anchors": queries.reference[:, :n], "memory": memory, "enc_outputs": enc}
+        queries, proposals = self.propose(memory)
+        attn_mask = group_mask(n, queries.content)
+        layers, states = self.decode(memory, queries, attn_mask)
+
+        outputs = slice_queries(layers, 0, n)
+        outputs |= {"queries": states[-1][:, :n], "anchors": queries.reference[:, :n],
+                    "memory": memory, "enc_outputs": proposals}
         if queries.content.shape[1] > n:
-            outputs["many_outputs"] = {**many[-1], "aux_outputs": many[:-1]}
+            outputs["many_outputs"] = slice_queries(layers, n)
         return outputs
 
     def propose(self, memory: Memory) -> tuple[Queries, dict]:
-        """Mixed query selection: places from the best encoder tokens, in order, content from a learned table. In training
-        n + T of them. -> queries and the predictions of all S tokens."""
-        tokens, proposals = encoder_proposals(memory)                              # (B, S, C), (B, S, 4)
+        """Mixed query selection: boxes of the best tokens, in order, and learned content.
+
+        There are n queries, in training n + T. Also returns the predictions of all S tokens.
+        """
+        tokens, proposals = encoder_proposals(memory)                    # (B, S, C), (B, S, 4)
         tokens = self.enc_output_norm(self.enc_output(tokens))
-        logits = self.class_embed[-1](tokens)                                      # (B, S, num_classes)
-        boxes = self.bbox_embed[-1](tokens) + proposals                            # (B, S, 4) before the sigmoid
-        wanted = self.cfg.num_queries + (self.cfg.num_queries_one2many if self.training else 0)
-        best = logits[..., 0].topk(min(wanted, tokens.shape[1])).indices           # (B, Nq)
-        reference = take(boxes, best).detach().sigmoid()                           # (B, Nq, 4)
-        embedding = sine_embedding(reference, tokens.shape[-1] // 2).flatten(2)    # (B, Nq, 2 C), cx cy w h
-        position = self.pos_trans_norm(self.pos_trans(embedding.to(tokens.dtype))).chunk(2, -1)[0]   # (B, Nq, C)
-        content = self.query_embed.weight[:best.shape[1]].expand(len(tokens), -1, -1)                # (B, Nq, C)
-        return Queries(content, position, reference), {"pred_logits": logits, "pred_boxes": boxes.sigmoid()}
+        logits = in_float32(self.class_embed[-1], tokens)                # (B, S, num_classes)
+        boxes = in_float32(self.bbox_embed[-1], tokens) + proposals      # (B, S, 4) before sigmoid
+        count = self.cfg.num_queries
+        if self.training:
+            count += self.cfg.num_queries_one2many
+        count = min(count, tokens.shape[1])
+        best = logits[..., 0].topk(count).indices                        # (B, Nq)
+        reference = gather_rows(boxes, best).detach().sigmoid()          # (B, Nq, 4)
+        embedding = sine_embedding(reference, tokens.shape[-1] // 2).flatten(2)   # (B, Nq, 2 C)
+        position = self.pos_trans_norm(self.pos_trans(embedding.to(tokens.dtype)))
+        position, _ = position.chunk(2, -1)                              # (B, Nq, C)
+        content = self.query_embed.weight[:count].expand(len(tokens), -1, -1)     # (B, Nq, C)
+        predictions = {"pred_logits": logits, "pred_boxes": boxes.sigmoid()}
+        return Queries(content, position, reference), predictions
 
-    def decode(self, memory: Memory, queries: Queries, attn_mask: Tensor | None = None) -> tuple[list, list]:
-        """Look forward twice: -> predictions of every layer and their states (B, Nq, C).
+    def decode(self, memory: Memory, queries: Queries, attn_mask: Tensor | None = None):
+        """Look forward twice: predictions of every layer and their states (B, Nq, C), two lists.
 
-        A layer's box is its offset from the box of the layer before, with its graph, so that the loss trains both
-        layers' heads; what attention sees as reference is detached."""
+        The box of a layer is its offset from the box of the layer before, with its graph, so that
+        the loss trains both layers' heads; the reference that attention uses is detached.
+        """
         content, position, reference = queries
-        forward_twice_reference = reference
+        previous = reference
         layers, states = [], []
-        for layer, class_head, box_head in zip(self.decoder, self.class_embed, self.bbox_embed):
-            content = layer(content, position, reference, memory, attn_mask)       # (B, Nq, C)
-            offsets = box_head(content)                                            # (B, Nq, 4)
-            layers.append({"pred_logits": class_head(content),
-                           "pred_boxes": offset_boxes(offsets, forward_twice_reference)})
+        for layer, class_embed, bbox_embed in zip(self.decoder, self.class_embed, self.bbox_embed):
+            content = layer(content, position, reference, memory, attn_mask)     # (B, Nq, C)
+            logits = in_float32(class_embed, content)                     # (B, Nq, num_classes)
+            offsets = in_float32(bbox_embed, content)                      # (B, Nq, 4)
+            boxes = offset_boxes(offsets, previous)                      # (B, Nq, 4)
+            layers.append({"pred_logits": logits, "pred_boxes": boxes})
             states.append(content)
-            forward_twice_reference = offset_boxes(offsets, reference)
-            reference = forward_twice_reference.detach()
+            previous = offset_boxes(offsets, reference)
+            reference = previous.detach()
         return layers, states
 
 
 def group_mask(n: int, content: Tensor) -> Tensor | None:
-    """Section 3.2.1: the first n of all queries (B, Nq, C) and the rest never see each other: (Nq, Nq) True = blocked; None
-    when there is no rest."""
-    many = torch.arange(content.shape[1], device=content.device) >= n              # (Nq,)
-    return many[:, None] != many if content.shape[1] > n else None
+    """Section 3.2.1: block attention between the first n of all queries (B, Nq, C) and the others.
+
+    Returns (Nq, Nq), True = blocked; None when there are no others.
+    """
+    if content.shape[1] <= n:
+        return None
+    many = torch.arange(content.shape[1], device=content.device) >= n    # (Nq,)
+    return many[:, None] != many
 
 
 class Criterion(deformable_detr.Criterion):
-    """Section 3.2.1: the one-to-one group's two-stage set loss (Eq. 1) plus lambda times the one-to-many group's (Eq. 2)."""
+    """Section 3.2.1: the two-stage set loss of the one-to-one group (Eq. 1) plus lambda times that
+    of the one-to-many group (Eq. 2)."""
 
     def __init__(self, cfg: Config):
         super().__init__(cfg)
-        self.copies, self.factor = cfg.k_one2many, cfg.lambda_one2many
+        self.copies = cfg.k_one2many
+        self.factor = cfg.lambda_one2many
 
-    def __call__(self, outputs: dict, targets: list[dict], num_boxes: float | None = None) -> dict:
-        """-> weighted losses {"cls", "aux0.cls", ..., "enc.cls", ..., "many.cls", "many.aux0.cls", ...}."""
+    def __call__(self, outputs: dict, targets: list[dict], num_boxes=None) -> dict[str, Tensor]:
+        """Compute the weighted losses {"cls", "aux0.cls", ..., "enc.cls", ..., "many.cls",
+        "many.aux0.cls", ...}. Arguments as in `deformable_detr.Criterion`."""
         losses = super().__call__(outputs, targets, num_boxes)
-        return {name: self.factor * x if name.startswith("many.") else x for name, x in losses.items()}
+        for name in losses:
+            if name.startswith("many."):
+                losses[name] = self.factor * losses[name]
+        return losses
 
     def groups(self, outputs: dict, targets: list[dict]) -> list[Group]:
-        """Eq. 2: every object counts K times, so that the one-to-one matching finds K queries for it."""
+        """Eq. 2: every object counts K times, so that it is matched to K queries."""
         groups = super().groups(outputs, targets)
         if "many_outputs" in outputs:
-            layers = {f"many.{name}".rstrip("."): x for name, x in named_layers(outputs["many_outputs"]).items()}
+            layers = {}
+            for name, layer in named_layers(outputs["many_outputs"]).items():
+                layers[f"many.{name}".rstrip(".")] = layer
             groups.append(Group(layers, targets, self.copies))
         return groups
 
 
 def build(cfg: Config, num_classes: int) -> tuple[HDETR, Criterion]:
-    """Model with random weights, and its criterion."""
-    backbone = build_backbone(cfg.backbone, cfg.backbone_weights, cfg.backbone_norm, maps=num_maps(cfg.num_feature_levels),
+    """Make the model, with random weights, and its criterion."""
+    maps = num_maps(cfg.num_feature_levels)
+    backbone = build_backbone(cfg.backbone, cfg.backbone_weights, cfg.backbone_norm, maps=maps,
                               drop_path=cfg.drop_path)
     return HDETR(backbone, cfg, num_classes), Criterion(cfg)

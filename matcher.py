@@ -1,7 +1,8 @@
 """Set prediction: Hungarian matching of predictions to objects, and the set loss (class, L1, GIoU).
 
-DETR (Carion et al. 2020, section 3.1) with the focal classification of Deformable DETR (Zhu et al.
-2021, section 5). Other code calls the two parts HungarianMatcher and SetCriterion.
+DETR (Carion et al. 2020, section 3.1), with its own softmax classification (`SoftmaxSetLoss`) or
+the focal one of Deformable DETR (Zhu et al. 2021, section 5; `SetLoss`). Other code calls the two
+parts HungarianMatcher and SetCriterion.
 
     paper                                                                              here
     C(i, j) = w_cls c_cls(i, j) + w_l1 ||b_i - g_j||_1 - w_giou GIoU(b_i, g_j)         match_cost
@@ -10,31 +11,26 @@ DETR (Carion et al. 2020, section 3.1) with the focal classification of Deformab
           + sum_j v_l1 ||b_sigma(j) - g_j||_1 + v_giou (1 - GIoU(b_sigma(j), g_j)) ]
         / number of objects in the batch
 
-For one set of predictions, `match` is all there is:
-
-    for query, index in match(outputs, targets, Weights(cls=2, l1=5, giou=2)):     # image by image
-        boxes, objects = outputs["pred_boxes"][b, query], targets[b]["boxes"][index]
-
-A detector has a set for every decoder layer. `SetLoss.match_groups` matches all of them with a
-single copy to the host, because the GPU has to finish its queue before the host can read a cost:
+For one set of predictions `match` is enough. A detector has a set for every decoder layer;
+`SetLoss.match_groups` matches all of them with a single copy to the host, because the host can read
+a cost only when the GPU has finished all the work before it:
 
     set_loss = SetLoss(cost=Weights(2, 5, 2), loss=Weights(2, 5, 2))
     layers = {"": last, "aux0": first}                 # each {"pred_logits", "pred_boxes"}
     matches, = set_loss.match_groups([Group(layers, targets)])
     losses = set_loss.compute_losses(layers, targets, matches, count_boxes(targets))
 
-Symbols: A layers, B images, Nq queries, K classes, n objects in one image, n_max in the image with
-the most objects, T in the batch. Boxes are (cx, cy, w, h) in [0, 1]. Background has no cost column;
-as a label it is K.
+A layers, B images, Nq queries, K classes, n objects in one image, n_max in the image with the most
+objects, T in the batch. Boxes are (cx, cy, w, h) in [0, 1]. Label K is background.
 
 Differences from the paper
- 1. The class cost is a difference of focal losses (Deformable DETR code); DETR's was -p.
+ 1. The class cost of `SetLoss` is a difference of focal losses (Deformable DETR code).
  2. Costs between different images are not computed; the authors compute and discard them.
  3. A cost that is not finite counts as a very high one; SciPy refuses it. The loss of such a
     prediction is not finite either, and the training loop reports that.
  4. Half-precision predictions are matched and compared in float32.
 """
-from typing import Callable, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,7 +38,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from boxes import box_cxcywh_to_xyxy, generalized_box_iou, paired_giou
+from boxes import at_least_float32, box_cxcywh_to_xyxy, generalized_box_iou, paired_giou
 
 ALPHA = 0.25        # focal loss: weight of the positive class
 GAMMA = 2.0         # focal loss: exponent that reduces the loss of easy examples
@@ -65,23 +61,24 @@ class Group(NamedTuple):
     copies: int = 1            # queries that every object is matched to
 
 
-def match(predictions: dict, targets: list[dict], weights: Weights, eps: float = 0.0) -> Matches:
+def match(predictions: dict, targets: list[dict], weights: Weights, eps: float = 0.0,
+          class_cost=None) -> Matches:
     """Match one set of predictions to the objects of each image, one to one.
 
-    predictions: `pred_logits` (B, Nq, K) and `pred_boxes` (B, Nq, 4); targets: per image `labels`
-    (n,) and `boxes` (n, 4); eps: added to the denominators of GIoU.
-    Returns per image min(Nq, n) pairs: query indices, rising, and the indices of their objects.
+    predictions: `pred_logits` (B, Nq, K), `pred_boxes` (B, Nq, 4); targets: per image `labels` (n,)
+    and `boxes` (n, 4); eps: added to the denominators of GIoU; class_cost: `focal_cost`, the
+    default, or `softmax_cost`. Returns, per image, min(Nq, n) query indices, rising, and the
+    indices of their objects.
     """
     logits = at_least_float32(predictions["pred_logits"])
     boxes = at_least_float32(predictions["pred_boxes"])
-    cost = match_cost(logits, boxes, targets, weights, eps)        # (B, Nq, n_max)
+    cost = match_cost(logits, boxes, targets, weights, eps, class_cost)   # (B, Nq, n_max)
     return assign(cost.cpu(), targets)
 
 
 @torch.no_grad()
-def match_cost(
-    logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weights, eps: float = 0.0
-) -> Tensor:
+def match_cost(logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weights,
+               eps: float = 0.0, class_cost=None) -> Tensor:
     """Cost of assigning each prediction to each object of its image.
 
     logits (..., B, Nq, K), boxes (..., B, Nq, 4) -> (..., B, Nq, n_max). Where an image has fewer
@@ -90,16 +87,31 @@ def match_cost(
     labels = pad_sequence([t["labels"] for t in targets], batch_first=True)      # (B, n_max)
     objects = pad_sequence([t["boxes"] for t in targets], batch_first=True)      # (B, n_max, 4)
     objects = objects.to(boxes.dtype)
-
-    # Class: focal loss of "this class" minus focal loss of "not this class".
     column = labels[:, None].expand(*logits.shape[:-1], -1)                      # (..., Nq, n_max)
+    cls = (class_cost or focal_cost)(logits, column)                             # (..., Nq, n_max)
+    l1 = (boxes[..., :, None, :] - objects[:, None, :, :]).abs().sum(-1)         # (..., Nq, n_max)
+    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects), eps)
+    return weights.cls * cls + weights.l1 * l1 - weights.giou * giou
+
+
+def focal_cost(logits: Tensor, column: Tensor) -> Tensor:
+    """Focal loss of "this class" minus focal loss of "not this class".
+
+    logits (..., Nq, K), class of each object (..., Nq, n_max) -> (..., Nq, n_max).
+    """
     p = logits.gather(-1, column).sigmoid()
     positive = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
     negative = (1 - ALPHA) * p ** GAMMA * -(1 - p + 1e-8).log()
+    return positive - negative
 
-    l1 = (boxes[..., :, None, :] - objects[:, None, :, :]).abs().sum(-1)         # (..., Nq, n_max)
-    giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects), eps)
-    return weights.cls * (positive - negative) + weights.l1 * l1 - weights.giou * giou
+
+def softmax_cost(logits: Tensor, column: Tensor) -> Tensor:
+    """Minus the probability of "this class", DETR's class cost.
+
+    Not its logarithm, so that it is on the scale of the box costs (DETR, section 3.1).
+    logits (..., Nq, K + 1), class of each object (..., Nq, n_max) -> (..., Nq, n_max).
+    """
+    return -logits.softmax(-1).gather(-1, column)
 
 
 def assign(cost: Tensor, targets: list[dict], copies: int = 1) -> Matches:
@@ -123,20 +135,20 @@ class SetLoss:
 
     cost, loss: `Weights` of the terms; eps: added to the denominators of GIoU.
     class_loss(logits, labels, boxes, target_boxes) gives the loss of each query and class, shaped
-    as logits; target boxes of background queries are zero.
+    as logits; target boxes of background queries are zero. class_cost: as in `match`.
     """
 
-    def __init__(
-        self, cost: Weights, loss: Weights, eps: float = 0.0, class_loss: Callable | None = None
-    ):
+    def __init__(self, cost: Weights, loss: Weights, eps: float = 0.0, class_loss=None,
+                 class_cost=None):
         self.cost = cost
         self.loss = loss
         self.eps = eps
         self.class_loss = class_loss or focal_loss
+        self.class_cost = class_cost or focal_cost
 
     def match(self, predictions: dict, targets: list[dict]) -> Matches:
         """Match one set of predictions, as the function `match` does."""
-        return match(predictions, targets, self.cost, self.eps)
+        return match(predictions, targets, self.cost, self.eps, self.class_cost)
 
     def match_groups(self, groups: list[Group]) -> list[list[Matches]]:
         """Match every layer of every group, with one copy to the host.
@@ -146,20 +158,23 @@ class SetLoss:
         costs = []
         for group in groups:
             logits, boxes = stack_layers(list(group.layers.values()))
-            costs.append(match_cost(logits, boxes, group.targets, self.cost, self.eps))
+            cost = match_cost(
+                logits, boxes, group.targets, self.cost, self.eps, self.class_cost
+            )
+            costs.append(cost)
         return [
             [assign(layer_cost, group.targets, group.copies) for layer_cost in cost]
             for group, cost in zip(groups, copy_to_host(costs))
         ]
 
-    def compute_losses(
-        self, layers: dict[str, dict], targets: list[dict], matches: list[Matches], num_boxes
-    ) -> dict[str, Tensor]:
+    def compute_losses(self, layers: dict[str, dict], targets: list[dict],
+                       matches: list[Matches], num_boxes) -> dict[str, Tensor]:
         """Compute the weighted losses of layers of equal shape whose matches are known.
 
-        Each loss is a sum over queries divided by `num_boxes`, the number of objects.
-        Returns {"NAME.cls": scalar, "NAME.l1": ..., "NAME.giou": ..., ...}; the layer named "" has
-        no dot. All layers are stacked, so that each operation runs once.
+        Each is a sum over queries divided by `num_boxes`, the number of objects; a subclass may
+        divide the class loss by something else. Returns {"NAME.cls": scalar, "NAME.l1": ...,
+        "NAME.giou": ..., ...}; the name "" has no dot. The layers are stacked, so that each
+        operation runs once.
         """
         logits, boxes = stack_layers(list(layers.values()))              # (A, B, Nq, K or 4)
         true_labels = torch.cat([t["labels"] for t in targets])                  # (T,)
@@ -174,8 +189,7 @@ class SetLoss:
         labels[matched] = true_labels[row]
         target_boxes = torch.zeros_like(boxes)                                   # (A, B, Nq, 4)
         target_boxes[matched] = true_boxes[row]
-        cls = self.class_loss(logits, labels, boxes, target_boxes)               # (A, B, Nq, K)
-        cls = cls.flatten(1).sum(1)                                              # (A,)
+        cls = self.class_losses(logits, labels, boxes, target_boxes, num_boxes)  # (A,)
 
         # Boxes: matched queries only, summed layer by layer.
         predicted = boxes[matched]                                               # (pairs, 4)
@@ -189,10 +203,35 @@ class SetLoss:
         losses = {}
         for i, name in enumerate(layers):
             prefix = f"{name}." if name else ""
-            losses[prefix + "cls"] = self.loss.cls * cls[i] / num_boxes
+            losses[prefix + "cls"] = self.loss.cls * cls[i]
             losses[prefix + "l1"] = self.loss.l1 * l1[i] / num_boxes
             losses[prefix + "giou"] = self.loss.giou * giou[i] / num_boxes
         return losses
+
+    def class_losses(self, logits, labels, boxes, target_boxes, num_boxes) -> Tensor:
+        """Class loss of every layer, (A,): a sum over queries and classes, over `num_boxes`."""
+        loss = self.class_loss(logits, labels, boxes, target_boxes)              # (A, B, Nq, K)
+        return loss.flatten(1).sum(1) / num_boxes
+
+
+class SoftmaxSetLoss(SetLoss):
+    """DETR's set loss: a softmax over K classes and, in column K, "no object"."""
+
+    def __init__(self, cost: Weights, loss: Weights, no_object: float):
+        super().__init__(cost, loss, class_cost=softmax_cost)
+        self.no_object = no_object   # weight of "no object" in the class loss
+
+    def class_losses(self, logits, labels, boxes, target_boxes, num_boxes) -> Tensor:
+        """Class loss of every layer, (A,): a weighted mean over the queries of all images.
+
+        logits (A, B, Nq, K + 1), labels (A, B, Nq), above K for background.
+        """
+        K = logits.shape[-1] - 1
+        labels = labels.clamp(max=K)
+        loss = F.cross_entropy(logits.movedim(-1, 1), labels, reduction="none")  # (A, B, Nq)
+        weights = torch.ones_like(loss)                                          # (A, B, Nq)
+        weights[labels == K] = self.no_object
+        return (weights * loss).sum((1, 2)) / weights.sum((1, 2))
 
 
 def focal_loss(logits: Tensor, labels: Tensor, boxes=None, target_boxes=None) -> Tensor:
@@ -210,18 +249,16 @@ def focal_loss(logits: Tensor, labels: Tensor, boxes=None, target_boxes=None) ->
     return alpha * (1 - p_true) ** GAMMA * cross_entropy
 
 
+def named_layers(outputs: dict) -> dict[str, dict]:
+    """Name the layers of `outputs` as their losses are logged: {"": last, "aux0": first, ...}."""
+    return {"": outputs} | {f"aux{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
+
+
 def stack_layers(layers: list[dict]) -> tuple[Tensor, Tensor]:
     """Stack predictions of equal shape: logits (A, B, Nq, K) and boxes (A, B, Nq, 4)."""
     logits = torch.stack([layer["pred_logits"] for layer in layers])
     boxes = torch.stack([layer["pred_boxes"] for layer in layers])
     return at_least_float32(logits), at_least_float32(boxes)
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Convert half precision to float32; leave float32 and float64 as they are."""
-    if x.dtype in (torch.float16, torch.bfloat16):
-        return x.float()
-    return x
 
 
 def index_matches(matches: list[Matches], targets: list[dict]) -> Tensor:
@@ -233,9 +270,8 @@ def index_matches(matches: list[Matches], targets: list[dict]) -> Tensor:
     for a, layer_matches in enumerate(matches):
         first = 0
         for b, (query, index) in enumerate(layer_matches):
-            layer = torch.full_like(query, a)
-            image = torch.full_like(query, b)
-            columns.append(torch.stack((layer, image, query, first + index)))
+            place = torch.tensor([[a], [b]]).expand(2, len(query))
+            columns.append(torch.cat((place, torch.stack((query, first + index)))))
             first += len(targets[b]["labels"])
     return torch.cat(columns, 1)
 

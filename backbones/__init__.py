@@ -1,142 +1,251 @@
-"""Backbones of DETR detectors, each with the parameter names of its published weights, so that they load by name. No local
-imports: copy it alone.
+"""Backbones of the detectors: one file for each paper, building by name, and published weights.
 
-ResNet (He et al. 2016)       torchvision's, with the stride on the 3x3 convolution; `tiny`: four blocks for images of about
-                              128 px that train from scratch in minutes on a CPU (OUR CHOICE): a 3x3 stem, no max pooling
-Swin (Liu et al. 2021)        windows of 7 or 12 cells
-ViT (Dosovitskiy et al. 2021) EVA-02's ViT-L with windows and a simple feature pyramid, as Co-DETR uses it
-FocalNet (Yang et al. 2022)   the large model, with 3 or 4 focal levels
+    resnet.py     ResNet-18, -34, -50, -101 (He et al. 2016), and `tiny` for images of 128 pixels
+    swin.py       Swin-T, -S, -B, -L (Liu et al. 2021)
+    vit.py        ViT-L of EVA-02 with a simple feature pyramid, as in Co-DETR
+    focalnet.py   FocalNet-L with 3 or 4 focal levels (Yang et al. 2022)
+    layers.py     what the last three share
 
-All map images (B, 3, H, W) to [C2, C3, C4, C5] at strides 4 to 32 and list their widths in `channels`; ViT adds stride 64.
+A backbone maps images (B, 3, H, W) to [C2, C3, C4, C5] at strides 4, 8, 16, 32 and lists their
+widths in `channels`; the ViT adds a fifth map at stride 64. Its parameters have the names of the
+published weights, so that these load by name.
 
     backbone = build_backbone("swin_t", "imagenet")
     print(load_backbone_weights(backbone, "swin_t", "imagenet"))
     c2, c3, c4, c5 = backbone(images)
 """
 import math
+import pickle
 import re
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from engine.errors import UserError
+
 from backbones.focalnet import FOCALNETS, FocalNet
 from backbones.resnet import RESNETS
 from backbones.swin import SWINS, Swin, relative_position_index
 from backbones.vit import VITS, ViT, resize_positions, rotary_table
+from engine.errors import UserError
 
-SWIN_FILES, FOCALNET_FILES = (f"https://github.com/{place}/releases/download/v1.0.0/" for place in
-                              ("SwinTransformer/storage", "microsoft/FocalNet"))
-WEIGHT_FILES = {   # ImageNet-1k; _22k and FocalNet: ImageNet-22k
-    **{name: "https://download.pytorch.org/models/" + file for name, file in (
-        ("resnet18", "resnet18-f37072fd.pth"), ("resnet34", "resnet34-b627a593.pth"),
-        ("resnet50", "resnet50-0676ba61.pth"), ("resnet101", "resnet101-63fe2227.pth"))},
-    **{name: f"{SWIN_FILES}swin_{file}.pth" for name, file in (
-        ("swin_t", "tiny_patch4_window7_224"), ("swin_s", "small_patch4_window7_224"),
-        ("swin_b", "base_patch4_window12_384_22k"), ("swin_b_window7", "base_patch4_window7_224_22k"),
-        ("swin_l", "large_patch4_window12_384_22k"), ("swin_l_window7", "large_patch4_window7_224_22k"))},
-    "focalnet_l_3level": FOCALNET_FILES + "focalnet_large_lrf_384.pth",
-    "focalnet_l_4level": FOCALNET_FILES + "focalnet_large_lrf_384_fl4.pth",
-}
 BACKBONES = (*RESNETS, *SWINS, *VITS, *FOCALNETS)
-UNUSED = ("fc.", "head.", "norm.", "lm_head.", "cls_token", "mask_token")   # classifiers and pretraining
+
+PYTORCH = "https://download.pytorch.org/models/"
+SWIN = "https://github.com/SwinTransformer/storage/releases/download/v1.0.0/"
+FOCALNET = "https://github.com/microsoft/FocalNet/releases/download/v1.0.0/"
+WEIGHT_FILES = {   # ImageNet-1k; "_22k" and FocalNet: ImageNet-22k
+    "resnet18": PYTORCH + "resnet18-f37072fd.pth",
+    "resnet34": PYTORCH + "resnet34-b627a593.pth",
+    "resnet50": PYTORCH + "resnet50-0676ba61.pth",
+    "resnet101": PYTORCH + "resnet101-63fe2227.pth",
+    "swin_t": SWIN + "swin_tiny_patch4_window7_224.pth",
+    "swin_s": SWIN + "swin_small_patch4_window7_224.pth",
+    "swin_b": SWIN + "swin_base_patch4_window12_384_22k.pth",
+    "swin_b_window7": SWIN + "swin_base_patch4_window7_224_22k.pth",
+    "swin_l": SWIN + "swin_large_patch4_window12_384_22k.pth",
+    "swin_l_window7": SWIN + "swin_large_patch4_window7_224_22k.pth",
+    "focalnet_l_3level": FOCALNET + "focalnet_large_lrf_384.pth",
+    "focalnet_l_4level": FOCALNET + "focalnet_large_lrf_384_fl4.pth",
+    "focalnet_l_4level_sum": FOCALNET + "focalnet_large_lrf_384_fl4.pth",
+}
+# Where a file keeps its state dict: the first of these names that it has (Co-DETR's order).
+WRAPPERS = ("model_ema", "state_dict", "model", "module")
+# Parts of published files that a backbone does not have: classifiers, pretraining, rotary tables
+# of the pretraining's size.
+UNUSED = re.compile(r"fc\.|fc_norm\.|head\.|norm\.|lm_head\.|cls_token|mask_token|(.*\.)?rope\.")
+# Parts of a backbone that classifiers do not have: they start from their initial values.
+INITIALIZED_FRESH = re.compile(r"norm\d\.|out_norm\.|neck\.|.*num_batches_tracked")
 
 
-def build_backbone(name: str, weights: str, norm: str = "batch", dilation: bool = False, maps: int = 4,
-                   drop_path: float = 0.0) -> nn.Module:
-    """The backbone's structure, without reading a file (`load_backbone_weights` does that).
+def build_backbone(name: str, weights: str, norm: str = "batch", dilation: bool = False,
+                   maps: int = 4, drop_path: float = 0.0) -> nn.Module:
+    """Build a backbone with random weights. `load_backbone_weights` reads published ones.
 
-    `weights` "none": trained from scratch; of a ResNet with live `norm` ("batch" or "group"). Anything else: a ResNet has
-    frozen batch normalisation and a frozen stem and first stage (Deformable DETR, section 5 and code); all of the others
-    is trained. `maps`: how many maps, from the coarsest on, the detector reads. `drop_path`: of the last block.
+    name: one of BACKBONES.
+    weights: "none" for training from scratch, "imagenet" or a file. It changes ResNets only: with
+        "none" they have trainable norms of the kind `norm` ("batch" or "group"). Otherwise their
+        BatchNorm is constant, and stem and first stage are frozen (DETR, appendix A.4 and code).
+    dilation: the last stage of a ResNet keeps stride 16 (DC5).
+    maps: how many maps, from the coarsest on, the detector reads.
+    drop_path: maximum stochastic-depth rate of a Swin, ViT or FocalNet, linear over the blocks.
+
+    Raises UserError for an unknown name and for options that do not fit the backbone.
     """
     if name not in BACKBONES:
-        raise UserError(f"unknown backbone {name!r}: choose one of {', '.join(BACKBONES)}")
+        choices = ", ".join(BACKBONES)
+        raise UserError(f"unknown backbone {name!r}: choose one of {choices}")
     if norm not in ("batch", "group"):
         raise UserError(f"unknown backbone_norm {norm!r}: choose batch or group")
-    if dilation and name not in RESNETS or drop_path and name in RESNETS:
-        raise UserError(f"expected dilation with a ResNet and drop_path with another backbone, got {name} with dilation "
-                        f"{dilation} and drop_path {drop_path:g}: leave out the one that does not fit")
-    if name in SWINS:
-        return Swin(*SWINS[name], maps, drop_path)
+    if name in RESNETS and drop_path:
+        raise UserError(f"expected drop_path 0 with a ResNet, got {drop_path:g} with {name}: leave "
+                        "out --drop_path, or choose a Swin, ViT or FocalNet")
+    if name not in RESNETS and dilation:
+        raise UserError(f"expected dilation with a ResNet only, got {name}: leave out --dilation")
     if name in VITS and maps < 4:
-        raise UserError(f"expected five feature levels with {name}, whose pyramid has five maps: --num_feature_levels 5")
+        raise UserError(f"expected five feature levels with {name}, whose pyramid has five maps: "
+                        "--num_feature_levels 5")
+
+    if name in SWINS:
+        return Swin(*SWINS[name], maps=maps, drop_path=drop_path)
     if name in VITS:
-        return ViT(*VITS[name], drop_path)
+        return ViT(*VITS[name], drop_path=drop_path)
     if name in FOCALNETS:
-        return FocalNet(*FOCALNETS[name], maps, drop_path)
+        return FocalNet(*FOCALNETS[name], maps=maps, drop_path=drop_path)
     if weights == "none":
         return RESNETS[name](norm=norm, dilation=dilation)
     backbone = RESNETS[name](norm="frozen", dilation=dilation)
-    for module in (backbone.conv1, backbone.layer1):
-        module.requires_grad_(False)
+    backbone.conv1.requires_grad_(False)
+    backbone.layer1.requires_grad_(False)
     return backbone
 
 
 def load_backbone_weights(backbone: nn.Module, name: str, weights: str) -> str:
-    """Fills `backbone` in place from `weights` ("imagenet", a path, or "none"); returns a line that says what was done.
+    """Load `weights` into `backbone` in place and describe in one line what was loaded.
 
-    Raises RuntimeError when the public weights cannot be fetched, or do not fit, and names the remedy.
+    weights: "imagenet" for the published file of `name`, a path, or "none".
+    Raises UserError when the weights cannot be downloaded or read, or do not fit.
     """
     if weights == "none":
         return f"backbone {name}: random weights, trained from scratch"
-    if weights == "imagenet":
-        if name not in WEIGHT_FILES:
-            raise UserError(f"no public ImageNet weights for backbone {name!r} (they exist for "
-                            f"{', '.join(WEIGHT_FILES)}): pass --backbone_weights FILE with weights of your own, or none "
-                            "to train it from scratch")
-        url = WEIGHT_FILES[name]
-        try:
-            state = torch.hub.load_state_dict_from_url(url, map_location="cpu", weights_only=True)
-        except (URLError, OSError) as error:
-            raise UserError(f"expected ImageNet weights at {url}, got: {error}. Pass --backbone_weights FILE with a "
-                            "downloaded copy, or --backbone_weights none to train from scratch") from error
-    else:
-        if not Path(weights).is_file():
-            raise UserError(f"--backbone_weights expects imagenet, none or a file; there is no file {weights}")
-        state = torch.load(weights, map_location="cpu", weights_only=True)
+    path = fetch_imagenet_weights(name) if weights == "imagenet" else Path(weights)
     own = backbone.state_dict()
-    known = {key: resized(key, value, own) for key, value in learned(state.get("model", state)).items()
-             if not key.startswith(UNUSED)}
-    new = re.compile(r"norm\d\.|neck\.|.*num_batches_tracked")   # begins with the detector, as the files have none
-    misfits = {"missing": [key for key in own if key not in known and not new.match(key)],
-               "unexpected": [key for key in known if key not in own],
-               "of another shape": [key for key in known if key in own and known[key].shape != own[key].shape]}
-    if any(misfits.values()):
-        found = ", ".join(f"{kind} {keys[:3]} ({len(keys)} in all)" for kind, keys in misfits.items())
-        raise UserError(f"{weights} does not fit backbone {name}: {found}; give the weights of {name}")
-    backbone.load_state_dict(known, strict=False)
-    return f"backbone {name}: {len(known)} tensors from {weights}"
+    loaded = {}
+    for key, value in drop_derived_buffers(read_state_dict(path)).items():
+        if key in own:
+            value = resize_to_model(key, value, own[key].shape)
+        loaded[key] = value
+    check_fit(loaded, own, name, path)
+    backbone.load_state_dict(loaded, strict=False)
+    return f"backbone {name}: {len(loaded)} tensors from {path.name}"
 
 
-def learned(state: dict) -> dict:
-    """A published state dict without counters and without tables that follow from its shapes.
+def fetch_imagenet_weights(name: str) -> Path:
+    """Download the published weights of backbone `name`, unless they are cached: -> their file.
 
-    Dropped: num_batches_tracked; attn_mask (Swin's, of its pretraining size); relative_position_index (Swin) and freqs_cos
-    and freqs_sin (ViT), after a comparison with ours. ValueError when they differ."""
+    The cache is PyTorch's (`torch.hub.get_dir()`). Where several processes share it, let one of
+    them call this function before the others do.
+    Raises UserError when there are no public weights or they cannot be downloaded.
+    """
+    if name not in WEIGHT_FILES:
+        raise UserError(f"no public ImageNet weights for backbone {name!r} (they exist for "
+                        f"{', '.join(WEIGHT_FILES)}): pass --backbone_weights FILE with weights "
+                        "of your own, or --backbone_weights none to train from scratch")
+    url = WEIGHT_FILES[name]
+    path = Path(torch.hub.get_dir()) / "checkpoints" / url.rpartition("/")[2]
+    if path.is_file():
+        return path
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.hub.download_url_to_file(url, str(path))   # renamed into place when complete
+    except (OSError, HTTPException) as error:
+        raise UserError(f"expected ImageNet weights at {url}, got: {error}. Pass "
+                        "--backbone_weights FILE with a downloaded copy, or --backbone_weights "
+                        "none to train from scratch") from error
+    return path
+
+
+def read_state_dict(path: Path) -> dict[str, Tensor]:
+    """Tensors of a weight file by name, without those that no backbone has.
+
+    Raises UserError for a file that is missing, broken, or holds anything but tensors.
+    """
+    if not path.is_file():
+        raise UserError(f"--backbone_weights expects imagenet, none or a file, got {path}, which "
+                        "is no file")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+        reason = str(error).partition("\n")[0]
+        raise UserError(f"expected PyTorch weights in {path}, got a file that is broken or holds "
+                        f"more than tensors ({reason}): copy it again, or save its tensors alone, "
+                        "or use --backbone_weights none to train from scratch") from error
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    state = {}
+    if isinstance(content, dict):
+        for key, value in content.items():
+            key = str(key).removeprefix("module.")
+            if isinstance(value, Tensor) and not UNUSED.match(key):
+                state[key] = value
+    if not state:
+        raise UserError(f"expected the weights of a backbone in {path}, got none: give a file "
+                        "with its tensors by name, or --backbone_weights none to train from "
+                        "scratch")
+    return state
+
+
+def drop_derived_buffers(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Remove from a published state dict what is counted or follows from shapes.
+
+    Removed are num_batches_tracked, attn_mask (of Swin's pretraining size), and, after a comparison
+    with what this backbone computes, relative_position_index (Swin), freqs_cos and freqs_sin (ViT).
+    Raises UserError when they differ.
+    """
     result = {}
     for key, value in state.items():
-        kind = key.rsplit(".", 1)[-1]
+        kind = key.rpartition(".")[2]
         if kind in ("relative_position_index", "freqs_cos", "freqs_sin"):
-            side = math.isqrt(len(value))
-            ours = relative_position_index(side) if kind == "relative_position_index" else (
-                rotary_table(side, side, value.shape[1])[int(kind == "freqs_sin")])
-            if ours.shape != value.shape or not (value.is_meta or torch.allclose(value.float(), ours.float(), atol=1e-3)):
-                raise UserError(f"expected {key} {tuple(value.shape)} to be the table that this backbone computes, got "
-                                "another one: these weights come from a changed model that this file cannot represent")
+            check_derived_buffer(key, value)
         elif kind not in ("num_batches_tracked", "attn_mask"):
             result[key] = value
     return result
 
 
-def resized(key: str, value: Tensor, own: dict) -> Tensor:
-    """EVA-02's position table and patches, bicubic, in the model's size; everything else as it is."""
-    if key not in own or value.shape == own[key].shape:
+def check_derived_buffer(key: str, value: Tensor) -> None:
+    """Compare a table of a file with the one that this backbone computes; UserError if unequal."""
+    side = math.isqrt(len(value))
+    if key.endswith("relative_position_index"):
+        expected = relative_position_index(side)                                   # (N, N)
+    else:
+        cosine, sine = rotary_table(side, side, value.shape[1])                    # (N, dim) each
+        expected = sine if key.endswith("freqs_sin") else cosine
+    equal = value.shape == expected.shape
+    if equal and not value.is_meta:
+        equal = torch.allclose(value.float(), expected.float(), atol=1e-3)
+    if not equal:
+        raise UserError(f"expected {key} {tuple(value.shape)} to be the table that this backbone "
+                        "computes, got another one: these weights come from a changed model that "
+                        "cannot be represented here")
+
+
+def resize_to_model(key: str, value: Tensor, shape: torch.Size) -> Tensor:
+    """Interpolate EVA-02's position table and patches to the model's size (bicubic).
+
+    Every other tensor stays as it is.
+    """
+    if value.shape == shape:
         return value
     if key == "pos_embed":
-        n = math.isqrt(own[key].shape[1] - 1)
-        return torch.cat((value[:, :1], resize_positions(value, n, n)), 1)
+        side = math.isqrt(shape[1] - 1)
+        grid = resize_positions(value.float(), side, side)                         # (1, side^2, C)
+        return torch.cat((value[:, :1], grid), 1)
     if key == "patch_embed.proj.weight":
-        return F.interpolate(value, own[key].shape[2:], mode="bicubic")
+        return F.interpolate(value.float(), shape[2:], mode="bicubic")
     return value
+
+
+def check_fit(loaded: dict[str, Tensor], own: dict[str, Tensor], name: str, path: Path) -> None:
+    """Raise UserError unless the loaded tensors are exactly those that the backbone needs."""
+    missing = []
+    for key in own:
+        if key not in loaded and not INITIALIZED_FRESH.match(key):
+            missing.append(key)
+    unexpected = [key for key in loaded if key not in own]
+    misshapen = []
+    for key in loaded:
+        if key in own and loaded[key].shape != own[key].shape:
+            misshapen.append(key)
+    if missing or unexpected or misshapen:
+        raise UserError(f"{path} does not fit backbone {name}: missing {shortened(missing)}, "
+                        f"unexpected {shortened(unexpected)}, of another shape "
+                        f"{shortened(misshapen)}; give the weights of {name}, or "
+                        "--backbone_weights none to train from scratch")
+
+
+def shortened(names: list[str]) -> str:
+    """The first three names and how many there are."""
+    return f"{names[:3]} ({len(names)} in all)"

@@ -1,7 +1,7 @@
 """Tensor names of the authors' released weights and of `transformers`, translated to ours and back.
 
     from_authors, to_authors     names of the authors <-> ours, for every family of FAMILIES
-    from_transformers            `transformers`' Deformable DETR -> the names of DETR's code base
+    from_transformers            `transformers`' DETR, Deformable DETR -> names of DETR's code base
 
 No value changes on the way: a round trip returns every tensor bit by bit.
 """
@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from backbones import learned
+from backbones import drop_derived_buffers
 from engine.errors import UserError
 
 
@@ -25,6 +25,8 @@ class Family(NamedTuple):
 
 # No list of names was seen for DINO on Swin and FocalNet and for H-DETR on Swin: unverified.
 FAMILIES = {
+    # R50 and R101. DC5 has the same names and shapes: see `released.is_dc5`.
+    "detr": Family("detr", {}, tied=False),
     # Single-scale too. DC5 has the same names and shapes: --dilation.
     "deformable_detr": Family("deformable_detr", {}, tied=True),
     "deformable_detr_refine": Family(
@@ -48,10 +50,11 @@ def from_authors(state: dict, family: str) -> dict:
     """Rename a state dict of the authors to our names.
 
     Second copies of a head are compared with the first and dropped. Counters and tables that follow
-    from the shapes are dropped as well (`backbones.learned`); `to_authors` does not restore them.
+    from the shapes are dropped as well (`backbones.drop_derived_buffers`); `to_authors` does not
+    restore them.
     Raises UserError when two copies that must be equal differ, or when tied heads differ.
     """
-    state = learned(drop_profiler_counters(state))
+    state = drop_derived_buffers(drop_profiler_counters(state))
     kind = FAMILIES[family]
     if kind.model_name == "co_detr":
         return translate_co_detr(state)
@@ -61,7 +64,8 @@ def from_authors(state: dict, family: str) -> dict:
         if copy and copy.group(2) in kind.duplicated:
             check_equal(key, value, copy.group(1), state)
         else:
-            ours[replace_prefix(key, DETR_PREFIXES)] = value
+            renamed = replace_prefix(key, DETR_PREFIXES)
+            ours[renamed.replace(".multihead_attn.", ".cross_attn.")] = value
         head = re.match(r"(class_embed|bbox_embed)\.\d+\.", key)
         if kind.tied and head:
             check_equal(key, value, f"{head.group(1)}.0.{key[head.end():]}", state)
@@ -83,6 +87,8 @@ def to_authors(state: dict, family: str) -> dict:
     authors = {}
     for key, value in state.items():
         theirs = key if key.startswith(SAME_PREFIXES) else replace_prefix(key, prefixes)
+        if family == "detr":
+            theirs = theirs.replace(".cross_attn.", ".multihead_attn.")
         authors[theirs] = value
         if key.startswith(duplicated):
             authors["transformer.decoder." + key] = value
@@ -280,29 +286,51 @@ TRANSFORMERS_PATTERNS = (
     (r"^(decoder\.\d+)\.final_layer_norm", r"\1.norm3"),
     (r"encoder_attn", "cross_attn"),
     (r"(mlp\.)?fc([12])\.", r"linear\2."),
-    (r"self_attn\.o_proj", "self_attn.out_proj"),
+    (r"_attn\.o_proj", "_attn.out_proj"),
     # Queries and heads.
     (r"^query_position_embeddings", "query_embed"),
     (r"^decoder\.((class|bbox)_embed\.)", r"\1"),
 )
+# Of its DETR, before the others.
+TRANSFORMERS_DETR_PATTERNS = (
+    (r"(decoder\.layers\.\d+)\.self_attn_layer_norm", r"\1.norm1"),
+    (r"encoder_attn_layer_norm", "norm2"),
+    (r"decoder\.layernorm", "decoder_norm"),
+    (r"input_projection", "input_proj"),
+    (r"class_labels_classifier", "class_embed"),
+    (r"bbox_predictor", "bbox_embed"),
+)
 
 
 def from_transformers(state: dict) -> dict:
-    """Rename `transformers`' DeformableDetrForObjectDetection to the names of DETR's code base.
+    """Rename `transformers`' DetrForObjectDetection or DeformableDetrForObjectDetection to the
+    names of DETR's code base.
 
     It keeps query, key and value projections apart: they become one matrix. Of heads that are one
     tensor it saves only the first. Raises UserError when two copies differ, or when the weights
     belong to another model of `transformers`.
     """
     ours = {}
+    is_detr = "class_labels_classifier.weight" in state
+    patterns = TRANSFORMERS_PATTERNS
+    if is_detr:
+        patterns = TRANSFORMERS_DETR_PATTERNS + patterns
     for key, value in state.items():
-        for pattern, replacement in TRANSFORMERS_PATTERNS:
+        for pattern, replacement in patterns:
             key = re.sub(pattern, replacement, key)
         if key in ours:
             check_equal(key, value, key, ours)
         ours[key] = value
     layers = count_layers(ours, "decoder")
-    merge_projections(ours, layers)
+    if is_detr:
+        for i in range(count_layers(ours, "encoder")):
+            merge_projections(ours, f"encoder.{i}.self_attn")
+        for i in range(layers):
+            merge_projections(ours, f"decoder.{i}.cross_attn")
+    for i in range(layers):
+        merge_projections(ours, f"decoder.{i}.self_attn")
+    if is_detr:
+        return to_authors(ours, "detr")
     two_stage = "enc_output.weight" in ours
     refine = any("decoder.bbox_embed." in key for key in state)
     for key in [key for key in ours if re.match(r"(class|bbox)_embed\.0\.", key)]:
@@ -313,14 +341,13 @@ def from_transformers(state: dict) -> dict:
     return to_authors(ours, "deformable_detr_refine" if refine else "deformable_detr")
 
 
-def merge_projections(state: dict, layers: int) -> None:
-    """Join the decoder's query, key and value projections, in place."""
-    for i in range(layers):
-        for kind in ("weight", "bias"):
-            names = [f"decoder.{i}.self_attn.{name}_proj.{kind}" for name in "qkv"]
-            if not all(name in state for name in names):
-                raise UserError("expected weights of transformers' "
-                                f"DeformableDetrForObjectDetection, got a file without {names[0]}: "
-                                "other models of transformers are not read")
-            parts = [state.pop(name) for name in names]
-            state[f"decoder.{i}.self_attn.in_proj_{kind}"] = torch.cat(parts)
+def merge_projections(state: dict, attention: str) -> None:
+    """Join the query, key and value projections of one attention, in place."""
+    for kind in ("weight", "bias"):
+        names = [f"{attention}.{name}_proj.{kind}" for name in "qkv"]
+        if not all(name in state for name in names):
+            raise UserError("expected weights of transformers' DetrForObjectDetection or "
+                            f"DeformableDetrForObjectDetection, got a file without {names[0]}: "
+                            "other models of transformers are not read")
+        parts = [state.pop(name) for name in names]
+        state[f"{attention}.in_proj_{kind}"] = torch.cat(parts)

@@ -1,102 +1,180 @@
-"""..."""
+"""Checkpoints on disk: complete or absent, checked when read, free of code. The run folder.
+
+A checkpoint of a run is a dictionary: format, model_name, variant, config, recipe, run,
+class_names, category_ids, data, model, ema (averaged weights), epoch, step, best; last.pt also
+holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly.
+"""
+import contextlib
+import dataclasses
 import json
 import os
+import pathlib
 import pickle
 import random
 import re
+import zipfile
 from argparse import Namespace
-from pathlib import Path, PurePosixPath
-import numpy as np
-import torch
-from engine.errors import UserError
-from engine.recipe import configure
+from pathlib import Path
 
+import numpy as np
+import safetensors.torch
+import torch
+
+from engine.errors import UserError
+from engine.ranges import check_ranges
+from engine.recipe import configure, override
+
+try:
+    import fcntl
+except ImportError:   # Windows
+    fcntl = None
+    import msvcrt
 
 FORMAT = 2
-_SCALAR = np.float64(0).__reduce__()[0]   # what makes a pickled NumPy number; NumPy 1 and 2 name it differently
-ALLOWED = [Namespace, *((PurePosixPath, f"pathlib{part}.PosixPath") for part in ("", "._local")),   # all that `load` makes
-           *((_SCALAR, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")), np.dtype,
-           *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64"))]
-SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
-               "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool}
 
+# Besides tensors and plain types, `load` makes these: what authors put into saved options.
+NUMPY_SCALAR = np.float64(0).__reduce__()[0]   # NumPy 1 and 2 name its module differently
+ALLOWED = [
+    Namespace,
+    (pathlib.PurePosixPath, "pathlib.PosixPath"),
+    (pathlib.PurePosixPath, "pathlib._local.PosixPath"),
+    (NUMPY_SCALAR, "numpy.core.multiarray.scalar"),
+    (NUMPY_SCALAR, "numpy._core.multiarray.scalar"),
+    np.dtype,
+    *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
+]
+
+# What every checkpoint of ours holds, with its type.
+FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
+          "category_ids": list}
+RESUME_FIELDS = {"run": dict, "progress": dict, "optimizer": dict, "rng": list}
+
+
+# ---- one file ------------------------------------------------------------------------------------
 
 def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
-    """Writes `state` so that `path` always names a whole checkpoint or none: temporary file, fsync, rename.
+    """Write `state` so that `path` always names a complete checkpoint or none: temporary file,
+    fsync, rename. UserError where the disk refuses; the temporary file is removed then.
 
-    With `keep_previous` the file it replaces stays beside it as NAME.prev; a kill between the two renames leaves only
-    that one, and `newest` finds it.
-    """
+    keep_previous: the file it replaces stays beside it as NAME.prev. A kill between the two renames
+    leaves only that one, and `newest` finds it."""
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
-    if keep_previous and path.exists():
-        os.replace(path, path.with_name(path.name + ".prev"))
-    os.replace(temporary, path)
-    if os.name == "posix":   # the rename itself reaches the disk only with its folder
-        folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, path.with_name(path.name + ".prev"))
+        os.replace(temporary, path)
+        sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
+            raise   # torch's zip writer reports a refused write so
+        reason = getattr(error, "strerror", None) or "the disk took only a part of it"
+        raise UserError(f"expected to write {path}, got: {reason}. Free some space or name another "
+                        "folder; what was saved before is complete") from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """A rename reaches the disk only with its folder."""
+    if os.name == "posix":
+        descriptor = os.open(folder, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.close(descriptor)
 
 
 def load(path: str | Path, map_location="cpu") -> dict:
-    """Reads a checkpoint of tensors and plain types, or a .safetensors file. Beside them only ALLOWED classes are made, for
-    the options that authors pickle: `Namespace`, NumPy numbers, paths. Raises FileNotFoundError, or ValueError for
-    a file that is broken or asks for anything else."""
+    """Read a checkpoint or a .safetensors file without running any code in it.
+
+    Beside tensors and plain types only ALLOWED classes are made. The checksums that torch.save
+    writes are compared for our own files: about 1.3 s for each GB. UserError for a missing or broken
+    file, and for one that asks for anything else."""
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} holds")
+        raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} "
+                        "holds")
     if path.suffix == ".safetensors":
         return load_safetensors(path)
     try:
         with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location=map_location, weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
-        asked = re.search(r"GLOBAL (\S+)", str(error))
-        if asked:
-            raise UserError(f"{path}: expected tensors and plain types only, got a pickle that asks for {asked.group(1)}. "
-                            "Nothing of it was run. Ask whoever made the file for one that holds only weights") from error
-        with open(path, "rb") as file:
-            start = file.read(2)
-        if start != b"PK" and start[:1] != b"\x80":   # neither torch.save's archive nor a pickle
-            raise UserError(f"expected a checkpoint, got {path}, a file of another kind: give a .pt, .pth, .bin or "
-                            ".safetensors file") from error
-        if "Unsupported operand" in str(error):
-            raise UserError(f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or later, which "
-                            "cannot be read without running it: save it again with torch.save's own protocol") from error
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise UserError(f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). Copy it "
-                        f"again, or use {path.name}.prev") from error
+    except Exception as error:   # a damaged file can raise nearly anything
+        raise UserError(why_unreadable(path, error)) from error
     if not isinstance(state, dict):
-        raise UserError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no checkpoint")
+        raise UserError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no "
+                        "checkpoint")
+    if "model_name" in state:
+        check_sums(path)
+        check_fields(path, state, FIELDS)
     return state
 
 
-def load_safetensors(path: Path) -> dict:
-    """Tensors of a .safetensors file: eight bytes that count a json header, the header, the numbers it points into."""
-    whole = path.read_bytes()
-    size = int.from_bytes(whole[:8], "little")
+def why_unreadable(path: Path, error: Exception) -> str:
+    asked = re.search(r"GLOBAL (\S+)", str(error))
+    if isinstance(error, pickle.UnpicklingError) and asked:
+        return (f"{path}: expected tensors and plain types only, got a pickle that asks for "
+                f"{asked.group(1)}. Nothing of it was run. Ask whoever made the file for one that "
+                "holds only weights")
     try:
-        header = json.loads(whole[8:8 + size])
-        header.pop("__metadata__", None)
-        numbers = torch.frombuffer(bytearray(whole[8 + size:]), dtype=torch.uint8)
-        return {name: numbers[slice(*row["data_offsets"])].clone().view(SAFETENSORS[row["dtype"]]).view(row["shape"])
-                for name, row in header.items()}
-    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut short "
-                        f"({type(error).__name__}: {error}). Copy it again") from error
+        with open(path, "rb") as file:
+            start = file.read(2)
+    except OSError as refused:
+        return f"expected to read {path}, got: {refused.strerror}"
+    if start != b"PK" and start[:1] != b"\x80":   # neither torch.save's archive nor a pickle
+        return (f"expected a checkpoint, got {path}, a file of another kind: give a .pt, .pth, "
+                ".bin or .safetensors file")
+    if "Unsupported operand" in str(error):
+        return (f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or "
+                "later, which cannot be read without running it: save it again with torch.save's "
+                "own protocol")
+    reason = str(error).partition("\n")[0] or type(error).__name__
+    return (f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). "
+            f"Copy it again, or use {path.name}.prev")
+
+
+def check_sums(path: Path) -> None:
+    """Compare every part of the archive with its CRC-32."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
+        damaged = str(error)
+    if damaged:
+        raise UserError(f"{path}: expected a checkpoint, got a file that is broken: the checksum "
+                        f"of {damaged} is wrong. Copy it again, or use {path.name}.prev")
+
+
+def check_fields(path: Path, state: dict, fields: dict) -> None:
+    for name, kind in fields.items():
+        if not isinstance(state.get(name), kind):
+            got = type(state[name]).__name__ if name in state else "nothing"
+            raise UserError(f"{path}: expected a checkpoint with {name}, a {kind.__name__}, got "
+                            f"{got}: the file was made by something else; copy it again")
+
+
+def load_safetensors(path: Path) -> dict:
+    """Tensors of a .safetensors file."""
+    try:
+        return safetensors.torch.load_file(path)
+    except Exception as error:   # the library has its own exception, and raises built-in ones
+        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
+                        f"short ({type(error).__name__}: {error}). Copy it again") from error
 
 
 def newest(folder: str | Path) -> Path:
-    """The newest whole checkpoint a run folder can go on from: last.pt, or last.pt.prev, which is then said."""
-    last, reasons = Path(folder) / "last.pt", []
+    """The newest complete checkpoint that a run folder can continue from: last.pt, or else
+    last.pt.prev, with a line that says so."""
+    last = Path(folder) / "last.pt"
+    reasons = []
     for path in (last, last.with_name("last.pt.prev")):
         try:
             load(path)
-        except (FileNotFoundError, ValueError) as error:
+        except UserError as error:
             reasons.append(str(error))
             continue
         print(f"resuming from {path}" + (f", for {reasons[0]}" if reasons else ""))
@@ -105,26 +183,168 @@ def newest(folder: str | Path) -> Path:
 
 
 def settings(paper, state: dict) -> tuple:
-    """The Config and the Recipe of a checkpoint. Before format 2 both were one dictionary, Co-DETR's `base` was called
-    `detector`, and a mask network's detector was a field of its Config."""
+    """The Config and the Recipe of a checkpoint. Before format 2 both were one dictionary,
+    Co-DETR's `base` was called `detector`, and a mask network's detector was a field of its
+    Config."""
     values = dict(state["config"]) | state.get("recipe", {})
     if state.get("format", 1) < 2 and "detector" in values:
         detector = values.pop("detector")
         if not getattr(paper, "NEEDS_DETECTOR", False):
             values["base"] = detector
-    return configure(paper, values)
+    cfg, recipe = configure(paper, values)
+    check_ranges(cfg, recipe)
+    return cfg, recipe
 
 
 def saved_detector(state: dict) -> str:
     """Where the frozen detector of a mask network lay when it was trained."""
-    return state["run"].get("detector") or state["config"].get("detector", "")
+    return state.get("run", {}).get("detector") or state["config"].get("detector", "")
+
+
+def load_weights(model, state: dict, path: str | Path) -> None:
+    """model.load_state_dict with a UserError that names the first tensors that do not fit."""
+    own = model.state_dict()
+    wrong = [f"{name} missing" for name in own if name not in state]
+    wrong += [f"{name} unknown" for name in state if name not in own]
+    for name in own:
+        if name in state and torch.is_tensor(own[name]):
+            shape = tuple(getattr(state[name], "shape", ()))
+            if not torch.is_tensor(state[name]) or shape != tuple(own[name].shape):
+                wrong.append(f"{name} {shape} instead of {tuple(own[name].shape)}")
+    if wrong:
+        raise UserError(f"{path}: expected the tensors of this model, got {len(wrong)} that do not "
+                        f"fit ({'; '.join(wrong[:3])}): the file belongs to another version or to "
+                        "another model")
+    model.load_state_dict(state)
+
+
+def require_finite(state: dict, path: str | Path) -> None:
+    """UserError for weights that are NaN or infinite: their detections would be nonsense."""
+    for name, value in state.items():
+        if torch.is_tensor(value) and value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path}: expected finite weights, got NaN or infinity in {name}: "
+                            "training diverged there; use an earlier checkpoint")
+
+
+# ---- the run folder ------------------------------------------------------------------------------
+
+class RunFolder:
+    """Folder of one run. While open it is locked against other processes; the lock ends with this
+    process, however it ends."""
+
+    def __init__(self, run, machine):
+        self.path = Path(run.out)
+        self.run = run
+        self.machine = machine
+        self.lock = None
+
+    def __enter__(self):
+        if self.machine.is_main:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self.lock = lock_folder(self.path)
+            if not self.run.resume:
+                self._refuse_another_run()
+            for left in self.path.glob("*.tmp"):   # of a killed process
+                left.unlink()
+        return self
+
+    def __exit__(self, *error):
+        if self.lock:
+            self.lock.close()
+
+    def _refuse_another_run(self):
+        for name in ("last.pt", "last.pt.prev", "best.pt"):
+            if (self.path / name).exists():
+                self.lock.close()
+                raise UserError(f"{self.path} already holds a run: continue it with --resume, or "
+                                "name another folder with --out")
+
+    def describe(self, cfg, recipe, dataset) -> None:
+        """Fix what every checkpoint says about the run; write config.json."""
+        settings = {"run": dataclasses.asdict(self.run), "config": dataclasses.asdict(cfg),
+                    "recipe": dataclasses.asdict(recipe)}
+        self.header = {
+            "format": FORMAT, "model_name": self.run.model, "variant": self.run.variant, **settings,
+            "class_names": list(dataset.class_names),
+            "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name}
+        if self.machine.is_main:
+            (self.path / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+
+    def save(self, name: str, progress, model, ema, optimizer=None, **more) -> None:
+        """Write a checkpoint from rank 0; without an optimizer only what inference needs, and what
+        `more` holds. All ranks call this. FloatingPointError for weights that are not finite."""
+        norms = torch._foreach_norm([p.detach() for p in model.parameters()])
+        if not torch.stack(norms).isfinite().all():
+            raise FloatingPointError(
+                f"expected finite weights, got NaN or infinity after step {progress.step}: lower "
+                f"--lr. {self.path} holds what was saved before")
+        state = {**self.header, "model": model.state_dict(), "epoch": progress.epoch,
+                 "step": progress.step, "best": progress.best,
+                 "progress": dataclasses.asdict(progress), **more}
+        if hasattr(ema, "n_averaged"):
+            state["ema"] = ema.module.state_dict()
+            state["ema_updates"] = int(ema.n_averaged)
+        if optimizer is not None:
+            state["optimizer"] = optimizer.state_dict()
+            state["rng"] = self.machine.gather(random_state())
+        if self.machine.is_main:
+            save(self.path / name, state, keep_previous=optimizer is not None)
+
+    def restore(self, progress, model, ema, optimizer, steps_per_epoch: int):
+        """Put back the run that `run.resume` names, random states last. -> its progress
+
+        A rank that the saved run did not have keeps the random states of its seed."""
+        path = self.run.resume
+        state = load(path)
+        if "optimizer" not in state:
+            raise UserError(f"{path} holds weights only, a run cannot continue from it: give "
+                            "last.pt, or --init")
+        check_fields(path, state, RESUME_FIELDS)
+        progress = override(progress, state["progress"])
+        if progress.step != progress.epoch * steps_per_epoch + progress.batch:
+            saved_steps = (progress.step - progress.batch) // max(1, progress.epoch)
+            raise UserError(f"expected epochs of {saved_steps} steps as in the saved run, got "
+                            f"{steps_per_epoch}: train on the same images, with a batch that accum "
+                            "x processes divides")
+        load_weights(model, state["model"], path)
+        if hasattr(ema, "n_averaged"):
+            load_weights(ema.module, state.get("ema", {}), path)
+            ema.n_averaged.fill_(state.get("ema_updates", progress.step))
+        try:
+            optimizer.load_state_dict(state["optimizer"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: expected the optimizer state of this model, got: {error}") \
+                from error
+        if self.machine.rank < len(state["rng"]):
+            set_random_state(state["rng"][self.machine.rank])
+        return progress
+
+
+def lock_folder(folder: Path):
+    """Lock a folder until the returned file is closed or the process ends. UserError where another
+    process holds the lock."""
+    file = open(folder / ".lock", "a+")
+    try:
+        if fcntl:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            file.seek(0)
+            msvcrt.locking(file.fileno(), msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        file.close()
+        raise UserError(f"{folder} is in use by another process that trains there: wait for it, or "
+                        "name another folder with --out") from None
+    except OSError as error:   # some network file systems have no locks
+        print(f"{folder}: not locked ({error.strerror}); start no second run there")
+    return file
 
 
 def random_state() -> dict:
     """The state of every random generator of this process, in plain types."""
     name, keys, *rest = np.random.get_state()
-    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest), "torch": torch.get_rng_state(),
-            "cuda": torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None}
+    cuda = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+    return {"python": random.getstate(), "numpy": (name, keys.tolist(), *rest),
+            "torch": torch.get_rng_state(), "cuda": cuda}
 
 
 def set_random_state(state: dict) -> None:

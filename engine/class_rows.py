@@ -79,13 +79,20 @@ def is_objectness(key: str, state: dict) -> bool:
     return head is not None and key.startswith(head)
 
 
+def count_classes(state: dict) -> int:
+    """Number of classes of a detector in our names; DETR has one row more, for "no object"."""
+    if "class_embed.weight" in state:
+        return len(state["class_embed.weight"]) - 1
+    return len(state[detector_prefix(state) + "class_embed.0.weight"])
+
+
 def select_classes(state: dict, classes: list[int]) -> dict:
     """Keep these classes, in this order, in every class head and label table of a state dict.
 
     For released heads of 91 columns: `classes` = COCO_IDS. Row 0 of an objectness head stays row 0,
-    and the extra last row of a label table stays last.
+    and the extra last row of a label table, and of DETR's class head, stays last.
     """
-    num_classes = len(state[detector_prefix(state) + "class_embed.0.weight"])
+    num_classes = count_classes(state)
     result = {}
     for key, value in state.items():
         if has_class_rows(key):

@@ -1,27 +1,203 @@
-"""..."""
-import argparse
-import difflib
-import re
-import sys
+"""The command line of train.py: flags -> Run, Config and Recipe.
+
+Every field of the three is a flag; the comment beside a field is its help. Values come, later ones
+winning, from the paper file, its SMALL with --preset small, its variant, and the flags."""
+import dataclasses
+import os
+import typing
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
+
+from engine import checkpoints
+from engine.errors import UserError
+from engine.models import load_paper, paper_files
+from engine.ranges import check_ranges
+from engine.recipe import configure, preset_values
+from engine.schedules import other_length
+
+CHANGEABLE_ON_RESUME = {
+    "model", "out", "resume", "detector", "device", "workers", "threads", "eval_every",
+    "save_every", "accum", "amp", "recompute", "compile", "deterministic"}
+OVERFIT_EPOCHS = 30
+
+registry = ConstructorRegistry()
 
 
+@dataclasses.dataclass
+class Settings:
+    """Field names are the headings of the help."""
+    run: Any
+    architecture: Any
+    training: Any
 
-class Flags(argparse.ArgumentParser):
-    """A parser for which --max_dets and --max-dets are the same flag and abbreviations are unknown flags."""
 
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
+def parse(argv: list[str], run_class, description: str) -> tuple:
+    """Command line -> run, Config, Recipe."""
+    argv = split_flags(argv)
+    given = given_flags(argv)
+    if "resume" in given:
+        return parse_resume(argv, given, run_class, description)
+    first = {name: given[name] for name in ("model", "variant", "preset", "data") if name in given}
+    run = run_class(**first)
+    run.preset = run.preset or ("paper" if run.data else "small")
+    paper = load_paper(run.model)
+    values = preset_values(paper, run.preset, run.variant)
+    cfg, recipe = configure(paper, values)
+    if given.get("epochs", "").isdigit():
+        changes, text = other_length(paper, run.variant, recipe, int(given["epochs"]))
+        if text and run.preset == "paper" and os.environ.get("RANK", "0") == "0":
+            print(text)
+        cfg, recipe = configure(paper, values, changes)
+    if given.get("overfit", "0") != "0":
+        recipe = dataclasses.replace(recipe, epochs=OVERFIT_EPOCHS)
 
-    def parse_args(self, args=None, namespace=None):
-        given, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-            kind = "flag" if unknown[0].startswith("-") else "argument"
-            self.error(f"unknown {kind} {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
-        return given
+    made_for = recipe.batch_size
+    run, cfg, recipe = ask(argv, run, cfg, recipe, paper, description)
+    check_ranges(run, cfg, recipe)
+    if "batch_size" in given and "lr" not in given:
+        for name in ("lr", "lr_backbone", "lr_offsets"):
+            if name not in given:   # learning rates follow the batch size in proportion
+                setattr(recipe, name, getattr(recipe, name) * recipe.batch_size / made_for)
+    run.out = run.out or f"runs/{run.model}"
+    return run, cfg, recipe
 
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        args = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in args]
-        return super().parse_known_args(args, namespace)
+
+def parse_resume(argv, given, run_class, description) -> tuple:
+    """A resumed run has the settings of its checkpoint; flags that contradict them are refused."""
+    path = Path(given["resume"] or given.get("out") or f"runs/{given.get('model') or 'dino'}")
+    if path.is_dir() or not given["resume"]:
+        path = checkpoints.newest(path)
+    state = checkpoints.load(path)
+    checkpoints.check_fields(path, state, checkpoints.RESUME_FIELDS)
+    paper = load_paper(state["model_name"])
+    saved = saved_run(run_class, state, path)
+    cfg, recipe = checkpoints.settings(paper, state)
+    now = {**vars(saved), **vars(cfg), **vars(recipe)}
+    run, cfg, recipe = ask(argv, saved, cfg, recipe, paper, description)
+    asked = {**vars(run), **vars(cfg), **vars(recipe)}
+    for name in sorted(set(given) - CHANGEABLE_ON_RESUME):
+        if name in now and asked[name] != now[name]:
+            raise UserError(
+                f"--resume continues with the saved settings ({path}), got another --{name} "
+                f"{given[name]}: the run has {now[name]}; leave it out, or start a new run with "
+                "--init and --out")
+    run.model = saved.model
+    run.resume = str(path)
+    run.out = str(path.parent)
+    check_ranges(run, cfg, recipe)
+    return run, cfg, recipe
+
+
+def saved_run(run_class, state: dict, path: Path):
+    known = {field.name for field in dataclasses.fields(run_class)}
+    values = {name: x for name, x in state["run"].items() if name in known}
+    values["detector"] = checkpoints.saved_detector(state)
+    run = run_class(**{**values, "init": "", "resume": str(path), "out": str(path.parent)})
+    check_ranges(run)
+    return run
+
+
+def ask(argv, run, cfg, recipe, paper, description) -> tuple:
+    """Let tyro read the flags. It prints the help, and refuses unknown flags by the near name."""
+    texts = {name: x for part in (run, cfg, recipe) for name, x in vars(part).items()}
+    for name, text in given_flags(argv).items():
+        if not text and isinstance(texts.get(name), str) and name != "resume":
+            raise UserError(f"--{name}: expected a value, got nothing")
+    variants = ", ".join(getattr(paper, "VARIANTS", {})) or "none"
+    settings = tyro.cli(
+        make_settings(run, cfg, recipe), args=argv, default=Settings(run, cfg, recipe),
+        prog="train.py", use_underscores=True, registry=registry,
+        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
+        description=f"{description}\n\nModels: {', '.join(paper_files())}. Variants of "
+                    f"{run.model}: {variants}. The defaults below are those of --model {run.model} "
+                    f"--preset {run.preset}.")
+    return settings.run, settings.architecture, settings.training
+
+
+def make_settings(run, cfg, recipe):
+    """`Settings` with the classes of this run, which tyro reads the comments of."""
+    parts = {"run": type(run), "architecture": type(cfg), "training": type(recipe)}
+    return dataclasses.make_dataclass("Settings", list(parts.items()), bases=(Settings,))
+
+
+# ---- words ---------------------------------------------------------------------------------------
+
+def split_flags(argv: list[str]) -> list[str]:
+    """--lr-backbone=1 -> --lr_backbone 1"""
+    words = []
+    for word in argv:
+        if not word.startswith("--"):
+            words.append(word)
+            continue
+        name, equals, value = word.partition("=")
+        name = name.replace("-", "_").replace("__", "--", 1)
+        words += [name, value] if equals else [name]
+    return words
+
+
+def given_flags(argv: list[str]) -> dict[str, str]:
+    """Flag -> its words as text, before anything is known about their types."""
+    given, name = {}, ""
+    for word in argv:
+        if word.startswith("--"):
+            name = word[2:]
+            given[name] = ""
+        elif name and word != "-h":
+            given[name] = " ".join([given[name], word]).strip()
+    return given
+
+
+# ---- how tyro reads values -----------------------------------------------------------------------
+
+@registry.primitive_rule
+def booleans(info):
+    """--amp, --amp true, --amp false"""
+    if info.type not in (bool, bool | None):
+        return None
+
+    def read(words):
+        text = " ".join(words).lower()
+        if text not in ("", "true", "false", "1", "0"):
+            raise ValueError(f"expected true or false, got '{text}'")
+        return text in ("", "true", "1")
+
+    return PrimitiveConstructorSpec(
+        nargs="*", metavar="[true|false]", instance_from_str=read,
+        is_instance=lambda x: x is None or isinstance(x, bool),
+        str_from_instance=lambda x: ["auto" if x is None else str(x).lower()])
+
+
+@registry.primitive_rule
+def lists(info):
+    """--train_sizes 480,512 or 480 512"""
+    if typing.get_origin(info.type) is not tuple:
+        return None
+    kind = typing.get_args(info.type)[0]
+
+    def read(words):
+        return tuple(kind(part) for word in words for part in word.split(",") if part)
+
+    return PrimitiveConstructorSpec(
+        nargs="*", metavar=f"{kind.__name__.upper()},...", instance_from_str=read,
+        is_instance=lambda x: isinstance(x, tuple),
+        str_from_instance=lambda x: [",".join(map(str, x))])
+
+
+@registry.primitive_rule
+def texts(info):
+    """A text of one word; an empty one is shown as "none"."""
+    if info.type is not str:
+        return None
+    return text_spec(1)
+
+
+def text_spec(nargs):
+    return PrimitiveConstructorSpec(
+        nargs=nargs, metavar="TEXT", instance_from_str=" ".join,
+        is_instance=lambda x: isinstance(x, str), str_from_instance=lambda x: [x or "none"])
+
+
+OptionalText = Annotated[str, text_spec("*")]   # --resume, or --resume FOLDER

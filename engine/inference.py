@@ -1,44 +1,124 @@
-"""..."""
-import sys
+"""Run a detector: on the images of a data set, or on one image of your own.
+
+A detection is a dictionary: scores (k,), labels (k,) in 0..N-1, boxes (k, 4) xyxy in pixels of the
+original image, query (k,), and where the model makes masks, masks (k, h, w) and mask_scores (k,).
+"""
+from pathlib import Path
+
+import numpy as np
 import torch
+from PIL import Image, ImageOps
+from tqdm import tqdm
 
 import data
+from engine.errors import UserError
+from engine.images import read_image, to_rgb
+
+ARRAYS = "a NumPy array (h, w) of uint8 or uint16, or (h, w, 3) RGB or (h, w, 4) RGBA of uint8"
+ARRAY_KINDS = (((), "uint8"), ((), "uint16"), ((3,), "uint8"), ((4,), "uint8"))
 
 
 def predict(model, dataset, indices, device, batch_size=1, amp=False, workers=0):
-    """Yields (outputs, targets) for batches of the images at `indices`, in evaluation mode and without gradients."""
-    loader = data.batches(dataset, [list(indices[k:k + batch_size]) for k in range(0, len(indices), batch_size)], workers)
-    device, training, done = torch.device(device), model.training, 0
+    """Run a model on images of a data set, in evaluation mode and without gradients.
+
+    indices: positions in the data set. Yields (outputs, targets) for each batch. The model's
+    training mode is restored afterwards."""
+    indices = list(indices)
+    chunks = [indices[k:k + batch_size] for k in range(0, len(indices), batch_size)]
+    device = torch.device(device)
+    was_training = model.training
     model.eval()
     try:
-        for images, padding, targets in loader:
-            with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
-                outputs = model(images.to(device), padding.to(device), targets)   # read by none but `--roi_box gt`
-            yield outputs, targets
-            done += len(targets)
-            if sys.stderr.isatty():
-                print(f"\revaluated {done}/{len(indices)} images\x1b[K", end="", file=sys.stderr, flush=True)
+        # disable=None: no bar where standard error is not a terminal
+        with tqdm(total=len(indices), unit="image", leave=False, disable=None) as bar:
+            for images, padding, targets in data.batches(dataset, chunks, workers):
+                with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
+                    # only the mask network with --roi_box gt reads the targets here
+                    outputs = model(images.to(device), padding.to(device), targets)
+                yield outputs, targets
+                bar.update(len(targets))
     finally:
-        model.train(training)
-        if sys.stderr.isatty():
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        model.train(was_training)
 
 
 @torch.no_grad()
-def infer(model, image, recipe, device, amp=False):
-    """One PIL image through a model in evaluation mode -> outputs of a batch of one."""
-    images, padding, _ = data.collate([data.eval_transform(recipe)(image)])                         # (1, 3, h, w)
+def infer(model, transform, image, device, amp=False):
+    """Run a model in evaluation mode on one PIL RGB image -> the outputs of a batch of one.
+
+    transform: that of the data, see `data.eval_transform`."""
+    images, padding, _ = data.collate([transform(image)])                      # (1, 3, h, w)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         return model(images.to(device), padding.to(device))
 
 
-def detect_image(model, detect, image, cfg, recipe, device, amp=False):
-    """The top-k detections of one PIL image, in its pixels."""
-    size = torch.tensor([image.size[::-1]], device=device)                                       # (1, 2), h and w
-    return detect(infer(model, image, recipe, device, amp), size, cfg)[0]
+def detect_with(model, detect, transform, image, cfg, device, amp=False, name="the image"):
+    """The `cfg.top_k` best detections of one PIL RGB image; `name` stands in errors."""
+    outputs = infer(model, transform, image, device, amp)
+    size = torch.tensor([[image.height, image.width]], device=device)          # (1, 2)
+    detection = detect(outputs, size, cfg)[0]
+    require_finite(detection, name)
+    return detection
+
+
+def detect_image(detector, image, amp=False):
+    """The `cfg.top_k` best detections of one image, best first, in its pixels.
+
+    detector: a `Loaded`, see `load_model`. image: whatever `as_rgb` reads; images that carry an
+    EXIF rotation are turned upright first. UserError for what is no image, and for a model whose
+    detections are not finite."""
+    name = str(image) if isinstance(image, (str, Path)) else "the image"
+    transform = data.eval_transform(detector.recipe)
+    return detect_with(detector.model, detector.paper.detect, transform, as_rgb(image),
+                       detector.cfg, device_of(detector.model), amp, name)
+
+
+def device_of(model):
+    return next(model.parameters()).device
+
+
+def as_rgb(image):
+    """A path, a PIL image of any mode, or a NumPy array -> PIL RGB image, upright.
+
+    Arrays: (h, w) gray of uint8 or uint16, (h, w, 3) RGB or (h, w, 4) RGBA of uint8 (OpenCV's
+    images are BGR: give `array[..., ::-1]`). UserError for anything else."""
+    if isinstance(image, (str, Path)):
+        return read_image(image)
+    if isinstance(image, np.ndarray):
+        image = from_array(image)
+    if not isinstance(image, Image.Image):
+        raise UserError(f"expected a path, a PIL image or {ARRAYS}, got {type(image).__name__}")
+    if 0 in image.size:
+        raise UserError(f"expected an image with pixels, got one of {image.width} x {image.height}")
+    try:
+        return to_rgb(ImageOps.exif_transpose(image))
+    except (ValueError, OSError, SyntaxError) as error:
+        raise UserError(f"expected an image that Pillow can decode, got {error}") from error
+
+
+def from_array(array):
+    """A NumPy array as a PIL image of the same bit depth."""
+    kind = array.shape[2:], array.dtype.name
+    if array.ndim < 2 or kind not in ARRAY_KINDS:
+        raise UserError(f"expected {ARRAYS}, got {array.dtype} of shape {array.shape}")
+    if 0 in array.shape:
+        raise UserError(f"expected an image with pixels, got an array of shape {array.shape}")
+    return Image.fromarray(np.ascontiguousarray(array))
+
+
+def require_finite(detection, name):
+    """UserError for NaN or infinite scores, boxes or mask scores. pycocotools would count a NaN box
+    as a hit."""
+    for key in ("scores", "boxes", "mask_scores"):
+        values = detection.get(key, torch.zeros(0))
+        if not values.isfinite().all():
+            rows = values.reshape(len(values), -1)                             # (k, 1 or 4)
+            bad = int((~rows.isfinite()).any(1).sum())
+            raise UserError(f"expected finite detections, got NaN or infinite {key} in {bad} of "
+                            f"{len(rows)} detections of {name}: the model's weights are damaged or "
+                            "its training diverged; use an earlier checkpoint")
 
 
 def above(detection, threshold):
     """The detections with at least this score."""
-    kept = detection["scores"] >= threshold
-    return {key: value[kept] for key, value in detection.items()}
+    keep = detection["scores"] >= threshold
+    return {key: value[keep] for key, value in detection.items()}

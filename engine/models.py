@@ -1,14 +1,46 @@
-"""From a checkpoint file to a model that detects: paper files, checkpoints, frozen detectors."""
+"""Paper files by name, and checkpoint files as models."""
 import importlib
+import re
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
+from backbones import load_backbone_weights
 from engine import checkpoints, class_rows
 from engine.errors import UserError
 from engine.recipe import Recipe
 from engine.released import convert
+
+
+ROOT = Path(__file__).resolve().parent.parent
+CONTRACT = ("Config", "RECIPE", "build", "param_groups", "detect")   # see train.py
+
+
+def paper_files() -> list[str]:
+    """Names of the model files beside train.py: those that define Config, RECIPE and build."""
+    names = []
+    for path in sorted(ROOT.glob("*.py")):
+        text = path.read_text(encoding="utf-8")
+        if re.search(r"^class Config\b", text, re.M) and re.search(r"^RECIPE\b", text, re.M) \
+                and re.search(r"^def build\(", text, re.M):
+            names.append(path.stem)
+    return names
+
+
+def load_paper(name: str):
+    """Import a paper file. Only files of `paper_files` are imported, by their exact name: a
+    checkpoint could name any module, and importing runs it."""
+    known = paper_files()
+    if name not in known:
+        raise UserError(f"expected a model among {', '.join(known)}, got {name!r}: a model is a "
+                        "file beside train.py with the contract that train.py states")
+    paper = importlib.import_module(name)
+    missing = [part for part in CONTRACT if not hasattr(paper, part)]
+    if missing:
+        raise UserError(f"expected {name}.py to have {', '.join(CONTRACT)}, got none of the name "
+                        f"{missing[0]}: see the contract in train.py")
+    return paper
 
 
 class Loaded(NamedTuple):
@@ -32,7 +64,7 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     elif variant:
         raise UserError(f"--variant is for released weights, {path} knows its own settings: "
                         "leave it out")
-    paper = importlib.import_module(state["model_name"])
+    paper = load_paper(state["model_name"])
     cfg, recipe = checkpoints.settings(paper, state)
     names = state["class_names"]
     if getattr(paper, "NEEDS_DETECTOR", False):
@@ -40,7 +72,9 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
         model, criterion = paper.build(cfg, len(names), frozen)
     else:
         model, criterion = paper.build(cfg, len(names))
-    model.load_state_dict(state.get("ema", state["model"]))
+    weights = state.get("ema", state["model"])
+    checkpoints.load_weights(model, weights, path)
+    checkpoints.require_finite(weights, path)
     meta = {key: x for key, x in state.items() if key not in ("model", "ema", "optimizer", "rng")}
     return Loaded(model.to(device).eval(), paper, cfg, recipe, meta, criterion)
 
@@ -56,8 +90,30 @@ def load_detector(path: str) -> Loaded:
                         "--detector FILE")
     loaded = load_model(path)
     if getattr(loaded.paper, "NEEDS_DETECTOR", False):
-        raise UserError(f"expected a detector, got {path}, a mask network: give the detector it was "
-                        "trained on")
+        raise UserError(f"expected a detector, got {path}, a mask network: give the detector "
+                        "it was trained on")
     model, names = class_rows.without_unused(loaded.model, loaded.paper, loaded.cfg,
-                                           loaded.meta["class_names"])
+                                             loaded.meta["class_names"])
     return loaded._replace(model=model, meta={**loaded.meta, "class_names": names})
+
+
+def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
+    """Fill a fresh model from --init, or its backbones from --backbone_weights. -> report lines"""
+    theirs = getattr(model, "class_names", class_names)    # of a wrapped detector
+    if theirs != class_names:
+        raise UserError(f"expected a detector of the classes of the data, in this order: "
+                        f"{class_names}, got {theirs}: train it on this data, or give --data what "
+                        "it was trained on")
+    if run.resume:
+        return [f"resumed from {run.resume}"]
+    if not run.init:
+        backbones = [m for name, m in model.named_modules() if name.split(".")[-1] == "backbone"]
+        return [load_backbone_weights(m, cfg.backbone, cfg.backbone_weights) for m in backbones]
+    state = checkpoints.load(run.init)
+    if "model_name" not in state:
+        state = convert(state, run.init)
+    weights = state.get("ema", state["model"])
+    checkpoints.require_finite(weights, run.init)
+    fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)
+    model.load_state_dict(fitted)
+    return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]

@@ -9,8 +9,8 @@ class Recipe:
     """Optimizer, schedule, image sizes and augmentation of one training run."""
     lr: float = 1e-4                # for exactly `batch_size` images a step
     lr_backbone: float = 1e-5       # of the backbone
-    lr_offsets: float = 2e-5        # of sampling offsets and reference points, where a paper says so
-    layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: lr_backbone for all
+    lr_offsets: float = 2e-5        # of sampling offsets and reference points in some papers
+    layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: none
     weight_decay: float = 1e-4
     clip: float = 0.1               # limit of the gradient norm; 0: none
     batch_size: int = 16            # images a step, over all processes and micro-batches
@@ -20,8 +20,10 @@ class Recipe:
     lr_drops: tuple[float, ...] = (0.9, 0.95)   # drops: lr x 0.1 after these fractions of the run
     warmup: float = 0.0             # fraction of the run over which lr rises from 0
     ema: float = 0.0                # decay of the averaged weights that are evaluated; 0: none
+    ema_warmup: int = 0             # steps in which the decay approaches `ema`; 0: another rule
     train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # px
     max_size: int = 1333            # limit of the longer side, px
+    train_max_size: int = 0         # another limit in training, px; 0: max_size
     crop: bool = True               # half of the images: resize, random crop, resize
     color_jitter: bool = False      # random colors
     eval_size: int = 800            # shorter side at evaluation, px
@@ -54,3 +56,15 @@ def configure(paper, *overrides: dict) -> tuple:
         raise UserError(f"expected fields of {paper.__name__}.Config or of Recipe, got "
                         f"{', '.join(unknown)}: they belong to another version of the file")
     return override(cfg, values), override(paper.RECIPE, values)
+
+
+def preset_values(paper, preset: str, variant: str) -> dict:
+    """What a preset, paper or small, and a variant change in a paper file's Config and RECIPE."""
+    variants = getattr(paper, "VARIANTS", {})
+    if preset not in ("paper", "small"):
+        raise UserError(f"expected --preset paper or small, got {preset!r}")
+    if variant not in ("", *variants):
+        choices = " or ".join(variants) or "left out: this file has none"
+        raise UserError(f"expected --variant {choices}, got {variant!r}")
+    small = getattr(paper, "SMALL", {}) if preset == "small" else {}
+    return {**small, **variants.get(variant, {})}

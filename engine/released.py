@@ -17,11 +17,11 @@ from pathlib import Path
 
 import torch
 
-from backbones import BACKBONES, build_backbone, learned
+from backbones import BACKBONES, build_backbone, drop_derived_buffers
 from engine.authors_names import (
     CO_DETR_HEAD, FAMILIES, count_layers, from_authors, from_transformers)
 from engine.checkpoints import FORMAT
-from engine.class_rows import COCO_IDS, COCO_NAMES, coco_columns, detector_prefix
+from engine.class_rows import COCO_IDS, COCO_NAMES, coco_columns, count_classes
 from engine.errors import UserError
 from engine.recipe import configure
 
@@ -40,6 +40,9 @@ TWO_STAGE_OPTIONS = {"num_queries": "num_queries", "two_stage_num_proposals": "n
 # Options with a single value that our models can represent.
 REQUIRED_OPTIONS = {"activation_function": "relu", "position_embedding_type": "sine",
                     "position_embedding": "sine"}
+# Backbones that differ from another one in no shape: FocalNet-L with 4 levels divides the sum of
+# its modulators (FocalNet-DINO, whose names are DINO's) or does not (detrex): --variant decides.
+AMBIGUOUS_BACKBONES = ("focalnet_l_4level",)
 # Pairs of options that have one Config field.
 EQUAL_OPTIONS = (
     ("enc_n_points", "dec_n_points"), ("encoder_n_points", "decoder_n_points"),
@@ -58,15 +61,14 @@ def recognize(state: dict) -> tuple[str, dict]:
     """
     if CO_DETR_HEAD + "level_embeds" in state:
         return recognize_co_detr(state)
-    if "transformer.level_embed" not in state or "class_embed.0.weight" not in state:
-        raise UserError(f"expected weights of one of {', '.join(FAMILIES)}, or of transformers' "
-                        f"Deformable DETR; got names such as {', '.join(list(state)[:3])}: give a "
-                        "checkpoint of these models")
     family = detr_family(state)
     shapes = {key: tuple(value.shape) for key, value in state.items()}
     found = FAMILIES[family].overrides | recognize_backbone(state)
-    found["num_feature_levels"], found["dim"] = shapes["transformer.level_embed"]
-    found["ffn_dim"] = shapes["transformer.encoder.layers.0.linear1.weight"][0]
+    if family == "detr":
+        found["dim"] = shapes["input_proj.weight"][0]
+    else:
+        found["num_feature_levels"], found["dim"] = shapes["transformer.level_embed"]
+    found["ffn_dim"] = shapes["transformer.decoder.layers.0.linear1.weight"][0]
     for part in ("encoder", "decoder"):
         found[f"{part}_layers"] = count_layers(state, f"transformer.{part}")
     for key in ("query_embed.weight", "transformer.tgt_embed.weight"):
@@ -80,7 +82,14 @@ def recognize(state: dict) -> tuple[str, dict]:
 
 
 def detr_family(state: dict) -> str:
-    """The family of a file in the names of DETR's code base."""
+    """The family of a file in the names of DETR's code base. UserError when it is none of them."""
+    attention = "transformer.decoder.layers.0.multihead_attn.in_proj_weight"
+    if attention in state and "class_embed.weight" in state:
+        return "detr"
+    if "transformer.level_embed" not in state or "class_embed.0.weight" not in state:
+        raise UserError(f"expected weights of one of {', '.join(FAMILIES)}, or of transformers' "
+                        f"DETR or Deformable DETR; got names such as {', '.join(list(state)[:3])}: "
+                        "give a checkpoint of these models")
     if "label_enc.weight" in state:
         return "dino"
     if "transformer.enc_output.weight" in state:
@@ -88,6 +97,11 @@ def detr_family(state: dict) -> str:
     if "transformer.decoder.bbox_embed.0.layers.0.weight" in state:
         return "deformable_detr_refine"
     return "deformable_detr"
+
+
+def is_dc5(family: str, path: str | Path) -> bool:
+    """Whether a file is a released DETR-DC5, which only its name shows."""
+    return family == "detr" and "dc5" in Path(path).name.lower()
 
 
 def recognize_co_detr(state: dict) -> tuple[str, dict]:
@@ -127,7 +141,7 @@ def recognize_backbone(state: dict) -> dict:
     """{"backbone": name} of the backbone in a released state dict; {} when it has none."""
     theirs = {re.sub(r"^backbone\.(0\.)?(body\.)?", "", key): value
               for key, value in state.items() if key.startswith("backbone.")}
-    shapes = backbone_shapes(learned(theirs))
+    shapes = backbone_shapes(drop_derived_buffers(theirs))
     if not shapes:
         return {}
     for name in BACKBONES:
@@ -195,7 +209,7 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
                         "give the file as it was released")
     options = state.get("args", {})
     source = "released"
-    if "model.level_embed" in weights:
+    if "model.level_embed" in weights or "class_labels_classifier.weight" in weights:
         source = "transformers'"
         weights = from_transformers(weights)
         options = transformers_options(path)
@@ -213,9 +227,15 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
     fields = {field.name for field in dataclasses.fields(paper.Config)}
     found |= {ours: options[theirs] for theirs, ours in known.items()
               if theirs in options and ours in fields}
-    config = {**paper.VARIANTS.get(variant, {}), **found, "backbone_weights": "imagenet"}
+    if is_dc5(family, path) and not variant and "dilation" not in found:
+        found["dilation"] = True
+        print(f"{path}: its name says DC5, so the last stage keeps stride 16")
+    chosen = paper.VARIANTS.get(variant, {})
+    if found.get("backbone") in AMBIGUOUS_BACKBONES and "backbone" in chosen:
+        found["backbone"] = chosen["backbone"]
+    config = {**chosen, **found, "backbone_weights": "imagenet"}
 
-    columns = len(weights[detector_prefix(weights) + "class_embed.0.weight"])
+    columns = count_classes(weights)
     labels = options.get("id2label", dict(enumerate(meta.get("CLASSES", ()))))
     names = name_columns(columns, labels)
     check_shapes(weights, paper, config, columns, path)

@@ -91,7 +91,7 @@ def test_round_trip_is_bit_equal(listed):
 # Built from the descriptions of the authors' files, without a list of their names: backbone's place, tensors, parameters
 UNVERIFIED = {("dino", "swin_l"): ("backbone.0.", 716, 217_230_066),
               ("dino", "swin_l_5scale"): ("backbone.0.", 722, 217_576_690),
-              ("dino", "focalnet_l"): ("backbone.0.", None, None), ("dino", "focalnet_l_5scale"): ("backbone.0.", None, None),
+              ("dino", "focalnet_l"): ("backbone.0.", None, None), ("dino", "focalnet_l_o365"): ("backbone.0.", None, None),
               ("h_detr", "swin_t"): ("backbone.0.body.", None, None), ("h_detr", "swin_l"): ("backbone.0.body.", None, None)}
 
 

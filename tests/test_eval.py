@@ -1,45 +1,48 @@
-"""eval.py: hand-made AP cases, perfect predictions on real data, the way from a detection to the results json, ATD."""
-import dataclasses
-import importlib
+"""eval.py and engine/scoring.py: AP cases by hand, perfect predictions on real data, the way from a
+detection to the results json, processes that share the data, and what users get wrong."""
+import csv
 import json
+import math
 import multiprocessing
 import re
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pycocotools import mask as rle
 from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from ranks import forked
+from tiny_checkpoint import damage, write_checkpoint
 
-from engine.recipe import Recipe, configure
-from engine import checkpoints
-from engine import class_rows
-from engine import models
 import data
-import scenes
+import dino
 import eval as evaluation
-import analysis
-from engine import datasets
-from engine import inference
-from engine import machine
-
-
-@dataclasses.dataclass
-class Config:
-    """All that `evaluate` asks of one."""
-    top_k: int = 100
+import scenes
+import train
+from engine import checkpoints, class_rows, datasets, machine, models, scoring
+from engine.commands import open_detector
+from engine.errors import UserError
 
 
 def truth(objects, sizes=((100, 100),), categories=((7, "cat"),)):
     """A COCO of images 1, 2, ... from rows (image_id, category_id, [x, y, w, h])."""
+    annotations = []
+    for number, (image, category, box) in enumerate(objects, start=1):
+        annotations.append({"id": number, "image_id": image, "category_id": category, "bbox": box,
+                            "area": box[2] * box[3], "iscrowd": 0})
     coco = COCO()
     coco.dataset = {
-        "images": [{"id": i + 1, "height": h, "width": w} for i, (h, w) in enumerate(sizes)],
+        "images": [{"id": i, "height": h, "width": w} for i, (h, w) in enumerate(sizes, start=1)],
         "categories": [{"id": i, "name": name} for i, name in categories],
-        "annotations": [{"id": i + 1, "image_id": image, "category_id": category, "bbox": box, "area": box[2] * box[3],
-                         "iscrowd": 0} for i, (image, category, box) in enumerate(objects)]}
-    coco.createIndex()
+        "annotations": annotations}
+    with redirect_stdout(StringIO()):
+        coco.createIndex()
     return coco
 
 
@@ -47,18 +50,42 @@ def result(image, category, box, score):
     return {"image_id": image, "category_id": category, "bbox": box, "score": score}
 
 
-# ---- AP by hand ------------------------------------------------------------------------------------------------------
+def random_case(images=9, seed=0):
+    """Ground truth of `images` images, some with crowds, image 2 without objects, and noisy
+    results, image 3 without any; two classes."""
+    rng = np.random.default_rng(seed)
+    objects = []
+    results = []
+    for number in range(8 * images):
+        image = 1 + number % images
+        category = (7, 9)[number % 2]
+        box = [*rng.uniform(0, 100, 2), *rng.uniform(5, 140, 2)]
+        if image != 2:
+            objects.append((image, category, box))
+        for _ in range(3 * (image != 3)):
+            moved = (np.array(box) + rng.normal(0, 5, 4)).clip(1).tolist()
+            # few different scores: ties must be broken in the same order everywhere
+            results.append(result(image, category, moved, float(rng.integers(1, 9)) / 10))
+    gt = truth(objects, [(240, 240)] * images, [(7, "a"), (9, "b")])
+    for row in gt.dataset["annotations"][::7]:
+        row["iscrowd"] = 1
+    return gt, results
+
+
+# ---- AP by hand ----------------------------------------------------------------------------------
 
 def test_ap_of_one_hit_above_one_false_alarm_and_below_it():
     gt = truth([(1, 7, [10, 10, 50, 50])])
     hit, alarm = [10, 10, 50, 50], [70, 70, 20, 20]
-    assert evaluation.score(gt, [result(1, 7, hit, 0.9), result(1, 7, alarm, 0.1)])["AP"] == pytest.approx(1)
-    assert evaluation.score(gt, [result(1, 7, hit, 0.1), result(1, 7, alarm, 0.9)])["AP"] == pytest.approx(0.5)
+    hit_first = [result(1, 7, hit, 0.9), result(1, 7, alarm, 0.1)]
+    alarm_first = [result(1, 7, hit, 0.1), result(1, 7, alarm, 0.9)]
+    assert evaluation.score(gt, hit_first)["AP"] == pytest.approx(1)
+    assert evaluation.score(gt, alarm_first)["AP"] == pytest.approx(0.5)
 
 
 def test_ap_averages_ten_thresholds_so_an_iou_of_0_62_passes_three():
     gt = truth([(1, 7, [0, 0, 100, 50])])
-    figures = evaluation.score(gt, [result(1, 7, [0, 0, 62, 50], 0.9)])     # IoU 0.62: passes 0.5, 0.55 and 0.6
+    figures = evaluation.score(gt, [result(1, 7, [0, 0, 62, 50], 0.9)])   # passes 0.5, 0.55, 0.6
     assert figures["AP"] == pytest.approx(0.3)
     assert (figures["AP50"], figures["AP75"]) == (pytest.approx(1), 0)
 
@@ -66,7 +93,7 @@ def test_ap_averages_ten_thresholds_so_an_iou_of_0_62_passes_three():
 def test_ap_with_half_the_objects_found_follows_the_101_recall_points():
     gt = truth([(1, 7, [0, 0, 20, 20]), (1, 7, [60, 60, 20, 20])])
     figures = evaluation.score(gt, [result(1, 7, [0, 0, 20, 20], 0.9)])
-    assert figures["AP"] == pytest.approx(51 / 101)                          # recalls 0, 0.01, ..., 0.50
+    assert figures["AP"] == pytest.approx(51 / 101)                  # recalls 0, 0.01, ..., 0.50
     assert figures["AR100"] == pytest.approx(0.5)
 
 
@@ -80,34 +107,31 @@ def test_a_second_detection_of_the_same_object_is_a_false_alarm():
 def test_size_bands_without_objects_are_minus_one_and_shown_as_a_dash():
     gt = truth([(1, 7, [0, 0, 20, 20])])
     metrics = {"bbox": evaluation.score(gt, [result(1, 7, [0, 0, 20, 20], 1.0)])}
-    assert metrics["bbox"]["APs"] == pytest.approx(1) and metrics["bbox"]["APm"] == metrics["bbox"]["APl"] == -1
-    assert evaluation.table(metrics).splitlines()[1].split() == ["bbox"] + ["1.000"] * 4 + ["-", "-"] + ["1.000"] * 3
+    figures = metrics["bbox"]
+    assert figures["APs"] == pytest.approx(1) and figures["APm"] == figures["APl"] == -1
+    cells = evaluation.table(metrics).splitlines()[1].split()
+    assert cells == ["bbox"] + ["1.000"] * 4 + ["-", "-"] + ["1.000"] * 3
 
 
 def test_the_figures_are_those_of_pycocotools_summarize():
-    from contextlib import redirect_stdout
-    from io import StringIO
-
-    from pycocotools.cocoeval import COCOeval
-    rng = np.random.default_rng(0)
-    boxes = [[*rng.uniform(0, 100, 2), *rng.uniform(5, 140, 2)] for _ in range(60)]
-    gt = truth([(1 + i % 3, (7, 9)[i % 2], box) for i, box in enumerate(boxes)], [(240, 240)] * 3, [(7, "a"), (9, "b")])
-    rows = [result(1 + i % 3, (7, 9)[i % 2], (np.array(box) + rng.normal(0, 4, 4)).clip(1).tolist(), float(rng.random()))
-            for i, box in enumerate(boxes * 2)]
+    gt, rows = random_case(3)
     figures = evaluation.score(gt, rows)
-    peer = COCOeval(gt, gt.loadRes([dict(row) for row in rows]), "bbox")
     with redirect_stdout(StringIO()):
-        peer.evaluate(), peer.accumulate(), peer.summarize()
+        peer = COCOeval(gt, gt.loadRes([dict(row) for row in rows]), "bbox")
+        peer.evaluate()
+        peer.accumulate()
+        peer.summarize()
     names = "AP AP50 AP75 APs APm APl AR1 AR10 AR100 ARs ARm ARl".split()
     assert [figures[name] for name in names] == pytest.approx(peer.stats.tolist(), abs=1e-12)
 
 
 def test_per_class_figures_carry_the_names_of_the_json_and_count_objects_without_crowds():
-    gt = truth([(1, 3, [0, 0, 20, 20]), (1, 9, [50, 50, 20, 20]), (1, 9, [70, 0, 20, 20])], categories=[(3, "dog"), (9, "owl")])
+    gt = truth([(1, 3, [0, 0, 20, 20]), (1, 9, [50, 50, 20, 20]), (1, 9, [70, 0, 20, 20])],
+               categories=[(3, "dog"), (9, "owl")])
     gt.dataset["annotations"][2]["iscrowd"] = 1
     per_class = evaluation.score(gt, [result(1, 3, [0, 0, 20, 20], 1.0)])["per_class"]
-    assert per_class == {"dog": {"AP": pytest.approx(1), "AP50": pytest.approx(1), "objects": 1},
-                         "owl": {"AP": 0, "AP50": 0, "objects": 1}}
+    rows = {name: (row["AP"], row["AP50"], row["objects"]) for name, row in per_class.items()}
+    assert rows == {"dog": (pytest.approx(1), pytest.approx(1), 1), "owl": (0, 0, 1)}
 
 
 def test_max_dets_is_a_limit_per_image_and_class_and_renames_the_recall():
@@ -123,90 +147,276 @@ def test_no_detection_at_all_scores_zero_and_no_object_at_all_scores_minus_one()
     assert evaluation.score(truth([(1, 7, [0, 0, 20, 20])]), [])["AP"] == 0
     assert evaluation.score(truth([]), [result(1, 7, [0, 0, 20, 20], 0.5)])["AP"] == -1
     assert evaluation.score(truth([], sizes=((5, 5), (5, 5))), [])["AP"] == -1
+    assert evaluation.score(truth([], sizes=()), [])["AP"] == -1
 
 
 def test_results_of_another_data_set_are_refused_by_id():
     gt = truth([(1, 7, [0, 0, 20, 20])])
-    with pytest.raises(ValueError, match=r"category_id.*\[8\]"):
+    with pytest.raises(UserError, match=r"category_id.*\[8\]"):
         evaluation.score(gt, [result(1, 8, [0, 0, 20, 20], 0.5)])
-    with pytest.raises(ValueError, match=r"image_id.*\[2\]"):
+    with pytest.raises(UserError, match=r"image_id.*\[2\]"):
         evaluation.score(gt, [result(2, 7, [0, 0, 20, 20], 0.5)])
 
 
+@pytest.mark.parametrize("bad", [result(1, 7, [0, math.nan, 20, 20], 0.5),
+                                 result(1, 7, [0, 0, math.inf, 20], 0.5),
+                                 result(1, 7, [0, 0, 20, 20], math.nan)])
+def test_results_that_are_not_finite_are_refused_and_not_counted_as_hits(bad):
+    """pycocotools takes a NaN box as a hit: its IoU with everything fails `iou < threshold`."""
+    gt = truth([(1, 7, [0, 0, 20, 20])])
+    with pytest.raises(UserError, match="finite.*image 1"):
+        evaluation.score(gt, [bad])
+
+
 def test_scoring_prints_nothing_and_changes_no_result(capfd):
+    gt = truth([(1, 7, [0, 0, 20, 20])])
     rows = [result(1, 7, [0, 0, 20, 20], 0.5)]
-    evaluation.score(truth([(1, 7, [0, 0, 20, 20])]), rows)
-    capfd.readouterr()
-    gt, before = truth([(1, 7, [0, 0, 20, 20])]), json.dumps(rows)
-    capfd.readouterr()
+    before = json.dumps(rows)
     evaluation.score(gt, rows)
     assert capfd.readouterr().out == "" and json.dumps(rows) == before
 
 
-# ---- from detections to results --------------------------------------------------------------------------------------
+# ---- operating point -----------------------------------------------------------------------------
+
+def test_the_threshold_of_the_best_f1_by_hand():
+    """Four objects; hits at 0.9, 0.8, 0.6 and a false alarm at 0.7: F1 is 2/3 at 0.8 (precision 1,
+    recall 1/2), 3/4 at 0.6 (precision and recall 3/4)."""
+    boxes = [[30 * i, 0, 20, 20] for i in range(4)]
+    gt = truth([(1, 7, box) for box in boxes])
+    rows = [result(1, 7, box, score) for box, score in zip(boxes, (0.9, 0.8, 0.6))]
+    rows.append(result(1, 7, [0, 60, 20, 20], 0.7))
+    row = evaluation.score(gt, rows)["per_class"]["cat"]
+    assert row["threshold"] == 0.6
+    assert (row["precision"], row["recall"], row["F1"]) == pytest.approx((0.75, 0.75, 0.75))
+    # a further false alarm above the third hit: precision 3/5, F1 2/3; the two first are as good,
+    rows.append(result(1, 7, [30, 60, 20, 20], 0.65))
+    rows.append(result(1, 7, [60, 60, 20, 20], 0.65))     # and with two more they are better
+    row = evaluation.score(gt, rows)["per_class"]["cat"]
+    assert row["threshold"] == 0.8 and row["F1"] == pytest.approx(2 / 3)
+
+
+def test_a_class_that_is_never_detected_has_no_threshold():
+    gt = truth([(1, 7, [0, 0, 20, 20])], categories=[(7, "cat"), (8, "dog")])
+    figures = evaluation.score(gt, [])
+    assert [row["threshold"] for row in figures["per_class"].values()] == [-1, -1]
+    assert evaluation.thresholds({"bbox": figures}) == {}
+    text = evaluation.threshold_table({"bbox": figures})
+    assert re.search(r"cat +- +- +- +-\n", text)
+
+
+def test_the_thresholds_of_a_checkpoint_are_used_unless_one_is_given():
+    meta = {"class_names": ["cat", "dog"], "thresholds": {"dog": 0.6}}
+    assert evaluation.class_thresholds(meta, None) == [0.3, 0.6]
+    assert evaluation.class_thresholds(meta, 0.0) == [0.0, 0.0]
+    assert evaluation.class_thresholds({"class_names": ["cat"]}, None) == [0.3]
+
+
+def test_training_stores_the_thresholds_of_its_best_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.visualize, "predictions", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train.visualize, "curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train, "thresholds", lambda record: {"circle": record["bbox"]["AP"]})
+    train.main(["--model", "dino", "--num_train", "8", "--num_val", "4", "--epochs", "1",
+                "--dim", "32", "--ffn_dim", "32", "--num_heads", "2", "--train_sizes", "64",
+                "--eval_size", "64", "--num_queries", "12", "--threads", "1", "--workers", "0",
+                "--device", "cpu", "--out", str(tmp_path / "run")])
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    loaded = open_detector(tmp_path / "run")
+    assert loaded.meta["thresholds"] == {"circle": line["bbox"]["AP"]}
+
+
+def test_each_class_is_listed_from_its_own_threshold_on(checkpoint, tmp_path, capsys):
+    scenes.Shapes("val", 3).image(1).save(tmp_path / "a.png")
+    words = ("--images", tmp_path / "a.png", "--out", tmp_path / "out")
+    evaluate_checkpoint(checkpoint, *words)
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    best = {}
+    for row in rows:
+        best.setdefault(row["category_name"], row["score"])
+    state = checkpoints.load(checkpoint)
+    name = rows[0]["category_name"]
+    others = dict.fromkeys(best, 1.0)
+    checkpoints.save(tmp_path / "best.pt", state | {"thresholds": others | {name: best[name]}})
+    evaluate_checkpoint(tmp_path, *words)
+    lines = read_csv(tmp_path / "out" / "detections.csv")
+    assert [line["class"] for line in lines] == [name]
+    assert f"{best[name]:.2f}, 1.00), see" in capsys.readouterr().out
+
+
+# ---- several processes ---------------------------------------------------------------------------
+
+def share_of(gt, results, image_ids):
+    """The part of a case that lies in some images."""
+    part = COCO()
+    part.dataset = {key: gt.dataset[key] for key in ("images", "categories", "annotations")}
+    part.dataset["images"] = [row for row in gt.dataset["images"] if row["id"] in image_ids]
+    part.dataset["annotations"] = [row for row in gt.dataset["annotations"]
+                                   if row["image_id"] in image_ids]
+    with redirect_stdout(StringIO()):
+        part.createIndex()
+    return part, [row for row in results if row["image_id"] in image_ids]
+
+
+@pytest.mark.parametrize("shares", [
+    [[1, 3, 5, 7, 9], [2, 4, 6, 8]],                    # as evaluate deals them
+    [[9, 1, 2], [], [8, 7, 6, 5, 4, 3]],                # an empty rank, uneven shares, any order
+    [[2], [3], [1, 4, 5, 6, 7, 8, 9]]])                 # no objects here, no detections there
+def test_figures_from_shares_equal_those_of_one_process_bit_for_bit(shares):
+    gt, results = random_case(9)
+    expected = evaluation.score(gt, results, max_dets=20)
+    parts = []
+    for image_ids in shares:
+        parts.append(scoring.match_images(*share_of(gt, results, image_ids), "bbox", 20))
+    categories = gt.dataset["categories"]
+    assert scoring.figures(parts, categories, "bbox", 20) == expected
+    assert 0 < expected["AP"] < 1
+
+
+class Perfect(torch.nn.Module):
+    """A detector that answers with the ground truth of its images, moved a little for `noise`.
+
+    Its outputs say which images they are of; `order` is the sequence in which they come."""
+
+    def __init__(self, dataset, noise=0.0, order=None):
+        super().__init__()
+        self.dataset, self.noise = dataset, noise
+        self.order = iter(range(len(dataset)) if order is None else order)
+
+    def forward(self, images, padding, targets=None):
+        return {"images": [next(self.order) for _ in images]}
+
+    def detect(self, outputs, sizes, cfg):
+        found = []
+        annotations = self.dataset.coco().imgToAnns
+        for index, (h, w) in zip(outputs["images"], sizes.tolist()):
+            rows = annotations[int(self.dataset.image_ids[index])]
+            rows = [row for row in rows if not row["iscrowd"]][:cfg.top_k]
+            corners = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32)
+            corners = corners.reshape(-1, 4)
+            corners[:, 2:] += corners[:, :2]
+            generator = torch.Generator().manual_seed(index)
+            corners += self.noise * torch.randn(corners.shape, generator=generator)
+            labels = [self.dataset.category_ids.index(row["category_id"]) for row in rows]
+            scores = (10 * torch.rand(len(rows), generator=generator)).ceil() / 10
+            more = {}
+            if self.dataset.has_masks:
+                masks = [data.decode_mask(row["segmentation"], h, w) for row in rows]
+                masks = np.stack(masks) if rows else np.zeros((0, h, w))
+                more = {"masks": torch.from_numpy(masks).bool()}
+            found.append(detection(corners.tolist(), labels, scores.tolist(), **more))
+        return found
+
+
+CONFIG = dino.Config(top_k=100)
+
+
+def make_scenes(n, **options):
+    """n generated scenes; some of the first 16 hold nothing."""
+    return scenes.Shapes("val", n, transform=data.Transform(sizes=(64,)), **options)
+
+
+def join(rank, world):
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", rank=rank, world_size=world)
+
+
+@pytest.mark.parametrize("world, images", [(2, 5), (3, 2)])
+def test_ranks_that_evaluate_their_own_images_agree_with_one_process(tmp_path, world, images):
+    """5 images on 2 ranks: uneven. 2 images on 3 ranks: the last rank has none."""
+    dataset = make_scenes(images, load_masks=True)
+    model = Perfect(dataset, noise=3.0)
+    alone = evaluation.evaluate(model, model.detect, dataset, CONFIG, "cpu", batch_size=2)
+
+    def run(rank):
+        join(rank, world)
+        model = Perfect(dataset, 3.0, range(rank, images, world))
+        metrics = evaluation.evaluate(model, model.detect, dataset, CONFIG, "cpu", batch_size=2,
+                                      rank=rank, world=world)
+        (tmp_path / f"{rank}.json").write_text(json.dumps(metrics))
+        assert len(evaluation.ground_truth(dataset, rank, world).imgs) <= -(-images // world)
+
+    assert forked(world, run) == [0] * world
+    for rank in range(world):
+        metrics = json.loads((tmp_path / f"{rank}.json").read_text())
+        for kind in ("bbox", "segm"):
+            assert metrics[kind] == alone[kind]
+        assert metrics["images"] == images
+    assert 0 < alone["bbox"]["AP"] < 1 and 0 < alone["segm"]["AP"]
+
+
+def test_detections_that_are_not_finite_end_every_rank_and_none_waits():
+    dataset = make_scenes(4)
+
+    def run(rank):
+        join(rank, 2)
+        model = Perfect(dataset, math.nan if rank == 1 else 0.0, range(rank, 4, 2))
+        with pytest.raises(UserError, match="finite detections.*of image"):
+            evaluation.evaluate(model, model.detect, dataset, CONFIG, "cpu", rank=rank, world=2)
+
+    assert forked(2, run, timeout=60) == [0, 0]
+
+
+def test_two_processes_write_the_files_of_one(checkpoint, tmp_path):
+    """What torchrun starts: each rank calls main, one writes."""
+    def run(rank, out):
+        torch.set_num_threads(1)
+        evaluate_checkpoint(checkpoint, "--out", tmp_path / out, "--save_detections")
+
+    assert forked(1, run, "alone") == [0] and forked(2, run, "both") == [0, 0]
+    alone, both = (tmp_path / "alone", tmp_path / "both")
+    assert sorted(path.name for path in both.iterdir()) == ["detections.json", "eval.json"]
+    figures = [json.loads((out / "eval.json").read_text())["bbox"] for out in (alone, both)]
+    assert figures[0] == figures[1]
+    rows = [json.loads((out / "detections.json").read_text()) for out in (alone, both)]
+    rows = [sorted(map(json.dumps, found)) for found in rows]
+    assert rows[0] == rows[1] and len(rows[0]) == 6 * 96
+
+
+# ---- from detections to results ------------------------------------------------------------------
 
 def detection(boxes, labels=None, scores=None, **more):
     boxes = torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4)
-    return {"boxes": boxes, "labels": torch.zeros(len(boxes), dtype=torch.int64) if labels is None else torch.tensor(labels),
-            "scores": torch.linspace(1, 0.5, len(boxes)) if scores is None else torch.tensor(scores), **more}
+    labels = [0] * len(boxes) if labels is None else labels
+    scores = torch.linspace(1, 0.5, len(boxes)).tolist() if scores is None else scores
+    return {"boxes": boxes, "labels": torch.tensor(labels, dtype=torch.int64),
+            "scores": torch.tensor(scores), **more}
 
 
 def test_results_hold_xywh_boxes_and_the_sparse_ids_of_the_json():
-    rows = evaluation.coco_results([detection([[10, 20, 40, 60]], [1], [0.75]), detection([])], [42, 43], [3, 90])
-    assert rows == [{"image_id": 42, "category_id": 90, "bbox": [10, 20, 30, 40], "score": 0.75}]
+    found = [detection([[10, 20, 40, 60]], [1], [0.75]), detection([])]
+    rows = evaluation.coco_results(found, [42, 43], [3, 90])
+    expected = {"image_id": 42, "category_id": 90, "bbox": [10, 20, 30, 40], "score": 0.75}
+    assert rows == [expected]
     json.dumps(rows)
 
 
+def test_results_of_a_broken_model_are_refused_by_image_id():
+    found = detection([[0, 0, 1, 1], [0, 0, math.nan, 1]])
+    with pytest.raises(UserError, match="boxes in 1 of 2 detections of image 42"):
+        evaluation.coco_results([found], [42], [1])
+
+
 def test_masks_become_compressed_text_and_come_back_as_they_were():
-    from pycocotools import mask as rle
     masks = torch.rand(3, 13, 7, generator=torch.Generator().manual_seed(0)) > 0.5
     rows = evaluation.coco_results([detection([[0, 0, 1, 1]] * 3, masks=masks)], [1], [1])
-    decoded = np.stack([rle.decode(json.loads(json.dumps(row["segmentation"]))) for row in rows])
-    assert (decoded == masks.numpy()).all()
-    again = evaluation.encode_masks([row["segmentation"] for row in rows])
-    assert again == [row["segmentation"] for row in rows]
+    encoded = [row["segmentation"] for row in rows]
+    decoded = [rle.decode(mask) for mask in json.loads(json.dumps(encoded))]
+    assert (np.stack(decoded) == masks.numpy()).all()
+    assert evaluation.encode_masks(encoded) == encoded
     assert evaluation.encode_masks(torch.zeros(0, 13, 7, dtype=torch.bool)) == []
 
 
 def test_the_area_of_a_mask_result_is_the_masks_not_the_boxs():
     mask = torch.zeros(1, 100, 100, dtype=torch.bool)
-    mask[0, :40, :20] = True                               # 800 px: small; its box is given as 100 x 100: large
+    mask[0, :40, :20] = True                 # 800 px: small; its box is given as 100 x 100: large
     rows = evaluation.coco_results([detection([[0, 0, 100, 100]], masks=mask)], [1], [7])
-    coco = evaluation._results_as_coco(truth([]), rows, "segm")
+    coco = scoring.results_as_coco(truth([]), rows, "segm")
     assert [row["area"] for row in coco.dataset["annotations"]] == [800]
 
 
-# ---- perfect predictions ---------------------------------------------------------------------------------------------
-
-class Perfect(torch.nn.Module):
-    """A detector that answers with the ground truth. Its outputs tell `detect` which images they are of."""
-
-    def __init__(self, dataset):
-        super().__init__()
-        self.dataset, self.next = dataset, 0
-
-    def forward(self, images, padding, targets=None):
-        first, self.next = self.next, self.next + len(images)
-        return {"images": range(first, self.next)}
-
-    def detect(self, outputs, sizes, cfg):
-        found = []
-        for index, (h, w) in zip(outputs["images"], sizes.tolist()):
-            rows = [row for row in self.dataset.coco().imgToAnns[int(self.dataset.image_ids[index])] if not row["iscrowd"]]
-            corners = torch.tensor([row["bbox"] for row in rows], dtype=torch.float32).reshape(-1, 4)
-            corners[:, 2:] += corners[:, :2]
-            labels = [self.dataset.category_ids.index(row["category_id"]) for row in rows]
-            masks = {}
-            if self.dataset.has_masks:
-                decoded = [data.decode_mask(row["segmentation"], h, w) for row in rows]
-                masks["masks"] = torch.from_numpy(np.stack(decoded)).bool() if rows else torch.zeros(0, h, w, dtype=torch.bool)
-            found.append({key: value[:cfg.top_k] for key, value in
-                          {**detection(corners.tolist(), labels, [1.0] * len(rows)), **masks}.items()})
-        return found
-
+# ---- perfect predictions -------------------------------------------------------------------------
 
 class Light(data.DetectionData):
-    """The annotations of a data set without the work of decoding its pictures."""
+    """The annotations of a data set without the work of decoding its images."""
 
     def __init__(self, dataset):
         self.__dict__.update(dataset.__dict__)
@@ -216,185 +426,170 @@ class Light(data.DetectionData):
         return self.truth
 
     def __getitem__(self, index):
-        h, w = self.source.image_size(index)
-        return torch.zeros(3, 8, 8), {"image_id": int(self.image_ids[index]), "orig_size": torch.tensor([h, w])}
+        size = torch.tensor(self.source.image_size(index))
+        target = {"image_id": int(self.image_ids[index]), "orig_size": size}
+        return torch.zeros(3, 8, 8), target
 
 
 @pytest.mark.parametrize("name", ["bccd", "nuclei", "coco_mini"])
 def test_perfect_predictions_score_one_through_our_results_path(shared, name):
     dataset = Light(data.CocoFolder(shared / "data" / name, "val"))
-    cfg = Config()
     model = Perfect(dataset)
-    metrics = evaluation.evaluate(model, model.detect, dataset, cfg, "cpu", batch_size=4, max_dets=500)
-    assert metrics["bbox"]["AP"] == pytest.approx(1, abs=1e-9) and metrics["bbox"]["AR500"] == pytest.approx(1)
+    metrics = evaluation.evaluate(model, model.detect, dataset, CONFIG, "cpu", batch_size=4,
+                                  max_dets=500)
+    assert metrics["bbox"]["AP"] == pytest.approx(1, abs=1e-9)
+    assert metrics["bbox"]["AR500"] == pytest.approx(1)
     assert ("segm" in metrics) == (name != "bccd")
     if "segm" in metrics:
         assert metrics["segm"]["AP"] == pytest.approx(1, abs=1e-9)
 
 
-@pytest.mark.parametrize("name, expected", [("bccd", 0.9966), ("nuclei", 0.970), ("coco_mini", 1.0)])
-def test_against_the_json_as_it_is_perfect_predictions_score_what_pycocotools_says(shared, name, expected):
+@pytest.mark.parametrize("name, expected", [("bccd", 0.9966), ("nuclei", 0.970),
+                                            ("coco_mini", 1.0)])
+def test_against_the_json_as_it_is_perfect_predictions_score_what_pycocotools_says(shared, name,
+                                                                                   expected):
     gt = COCO(str(shared / "data" / name / "annotations" / "instances_val2017.json"))
     rows = [row for row in gt.dataset["annotations"] if not row["iscrowd"]]
     results = [result(row["image_id"], row["category_id"], row["bbox"], 1.0) for row in rows]
     assert evaluation.score(gt, results)["AP"] == pytest.approx(expected, abs=6e-4)
     if name != "bccd":
-        results = [{**r, "segmentation": evaluation.encode_masks([gt.annToRLE(row)])[0]} for r, row in zip(results, rows)]
+        for found, row in zip(results, rows):
+            found["segmentation"] = evaluation.encode_masks([gt.annToRLE(row)])[0]
         assert evaluation.score(gt, results, "segm")["AP"] == pytest.approx(expected, abs=6e-4)
-
-
-def make_scenes(n, **options):
-    """n generated scenes; some of the first 16 hold nothing."""
-    return scenes.Shapes("val", n, transform=data.Transform(sizes=(64,)), **options)
 
 
 def test_images_without_objects_and_a_model_without_detections_are_evaluated():
     dataset = make_scenes(16)
-    empty = dataset.take([i for i in range(16) if not len(dataset.objects(i).labels)])
+    empty = dataset.subset([i for i in range(16) if not len(dataset.objects(i).labels)])
     assert len(empty) >= 1
     model = Perfect(empty)
-    metrics = evaluation.evaluate(model, model.detect, empty, Config(), "cpu", batch_size=2)
+    metrics = evaluation.evaluate(model, model.detect, empty, CONFIG, "cpu", batch_size=2)
     assert metrics["bbox"]["AP"] == -1 and metrics["images"] == len(empty)
-    nothing = lambda outputs, sizes, cfg: [detection([]) for _ in sizes]
-    metrics = evaluation.evaluate(Perfect(dataset), nothing, dataset, Config(), "cpu")
+
+    def nothing(outputs, sizes, cfg):
+        return [detection([]) for _ in sizes]
+
+    metrics = evaluation.evaluate(Perfect(dataset), nothing, dataset, CONFIG, "cpu")
     assert metrics["bbox"]["AP"] == 0
 
 
-def test_each_process_runs_its_share_and_all_score_everything(monkeypatch):
-    dataset, cfg = make_scenes(9), Config()
-    whole = evaluation.evaluate(Perfect(dataset), Perfect(dataset).detect, dataset, cfg, "cpu")
-    shares = []
+# ---- command line --------------------------------------------------------------------------------
 
-    class Strided(Perfect):
-        def forward(self, images, padding, targets=None):
-            first, self.next = self.next, self.next + 2 * len(images)
-            return {"images": range(first, self.next, 2)}
-
-    def gather(into, results):
-        shares.append(results)
-        into[:] = shares if len(shares) == 2 else [results, []]
-
-    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
-    for rank in range(2):
-        model = Strided(dataset)
-        model.next = rank
-        metrics = evaluation.evaluate(model, model.detect, dataset, cfg, "cpu", batch_size=2, rank=rank, world=2)
-    assert metrics["bbox"] == whole["bbox"] and metrics["bbox"]["AP"] == pytest.approx(1)
-    assert {row["image_id"] for row in shares[0]}.isdisjoint(row["image_id"] for row in shares[1])
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_checkpoint(tmp_path_factory.mktemp("dino") / "best.pt")
 
 
-def test_evaluation_leaves_the_models_mode_as_it_was():
-    dataset = make_scenes(2)
-    for mode in (True, False):
-        model = Perfect(dataset).train(mode)
-        evaluation.evaluate(model, model.detect, dataset, Config(), "cpu")
-        assert model.training == mode
+def evaluate_checkpoint(path, *words):
+    evaluation.main(["--checkpoint", str(path), "--device", "cpu", "--workers", "0",
+                     *map(str, words)])
 
 
-# ---- ATD -------------------------------------------------------------------------------------------------------------
-
-def test_atd_is_the_mean_of_the_k_largest_distances():
-    distances = torch.tensor([0.1, 0.5, 0.2, 0.4])
-    assert analysis.atd(distances, 2) == pytest.approx(0.45)
-    assert analysis.atd(distances, 100) == pytest.approx(0.3)
-    assert analysis.atd(torch.zeros(0), 100) == -1
-
-
-def test_atd_by_hand_for_anchors_that_are_boxes_and_points():
-    class Fixed(torch.nn.Module):
-        """Three queries; objects 0 and 1 are matched to queries 2 and 0."""
-        def __init__(self, coordinates):
-            super().__init__()
-            anchors = [[0.2, 0.2, 0.1, 0.1], [0.9, 0.9, 0.9, 0.9], [0.5, 0.6, 0.3, 0.3]]
-            self.anchors = torch.tensor(anchors)[:, :coordinates]
-
-        def forward(self, images, padding, targets=None):
-            return {"anchors": self.anchors[None]}
-
-        def match(self, outputs, targets):
-            return [(torch.tensor([2, 0]), torch.tensor([0, 1]))]
-
-    class One(torch.utils.data.Dataset):
-        def __len__(self):
-            return 1
-
-        def __getitem__(self, index):
-            boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.2, 0.3, 0.1, 0.15]])    # 80 x 40 px and 20 x 15 px: small
-            return torch.zeros(3, 8, 8), {"boxes": boxes, "labels": torch.tensor([0, 0]), "orig_size": torch.tensor([100, 200])}
-
-    model = Fixed(4)
-    figures = analysis.analyze(model, model, One(), "cpu", k=1)
-    assert figures["ATD"] == pytest.approx(0.3)           # |.5-.5| + |.6-.5| + |.3-.4| + |.3-.4|
-    assert figures["ATD_small"] == pytest.approx(0.15)    # |.2-.2| + |.2-.3| + |.1-.1| + |.1-.15|
-    assert (figures["objects"], figures["small_objects"], figures["coordinates"]) == (2, 1, "xywh")
-    points = analysis.analyze(Fixed(2), model, One(), "cpu", k=2)
-    assert points["ATD"] == pytest.approx(0.1) and points["coordinates"] == "xy"   # both centres are 0.1 away
-    table = analysis.analysis_table({"box": figures, "point": points})
-    assert re.search(r"ATD\(1\) +0.3000 +0.1000\n", table) and "point: |x| + |y| of anchors that are points" in table
-    assert "points" not in analysis.analysis_table({"box": figures}) and "IoF-IoB enc" not in table
-
-
-# ---- command line ----------------------------------------------------------------------------------------------------
-
-def write_checkpoint(path, name="dino", class_names=scenes.SCENE_CLASSES, **run):
-    """A tiny random model of a paper file, saved as train.py would."""
-    torch.manual_seed(0)
-    paper = importlib.import_module(name)
-    cfg, recipe = configure(paper, paper.SMALL, dict(dim=32, num_heads=2, ffn_dim=32, num_queries=12, decoder_layers=2,
-                                                     train_sizes=(64,), eval_size=64))
-    model, _ = paper.build(cfg, len(class_names))
-    checkpoints.save(path, {
-        "format": 2, "model_name": name, "variant": "", "config": dataclasses.asdict(cfg),
-        "recipe": dataclasses.asdict(recipe), "model": model.state_dict(),
-        "class_names": list(class_names), "category_ids": list(range(1, len(class_names) + 1)), "epoch": 1, "step": 5,
-        "run": {"data": "", "seed": 0, "overfit": 0, "num_val": 6} | run})
-    return path
-
-
-def two_checkpoints(folder):
-    """A Co-DETR and a DINO in folders of these names."""
-    for name in ("co_detr", "dino"):
-        (folder / name).mkdir()
-        yield write_checkpoint(folder / name / "best.pt", name)
-
-
-@pytest.fixture(scope="module", params=["dino", "deformable_detr"])
-def checkpoint(request, tmp_path_factory):
-    return write_checkpoint(tmp_path_factory.mktemp(request.param) / "best.pt", request.param)
-
-
-def test_a_checkpoint_alone_gives_the_table_the_json_and_atd(checkpoint, capsys):
-    evaluation.main(["--checkpoint", str(checkpoint), "--analyze", "--max-dets", "20", "--batch_size", "3"])
+@pytest.mark.parametrize("name", ["dino", "deformable_detr"])
+def test_a_run_folder_alone_gives_the_table_and_the_json(name, tmp_path, capsys):
+    checkpoint = write_checkpoint(tmp_path / "best.pt", name)
+    evaluate_checkpoint(tmp_path, "--max-dets", "20", "--batch_size", "3")
     printed = capsys.readouterr().out
-    assert "crescent" in printed and "AR20" in printed and "ATD(100) small" in printed
+    assert "crescent" in printed and "AR20" in printed
     record = json.loads((checkpoint.parent / "eval.json").read_text())
     assert record["images"] == 6 and record["bbox"]["max_dets"] == 20 and record["step"] == 5
-    assert record["analysis"]["coordinates"] == ("xywh" if "dino" in str(checkpoint) else "xy")
 
 
-def test_images_of_any_size_are_drawn_and_listed_and_broken_ones_named(checkpoint, tmp_path, capsys):
+def test_images_of_any_size_are_drawn_and_listed_and_broken_ones_named(checkpoint, tmp_path,
+                                                                       capsys):
     sizes = {"7.png": (16, 16), "12.png": (1, 800), "40.jpg": (90, 60), "3.png": (800, 1)}
     for name, size in sizes.items():
         Image.new("RGB", size, (200, 40, 40)).save(tmp_path / name)
     (tmp_path / "5.jpg").write_bytes(b"no image")
     (tmp_path / "notes.txt").write_text("ignored")
     out = tmp_path / "out"
-    evaluation.main(["--checkpoint", str(checkpoint), "--images", str(tmp_path), str(tmp_path / "*.jpg"), "--out", str(out),
-                     "--score_threshold", "0"])
+    evaluate_checkpoint(checkpoint, "--images", tmp_path, tmp_path / "*.jpg", "--out", out,
+                        "--score_threshold", "0")
     captured = capsys.readouterr()
     assert "4 of 5 images" in captured.out and "5.jpg" in captured.err
-    assert {path.name for path in out.glob("*.jpg")} == {"7.jpg", "12.jpg", "40.jpg", "3.jpg"}
+    pictures = {path.name for path in out.glob("*.jpg")}
+    assert pictures == {"7.jpg", "12.jpg", "40.jpg", "3.jpg"}
     rows = json.loads((out / "detections.json").read_text())
-    assert {(row["image_id"], row["file_name"]) for row in rows} == {(int(name.split(".")[0]), name) for name in sizes}
+    ids = {(row["image_id"], row["file_name"]) for row in rows}
+    assert ids == {(int(name.split(".")[0]), name) for name in sizes}
     assert all(1 <= row["category_id"] <= 8 for row in rows)
+    assert {row["category_name"] for row in rows} <= set(scenes.SCENE_CLASSES)
 
 
-def test_boxes_come_back_in_pixels_of_a_picture_that_is_not_square():
-    detector = importlib.import_module("deformable_detr")
-    outputs = {"pred_logits": torch.tensor([[[3.0, -3.0]]]), "pred_boxes": torch.tensor([[[0.5, 0.5, 1.0, 0.5]]])}
-    cfg, recipe = detector.Config(top_k=1), Recipe(eval_size=30, max_size=60)
-    det = inference.detect_image(lambda images, padding: outputs, detector.detect, Image.new("RGB", (90, 60)), cfg, recipe, "cpu")
-    assert det["boxes"].tolist() == [[0, 15, 90, 45]] and det["labels"].tolist() == [0]
+def read_csv(path):
+    with open(path, newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_boxes_and_counts_are_tables_that_agree_with_the_json(checkpoint, tmp_path):
+    for number in (1, 2):
+        scenes.Shapes("val", 3).image(number).save(tmp_path / f"{number}.png")
+    out = tmp_path / "out"
+    scores = []
+    evaluate_checkpoint(checkpoint, "--images", tmp_path, "--out", out, "--score_threshold", "0")
+    scores = [row["score"] for row in json.loads((out / "detections.json").read_text())]
+    threshold = sorted(scores)[len(scores) // 2]
+    evaluate_checkpoint(checkpoint, "--images", tmp_path, "--out", out,
+                        "--score_threshold", threshold)
+    rows = [row for row in json.loads((out / "detections.json").read_text())
+            if row["score"] >= threshold]
+    lines = read_csv(out / "detections.csv")
+    assert list(lines[0]) == ["file", "class", "score", "x", "y", "w", "h"]
+    assert len(lines) == len(rows)
+    for line, row in zip(lines, rows):
+        assert Path(line["file"]).name == row["file_name"]
+        assert line["class"] == row["category_name"]
+        assert [float(line[key]) for key in "xywh"] == pytest.approx(row["bbox"], abs=0.051)
+    for count in read_csv(out / "counts.csv"):
+        mine = [line for line in lines if line["file"] == count["file"]]
+        assert int(count["all"]) == len(mine)
+        for name in scenes.SCENE_CLASSES:
+            assert int(count[name]) == sum(line["class"] == name for line in mine)
+
+
+def test_ids_come_from_the_json_of_the_data_when_it_is_given(checkpoint, tmp_path, capsys):
+    """Category ids too, by class name."""
+    scenes.Shapes("val", 3).image(1).save(tmp_path / "b.png")
+    listing = {"images": [{"id": 77, "file_name": "sub/b.png"}, {"id": 5, "file_name": "a.png"}],
+               "categories": [{"id": 100 - i, "name": name}
+                              for i, name in enumerate(scenes.SCENE_CLASSES)]}
+    (tmp_path / "data.json").write_text(json.dumps(listing))
+    words = ("--images", tmp_path / "b.png", "--json", tmp_path / "data.json", "--out",
+             tmp_path / "out")
+    evaluate_checkpoint(checkpoint, *words)
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    names = {category["id"]: category["name"] for category in listing["categories"]}
+    assert {row["image_id"] for row in rows} == {77}
+    assert all(names[row["category_id"]] == row["category_name"] for row in rows)
+
+    Image.new("RGB", (9, 9)).save(tmp_path / "c.png")
+    with pytest.raises(SystemExit, match="--json.*one entry for .*c.png among the 2.*got 0"):
+        evaluate_checkpoint(checkpoint, *words, "--images", tmp_path / "c.png")
+    listing["categories"].pop()
+    (tmp_path / "data.json").write_text(json.dumps(listing))
+    with pytest.raises(SystemExit, match=f"called {scenes.SCENE_CLASSES[-1]}"):
+        evaluate_checkpoint(checkpoint, *words)
+
+
+def test_images_of_one_name_get_the_ids_of_their_folders():
+    listed = [{"id": 1, "file_name": "a/x.png"}, {"id": 2, "file_name": "b/x.png"}]
+    assert evaluation.image_ids([Path("photos/b/x.png"), Path("photos/a/x.png")], listed) == [2, 1]
+    with pytest.raises(UserError, match="one entry for photos/x.png among the 2.*got 0"):
+        evaluation.image_ids([Path("photos/x.png")], listed)
+
+
+def test_released_heads_detect_and_count_without_their_unused_classes(tmp_path):
+    path = write_checkpoint(tmp_path / "best.pt", class_names=class_rows.coco_columns())
+    state = checkpoints.load(path)
+    checkpoints.save(path, state | {"category_ids": list(range(91))})
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    evaluate_checkpoint(path, "--images", tmp_path / "a.png", "--out", tmp_path / "out",
+                        "--score_threshold", "0")
+    head = list(read_csv(tmp_path / "out" / "counts.csv")[0])
+    assert head == ["file", *class_rows.COCO_NAMES, "all"]
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    names = dict(zip(class_rows.COCO_IDS, class_rows.COCO_NAMES))
+    assert all(names[row["category_id"]] == row["category_name"] for row in rows)
 
 
 def test_names_that_are_no_numbers_count_from_one(tmp_path):
@@ -404,14 +599,71 @@ def test_names_that_are_no_numbers_count_from_one(tmp_path):
     assert evaluation.image_ids([tmp_path / "1.jpg", tmp_path / "01.jpg"]) == [1, 2]
 
 
-def test_paths_that_match_nothing_are_an_error_that_names_them(tmp_path, checkpoint):
-    with pytest.raises(SystemExit, match="nowhere"):
-        evaluation.main(["--checkpoint", str(checkpoint), "--images", str(tmp_path / "nowhere")])
+def test_images_of_one_name_in_two_folders_get_a_picture_each(checkpoint, tmp_path):
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (20, 20)).save(tmp_path / folder / "same.png")
+    out = tmp_path / "out"
+    evaluate_checkpoint(checkpoint, "--images", tmp_path / "a", tmp_path / "b", "--out", out)
+    assert {path.name for path in out.glob("*.jpg")} == {"same.jpg", "same_2.jpg"}
+
+
+def scenes_folder(root, split="val", annotations=True):
+    """Two generated scenes in COCO layout -> the path of the json."""
+    dataset = scenes.Shapes("val", 2)
+    listing = dataset.coco().dataset
+    (root / "annotations").mkdir(parents=True)
+    (root / f"{split}2017").mkdir()
+    for index, image in enumerate(listing["images"]):
+        dataset.image(index).save(root / f"{split}2017" / image["file_name"])
+    if not annotations:
+        del listing["annotations"]
+    path = root / "annotations" / f"any_{split}.json"
+    path.write_text(json.dumps(listing))
+    return path
+
+
+def test_a_json_without_annotations_gives_detections_only(checkpoint, tmp_path, capsys):
+    path = scenes_folder(tmp_path / "data", "test", annotations=False)
+    evaluate_checkpoint(checkpoint, "--json", path, "--out", tmp_path / "out")
+    assert "192 detections of 2 images" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "out").iterdir()] == ["detections.json"]
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert {row["image_id"] for row in rows} == {0, 1} and "bbox" in rows[0]
+
+
+def test_a_json_of_another_name_is_evaluated_and_its_detections_are_saved_on_request(checkpoint,
+                                                                                     tmp_path):
+    path = scenes_folder(tmp_path / "data")
+    evaluate_checkpoint(checkpoint, "--json", path, "--out", tmp_path / "out", "--save-detections")
+    record = json.loads((tmp_path / "out" / "eval.json").read_text())
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    gt = COCO(str(path))
+    assert record["images"] == 2 and len(rows) == 192
+    with redirect_stdout(StringIO()):
+        gt.loadRes(rows)
+    assert evaluation.score(gt, rows)["AP"] == record["bbox"]["AP"]
+
+
+def test_masks_are_saved_unless_only_boxes_are_wanted(tmp_path):
+    masks = torch.ones(1, 4, 6, dtype=torch.bool)
+    found = detection([[0, 0, 6, 4]], masks=masks, mask_scores=torch.tensor([0.5]))
+    rows = evaluation.coco_results([found], [1], [1])
+    evaluation.write_results(tmp_path / "all.json", rows, False, 0, 1)
+    evaluation.write_results(tmp_path / "boxes.json", rows, True, 0, 1)
+    assert json.loads((tmp_path / "all.json").read_text()) == rows
+    boxes, = json.loads((tmp_path / "boxes.json").read_text())
+    assert boxes.keys() == {"image_id", "category_id", "bbox", "score"}
+
+
+def test_another_size_of_images_is_used_and_said(checkpoint, tmp_path, capsys):
+    evaluate_checkpoint(checkpoint, "--eval_size", "96", "--out", tmp_path)
+    assert "short side 96 px" in capsys.readouterr().out
 
 
 def test_data_of_other_classes_is_an_error_that_lists_both(shared, checkpoint):
     with pytest.raises(SystemExit) as stopped:
-        evaluation.main(["--checkpoint", str(checkpoint), "--data", str(shared / "data" / "bccd")])
+        evaluate_checkpoint(checkpoint, "--data", shared / "data" / "bccd")
     assert all(name in str(stopped.value) for name in ("circle", "heart", "RBC", "Platelets"))
 
 
@@ -425,45 +677,93 @@ def test_released_heads_lose_their_unused_columns_when_the_data_has_coco_classes
 
 
 def test_released_weights_without_data_ask_for_it():
-    with pytest.raises(ValueError, match="--data"):
-        datasets.validation_set(None, models.Loaded(None, None, None, None, {}, None))
+    released = models.Loaded(None, None, None, None, {}, None)
+    with pytest.raises(UserError, match="--data"):
+        datasets.validation_set("", released)
 
 
-def test_hyphens_and_underscores_are_the_same_and_abbreviations_are_refused(capsys):
-    read = evaluation.parser().parse_args
-    assert read(["--checkpoint", "a-b.pt", "--score-threshold=0.5"]) == read(["--checkpoint", "a-b.pt", "--score_threshold", "0.5"])
-    with pytest.raises(SystemExit):
-        read(["--checkpoint", "x", "--score", "0.5"])
-    assert re.search("unknown flag --score", capsys.readouterr().err)
+# ---- what users get wrong ------------------------------------------------------------------------
+
+@pytest.mark.parametrize("words, message", [
+    (("--batch_size", "-1"), "--batch_size of at least 1.*got -1"),
+    (("--batch_size", "0"), "--batch_size of at least 1.*got 0"),
+    (("--max_dets", "0"), "--max_dets of at least 1.*got 0"),
+    (("--workers", "-2"), "--workers.*got -2"),
+    (("--eval_size", "-3"), "--eval_size of at least 1.*got -3"),
+    (("--tile", "-5"), "--tile of at least 16.*got -5"),
+    (("--overlap", "1"), "--overlap in 0..0.9.*got 1.0"),
+    (("--score_threshold", "nan"), "--score_threshold.*got nan"),
+    (("--score_threshold", "30"), "--score_threshold.*got 30"),
+    (("--device", "tpu"), "--device: expected cpu or cuda.*tpu"),
+    (("--images", ""), "--images.*got ''"),
+    (("--images",), "--images.*no path"),
+    (("--images", "nowhere"), "nowhere"),
+    (("--json", "nowhere.json"), "nowhere.json"),
+    (("--data", "nowhere"), "nowhere")])
+def test_flags_that_cannot_work_end_in_one_line_and_write_nothing(checkpoint, tmp_path, monkeypatch,
+                                                                  words, message):
+    monkeypatch.chdir(tmp_path)
+    Image.new("RGB", (9, 9)).save("here.png")     # what --images "" took before
+    with pytest.raises(SystemExit, match=message) as stopped:
+        evaluate_checkpoint(checkpoint, *words, "--out", "out")
+    assert str(stopped.value).startswith("eval.py: ") and not Path("out").exists()
 
 
-# ---- Co-DETR, section 3.4 --------------------------------------------------------------------------------------------
-
-def memory_of(tokens, shapes, padding=None):
-    """A Memory of B images from tokens (B, S, C)."""
-    from deformable_detr import Memory
-    padding = torch.zeros(tokens.shape[:2], dtype=torch.bool) if padding is None else padding
-    return Memory(tokens, None, padding, shapes, None, [], torch.tensor([[2, 2]]), (2, 2))
+def test_unknown_and_abbreviated_flags_are_refused_with_a_near_name(checkpoint, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_checkpoint(checkpoint, "--score_thresh", "0.5")
+    assert stopped.value.code == 2 and "--score_threshold" in capsys.readouterr().err
 
 
-def test_discriminability_is_the_mean_of_normalised_norms():
-    fine = torch.tensor([[0.0, 3.0], [4.0, 1.0]]).flatten()[None, :, None] * torch.tensor([0.6, 0.8])   # norms 0 3 4 1
-    coarse = torch.tensor([[[3.0, 4.0]]])
-    memory = memory_of(torch.cat((fine, coarse), 1), [(2, 2), (1, 1)], torch.tensor([[False] * 3 + [True, False]]))
-    expected = (torch.tensor([[0.0, 0.75], [1.0, 0.0]]) + 1) / 2
-    assert torch.allclose(analysis.discriminability(analysis.encoder_norms(memory), memory)[0], expected)
+@pytest.mark.parametrize("mode", ["data", "images"])
+def test_results_that_cannot_be_written_end_in_one_line(checkpoint, tmp_path, mode):
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    words = ("--images", tmp_path / "a.png") if mode == "images" else ()
+    (tmp_path / "file").write_text("something")
+    for out, message in (("file", "got the file"), ("file/deeper", "expected a folder"),
+                         ("/proc/nowhere", "expected a folder")):
+        with pytest.raises(SystemExit, match="eval.py: .*--out.*" + message):
+            evaluate_checkpoint(checkpoint, *words, "--out", tmp_path / out)
+    assert (tmp_path / "file").read_text() == "something"
 
 
-def test_iof_iob_by_hand():
-    """A row of four pixels; the object covers the last two."""
-    scores = torch.tensor([[0.1, 0.6, 0.55, 0.9]])
-    counts = analysis.score_counts(scores, torch.tensor([[0.75, 0.5, 0.5, 1.0]]), (1, 4))
-    curve = analysis.iof_iob(counts)
-    assert (curve["IoB"][0], curve["IoB"][75], curve["IoB"][-1]) == pytest.approx((0, 0.75, 1))
-    assert (curve["IoF"][25], curve["IoF"][75]) == pytest.approx((1, 0.5))   # below 0.55; between 0.55 and 0.6 half is gone
-    assert curve["area"] == pytest.approx(3 / 4)   # of four pairs, one is the wrong way round
-    assert not analysis.score_counts(scores, torch.zeros(0, 4), (1, 3))[1].any()
+def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(checkpoint, tmp_path, monkeypatch):
+    (tmp_path / "eval.json").write_text("complete")
+    write_text = Path.write_text
 
+    def full(path, text):
+        write_text(path, text[:len(text) // 2])
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(SystemExit, match="eval.py: .*No space left on device"):
+        evaluate_checkpoint(checkpoint, "--out", tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
+    assert (tmp_path / "eval.json").read_text() == "complete"
+
+
+def test_no_image_that_can_be_read_is_a_failure(checkpoint, tmp_path, capsys):
+    (tmp_path / "5.jpg").write_bytes(b"no image")
+    with pytest.raises(SystemExit) as stopped:
+        evaluate_checkpoint(checkpoint, "--images", tmp_path, "--out", tmp_path / "out")
+    assert stopped.value.code == 1 and "0 of 1 images drawn" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_finite_has_no_ap_and_writes_no_detections(tmp_path):
+    path = write_checkpoint(tmp_path / "best.pt", change=damage)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    for words in ((), ("--images", tmp_path / "a.png")):
+        with pytest.raises(SystemExit, match="eval.py: .*expected finite detections"):
+            evaluate_checkpoint(path, *words, "--out", tmp_path / "out")
+    assert not list((tmp_path / "out").iterdir())
+
+
+def test_a_folder_without_best_pt_is_no_checkpoint(tmp_path):
+    with pytest.raises(SystemExit, match="eval.py: .*--checkpoint.*best.pt"):
+        evaluate_checkpoint(tmp_path)
+
+
+# ---- the machine ---------------------------------------------------------------------------------
 
 @pytest.mark.skipif(sys.platform != "linux", reason="pages are counted as Linux does")
 def test_the_cpu_settings_keep_float32_sums_and_the_pages_of_large_tensors():
@@ -474,7 +774,8 @@ def test_the_cpu_settings_keep_float32_sums_and_the_pages_of_large_tensors():
         machine.prepare_cpu()
         x, w = torch.randn(500, 256), torch.randn(128, 256)
         exact = x.double() @ w.double().T
-        assert ((torch.nn.functional.linear(x, w) - exact).abs().max() / exact.abs().max()) < 5e-6
+        error = (torch.nn.functional.linear(x, w) - exact).abs().max()
+        assert error / exact.abs().max() < 5e-6
         faults = []
         for _ in range(4):
             before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -486,61 +787,3 @@ def test_the_cpu_settings_keep_float32_sums_and_the_pages_of_large_tensors():
     process.start()
     process.join()
     assert process.exitcode == 0
-
-
-def test_attention_is_spread_over_the_four_tokens_around_a_point():
-    """Levels of 2 x 4 and 1 x 1 tokens. A look between the first two tokens of the second row, a quarter of the way; one at a
-    token that is padding; one at the single token of level 2."""
-    memory = memory_of(torch.zeros(1, 9, 8), [(2, 4), (1, 1)], torch.arange(9)[None] == 7)
-    places = torch.tensor([[[0.75 / 4, 0.75]], [[0.5, 0.5]]]).view(1, 1, 1, 2, 1, 2)              # (B, Nq, M, L, K, 2)
-    looks = [{"locations": places, "weights": torch.tensor([0.6, 0.4]).view(1, 1, 1, 2, 1)},
-             {"locations": torch.tensor([3.5 / 4, 0.75, 0.5, 0.5]).view(1, 1, 1, 2, 1, 2),
-              "weights": torch.ones(1, 1, 1, 2, 1)}]
-    found = analysis.decoder_attention(memory, looks)
-    assert torch.allclose(found, torch.tensor([[0, 0, 0, 0, 0.45, 0.15, 0, 0, 1.4]]), atol=1e-6)
-
-
-def test_grad_cam_by_hand_level_by_level():
-    """Two levels of two tokens and of one, two channels; the mean gradient weighs the channels of each level."""
-    memory = memory_of(torch.tensor([[[1.0, 2], [3, -5], [4, 1]]]), [(1, 2), (1, 1)])
-    gradient = torch.tensor([[[1.0, 1], [3, 1], [0, 2]]])                                        # means (2, 1) and (0, 2)
-    assert torch.allclose(analysis.grad_cam(memory, gradient), torch.tensor([[4.0, 1, 2]]) / 7, atol=1e-6)
-    assert torch.allclose(analysis.grad_cam(memory, -gradient), torch.ones(1, 3) / 3)          # nothing speaks for it
-
-
-def test_conflict_is_the_divergence_of_grad_cam_maps():
-    class Heads(torch.nn.Module):
-        """The first head is sure of channel 0, the second of channel 1."""
-        def confidences(self, memory):
-            return {"detr": memory.tokens[..., 0].sum(), "atss": memory.tokens[..., 1].sum()}
-
-    memory = memory_of(torch.tensor([[[3.0, 1], [1, 3]], [[2.0, 2], [1, 1]]]), [(1, 2)])
-    heads, S = analysis.head_divergences(Heads(), memory)
-    expected = 0.75 * np.log(0.75 / 0.25) + 0.25 * np.log(0.25 / 0.75)
-    expected = torch.tensor([[[0, expected], [expected, 0]], [[0.0, 0], [0, 0]]]).float()
-    assert heads == ["detr", "atss"] and torch.allclose(S, expected, atol=1e-6)
-    S = torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]])
-    assert analysis.conflict(list("abc"), S)["average"] == pytest.approx([11 / 4, 14 / 4, 17 / 4])
-
-
-def test_checkpoints_are_analysed_side_by_side(tmp_path, capsys):
-    """A Co-DETR with two heads beside a DINO: curves of encoder and decoder, conflicts of the first alone."""
-    first, second = two_checkpoints(tmp_path)
-    evaluation.main(["--checkpoint", str(first), "--batch_size", "3", "--analyze", str(second), "--out", str(tmp_path)])
-    printed = capsys.readouterr().out
-    assert re.search(r"co_detr +dino\n", printed) and re.search(r"IoF-IoB decoder +0\.\d+ +0\.\d+", printed)
-    assert re.search(r"conflict of heads +\d+\.\d+ +-\n", printed) and re.search(r"detr +rcnn +atss +average", printed)
-    found = json.loads((tmp_path / "analysis.json").read_text())
-    assert list(found) == ["co_detr", "dino"] and found["dino"]["checkpoint"] == str(second)
-    S = np.array(found["co_detr"]["conflict"]["S"])
-    assert S.shape == (3, 3) and (np.diag(S) == 0).all() and (S[~np.eye(3, dtype=bool)] > 0).all()
-    for part in ("encoder", "decoder"):
-        curve = found["dino"][part]
-        assert len(curve["IoF"]) == 101 and 0 < curve["area"] < 1 and (np.diff(curve["IoF"]) <= 1e-6).all()
-
-
-def test_matchings_of_images_with_different_numbers_of_queries_fill_one_table(monkeypatch):
-    batches = [({"pred_logits": torch.zeros(1, n, 2)}, [{"labels": torch.zeros(1, dtype=torch.int64)}]) for n in (4, 2)]
-    monkeypatch.setattr(analysis, "predict", lambda *args, **kwargs: iter(batches))
-    criterion = type("Criterion", (), {"match": lambda self, outputs, targets: [(torch.tensor([1]), torch.tensor([0]))]})()
-    assert analysis.assignments(None, criterion, range(2), "cpu").tolist() == [[-1, 0, -1, -1], [-1, 0, -1, -1]]

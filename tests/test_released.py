@@ -121,7 +121,7 @@ def started(tmp_path, model, class_names, *more):
     """What `train.py --init` starts from, and its report."""
     run, cfg, _ = train.parse(arguments(tmp_path, model, *more))
     fresh, _ = importlib.import_module(model).build(cfg, len(class_names))
-    report = train.start_weights(run, cfg, fresh, class_names)
+    report = models.start_weights(run, cfg, fresh, class_names)
     return fresh.state_dict(), "\n".join(report)
 
 
@@ -278,3 +278,17 @@ def test_a_released_file_with_tensors_missing_is_refused(tmp_path):
     del state["model"]["transformer.encoder.layers.0.norm1.bias"]
     with pytest.raises(UserError, match="expected encoder.0.norm1.bias .32,., got nothing"):
         released.convert(state, tmp_path / "released.pth")
+
+
+def test_focalnet_with_four_levels_is_that_of_focalnet_dino_unless_a_variant_says_otherwise(
+        tmp_path):
+    """The two conventions differ in no name and no shape."""
+    paper = importlib.import_module("dino")
+    cfg, _ = configure(paper, paper.VARIANTS["focalnet_l_o365"])
+    with torch.device("meta"):
+        model, _ = paper.build(cfg, 91)
+    state = {"model": authors_names.to_authors(model.state_dict(), "dino")}
+    found = released.convert(state, tmp_path / "a.pth")["config"]
+    assert found["backbone"] == "focalnet_l_4level"
+    found = released.convert(state, tmp_path / "a.pth", "focalnet_l_5scale")["config"]
+    assert found["backbone"] == "focalnet_l_4level_sum"

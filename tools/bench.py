@@ -36,6 +36,8 @@ from deformable_attn import ms_deform_attn, ms_deform_attn_fused, sampling_locat
 import data
 import scenes
 from engine import authors_names, checkpoints, datasets
+from engine.layers import compile_or_recompute
+from engine.machine import Machine
 from engine.recipe import configure
 from eval import coco_results, score
 from engine.machine import prepare_cpu
@@ -290,14 +292,14 @@ def step(args):
         model, criterion = paper.build(cfg, len(dataset.class_names))
         model.to(args.device).train()
         optimizer = torch.optim.AdamW(paper.param_groups(model, recipe), lr=1e-4, fused=True)
-        average = train.Average(model, recipe.ema)
+        average = train.make_ema(model, recipe.ema)
         batches = [data.collate([dataset[i] for i in range(k * recipe.batch_size, (k + 1) * recipe.batch_size)]) for k in range(3)]
         for amp in (False, True):
             times = {"torch": [], "kernel": []}
             for k in range(args.repeats + 2):
                 for impl in times:
-                    deformable_attn.ms_deform_attn_fused = functools.partial(ms_deform_attn_fused, impl=impl)
-                    run = lambda: train.step(model, model, criterion, optimizer, average, [batches[k % 3]], recipe.clip, amp, k, 1)[2].item()
+                    deformable_attn.MSDeformAttn.impl = impl
+                    run = lambda: train.step(model, model, criterion, optimizer, average, [batches[k % 3]], recipe.clip, Machine(torch.device(args.device), amp))
                     times[impl].append(1e3 * clock(run))
             slow, fast = (statistics.median(times[impl][2:]) for impl in ("torch", "kernel"))
             rows.append([name, "bfloat16" if amp else "float32", f"{slow:.0f}", f"{fast:.0f}", f"{slow / fast:.2f}"])
@@ -376,8 +378,8 @@ def transformers(args):
         theirs_optimizer.step()
 
     def our_step(amp):
-        train.step(model.train(), model, criterion, optimizer, train.Average(model, 0), [(images, padding, targets)],
-                   recipe.clip, amp, 0, 1)
+        train.step(model.train(), model, criterion, optimizer, train.make_ema(model, 0), [(images, padding, targets)],
+                   recipe.clip, Machine(torch.device(args.device), amp))
 
     package = {"inference, 1 image": functools.partial(detect, theirs, theirs_inputs), f"training step, {args.batch}": theirs_step}
     ours = {"inference, 1 image": functools.partial(detect, model, inputs), f"training step, {args.batch}": our_step}
@@ -447,10 +449,10 @@ def step_cost(name, batch, recompute, args):
     samples = data.collate([images[i] for i in range(batch)]) if images else random_batch(args.size, batch)
     model, criterion = paper.build(cfg, 80)
     model.to(args.device).train()
-    train.prepare_parts(model, train.Run(recompute=recompute))
+    compile_or_recompute(model, train.Run(recompute=recompute))
     optimizer = torch.optim.AdamW(paper.param_groups(model, recipe), lr=1e-5, fused=True)
-    average = train.Average(model, recipe.ema)
-    ms = median_ms(lambda: train.step(model, model, criterion, optimizer, average, [samples], recipe.clip, args.amp, 0, 1),
+    average = train.make_ema(model, recipe.ema)
+    ms = median_ms(lambda: train.step(model, model, criterion, optimizer, average, [samples], recipe.clip, Machine(torch.device(args.device), args.amp)),
                    args.device, args.repeats)
     if args.device == "cuda":
         return ms, torch.cuda.max_memory_allocated() / 2 ** 30
@@ -611,7 +613,7 @@ def mask_cost(args):
         return 2 * 4 * out_shape[0] * out_shape[1] * out_shape[2] * points[3] * points[4]
 
     detector, _ = dino.build(dino.Config(), 80)
-    model = paper.MaskFrozenDETR(paper.Frozen(detector, dino.detect), paper.Config()).to(args.device)
+    model = paper.MaskFrozenDETR(paper.FrozenDetector(detector, dino.detect), paper.Config()).to(args.device)
     image = torch.randn(1, 3, *args.size, device=args.device)
     padding = torch.zeros(1, *args.size, dtype=torch.bool, device=args.device)
     outputs, _ = model.frozen(image, padding)
@@ -625,9 +627,9 @@ def mask_cost(args):
                 "image encoder": ([model.image_encoder], lambda: paper.encode(model.image_encoder, memory).tokens),
                 "channel and query mapper": ([model.channel_mapper, model.query_mapper],
                                              lambda: model.channel_mapper(fine).sum() + model.query_mapper(states).sum()),
-                "box encoder": ([model.box_encoder], lambda: paper.encode(model.box_encoder, paper.as_memory(region)).tokens),
+                "box encoder": ([model.box_encoder], lambda: paper.encode(model.box_encoder, paper.region_memory(region)).tokens),
                 "box to object": ([model.query_encoder],
-                                  lambda: model.query_encoder.from_region(queries, paper.as_memory(region))),
+                                  lambda: model.query_encoder.from_region(queries, paper.region_memory(region))),
                 "mask scoring": ([model.score_head], lambda: model.score_head(probabilities, region))}
 
     milliseconds_of = lambda function: median_ms(torch.no_grad()(function), args.device, args.repeats)

@@ -1,109 +1,232 @@
-"""..."""
+"""Check a COCO-layout data set: a table of its classes, and every problem by file and id.
+
+    python -m tools.check_data DIR      exit code 1 if there are errors
+
+Three levels of problems: "fatal", training refuses the data set; "error", training tolerates it,
+but results may suffer; "warning", it is handled.
+"""
+import os
 import sys
 from pathlib import Path
+
 import numpy as np
+import tyro
+
+from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_counts,
+                  objects_per_image, resized)
+from engine import coco_json
+from engine.class_labels import match_classes
+from engine.coco_json import Problem, plural
 from engine.errors import UserError
-from data import BROKEN_IMAGE, CocoFolder, FIELDS, LARGE_AREA, Problem, SMALL_AREA, class_counts, images_folder, json_path, json_problems, listed_area, listed_size, read_header, read_image, read_json, upright_size
+from engine.images import UnreadableImage, read_header, read_image, upright_size
+from engine.notices import one_line
 
-HEADERS_AT_START = 500                                 # image files whose header the check at every start opens
+HEADERS_AT_START = 500   # image files whose header the check at every start opens
+LINES_AT_START = 3       # lines it prints for a kind of problem
+LEVELS = ("fatal", "error", "warning")
 
 
-def file_problems(folder, images, decode):
-    """Missing and unreadable files, wrong width and height, EXIF rotation. decode: read every pixel, else only the headers."""
+def file_problems(folder: Path, images: list[dict], decode: bool) -> list[Problem]:
+    """Report missing and unreadable files, wrong sizes, and EXIF rotation.
+
+    images: entries of a json; decode: read every pixel, else only the headers.
+    """
+    problems = []
+
+    def add(level, kind, where):
+        problems.append(Problem(level, kind, where))
+
     for image in images:
-        path, listed = folder / image["file_name"], listed_size(image)
-        where = f"image {image['id']}, {path}"
-        if not path.is_file():
-            yield Problem("error", "missing file", where)
+        path = folder / image["file_name"]
+        listed = coco_json.listed_size(image)
+        where = f"image {image['id']}, {one_line(str(path), 300)}"
+        if not os.path.exists(path):
+            add("error", "missing file", where)
             continue
         try:
-            stored, orientation = read_header(path)
+            header = read_header(path)
             if decode:
-                read_image(path)
-        except BROKEN_IMAGE as error:
-            yield Problem("error", "unreadable image", f"{where}: {error}")
+                read_image(path, listed)
+        except UnreadableImage as error:
+            add("error", "unreadable image", f"image {image['id']}, {one_line(str(error), 400)}")
             continue
-        size, rotate = upright_size(stored, orientation, listed)
-        if listed != size:
-            says, has = "x".join(map(str, listed)), "x".join(map(str, size))
-            yield Problem("error", "wrong width or height", f"{where}: json says {says}, the file has {has}")
-        if orientation != 1:
-            action = "the pixels are turned by it" if rotate else "not applied, the json fits the unturned pixels"
-            yield Problem("warning", "EXIF rotation", f"{where}: orientation {orientation}, {action}")
+        (width, height), rotate = upright_size(header, listed)
+        if listed != (width, height):
+            text = f"json says {listed[0]}x{listed[1]}, the file has {width}x{height}"
+            add("error", "wrong width or height", f"{where}: {text}")
+        if header.orientation != 1:
+            action = "not applied, the json fits the unrotated pixels"
+            if rotate:
+                action = "the pixels are rotated by it"
+            add("warning", "EXIF rotation", f"{where}: orientation {header.orientation}, {action}")
+        if decode and header.pages:
+            add("warning", "several pages (only the first is read)", where)
+        if decode and header.mode.startswith("I"):
+            add("warning", "16-bit image (scaled by its own range)", where)
+    return problems
 
 
-def report(problems, limit):
-    """Print problems by kind, worst first, at most `limit` lines a kind."""
-    levels = ("fatal", "error", "warning")
-    for level, kind in sorted({problem[:2] for problem in problems}, key=lambda k: (levels.index(k[0]), k[1])):
+def report(problems: list[Problem], limit: int, stopping: bool = True) -> None:
+    """Print problems by kind, worst first, at most `limit` lines a kind.
+
+    stopping: whether errors stop the program; if not, they are called warnings.
+    """
+    kinds = {problem[:2] for problem in problems}
+    for level, kind in sorted(kinds, key=lambda pair: (LEVELS.index(pair[0]), pair[1])):
         lines = [problem.where for problem in problems if problem[:2] == (level, kind)]
-        print(f"  {level}: {kind} ({len(lines)})")
-        print(*(f"      {line}" for line in lines[:limit]), sep="\n")
+        title = "warning" if level == "error" and not stopping else level
+        print(f"  {title}: {kind} ({len(lines)})")
+        for line in lines[:limit]:
+            print(f"      {line}")
         if len(lines) > limit:
             print(f"      ... and {len(lines) - limit} more (python -m tools.check_data DIR)")
 
 
-def print_table(data):
-    """Images, boxes and size bands per class, crowds not counted."""
-    rows = [row for row in data["annotations"] if not row.get("iscrowd")]
-    areas = np.array([listed_area(row) for row in rows])
-    band = np.digitize(areas, (SMALL_AREA, LARGE_AREA))
-    print(f"  {'class':24}{'id':>8}{'images':>8}{'boxes':>8}{'small':>8}{'medium':>8}{'large':>8}")
-    for category in sorted(data["categories"], key=lambda category: category["id"]):
-        mine = [k for k, row in enumerate(rows) if row["category_id"] == category["id"]]
-        counts = [len({rows[k]["image_id"] for k in mine}), len(mine), *np.bincount(band[mine], minlength=3)]
-        print(f"  {str(category['name'])[:24]:24}{category['id']:>8}" + "".join(f"{count:>8}" for count in counts))
+def print_table(content: dict) -> None:
+    """Print images, boxes and size bands of each class, crowds excluded."""
+    rows = [row for row in content["annotations"] if not row.get("iscrowd")]
+    areas = np.array([coco_json.listed_area(row) for row in rows])
+    classes = np.array([row["category_id"] for row in rows])
+    images = np.array([row["image_id"] for row in rows])
+    bands = np.digitize(areas, (SMALL_AREA, LARGE_AREA))
+    columns = ("id", "images", "boxes", "small", "medium", "large")
+    print(f"  {'class':24}" + "".join(f"{column:>8}" for column in columns))
+    for category in sorted(content["categories"], key=lambda category: category["id"]):
+        mine = classes == category["id"]
+        counts = np.bincount(bands[mine], minlength=3)
+        cells = [category["id"], len(np.unique(images[mine])), mine.sum(), *counts]
+        name = one_line(str(category["name"]), 24)
+        print(f"  {name:24}" + "".join(f"{cell:>8}" for cell in cells))
 
 
-def check(directory, full=True):
-    """The data doctor: prints a table per class and every problem of both splits -> the number of errors.
+def check_split(directory: Path, split: str, decode: bool) -> list[Problem]:
+    """Print the table of one split and return its problems."""
+    path = coco_json.json_path(directory, split)
+    content = coco_json.read_json(path, directory, split)
+    problems = coco_json.json_problems(content)
+    if any(problem.level == "fatal" for problem in problems):
+        return problems
+    print(*(f"  {len(content[part])} {part}" for part in coco_json.FIELDS))
+    print_table(content)
+    problems += coco_json.segmentation_problems(content).values()
+    folder = coco_json.images_folder(directory, split, content)
+    problems += file_problems(folder, content["images"], decode)
+    return problems
 
-    full: decode every image (else only the headers). Warnings are problems that loading takes care of; they do not count.
+
+def check(directory: str | Path, full: bool = True) -> int:
+    """Print a table and every problem of both splits, and return the number of errors.
+
+    full: decode every image, else only the headers. Warnings do not count.
     """
+    directory = Path(directory)
     errors = 0
     for split in ("train", "val"):
-        path = json_path(directory, split)
-        print(path)
+        print(one_line(str(coco_json.json_path(directory, split)), 300))
         problems = []
         try:
-            data = read_json(path)
-            problems += json_problems(data)
-            loadable = not any(problem.level == "fatal" for problem in problems)
-            if loadable:
-                print(*(f"  {len(data[part])} {part}" for part in FIELDS))
-                print_table(data)
-                problems += file_problems(images_folder(Path(directory), split, data["images"]), data["images"], full)
-                if split == "train" and not CocoFolder(directory, split).first(1).image_ids.size:
-                    problems.append(Problem("error", "nothing to learn", "no usable box in the training set"))
-        except (FileNotFoundError, ValueError) as error:
+            problems += check_split(directory, split, full)
+            problems += check_as_loaded(directory, split)
+        except UserError as error:
             problems.append(Problem("fatal", "cannot be loaded", str(error)))
         report(problems, limit=sys.maxsize)
         bad = sum(problem.level != "warning" for problem in problems)
-        print(f"  {bad} errors, {len(problems) - bad} warnings")
+        warnings = len(problems) - bad
+        print(f"  {plural(bad, 'error')}, {plural(warnings, 'warning')}")
         errors += bad
     return errors
 
 
-def quick_check(dataset, training=True):
-    """The check at every start, without decoding: what the json and some image headers show. Prints and returns the problems.
+def check_as_loaded(directory, split):
+    """Return what shows only once a usable data set is loaded: no objects, other classes."""
+    try:
+        train = CocoFolder(directory, "train")
+    except UserError:
+        return []   # its own check says why
+    if split == "train":
+        if not class_counts(train).any():
+            return [Problem("error", "nothing to learn", "no usable box in the training set")]
+        return unused_classes(train)
+    val = CocoFolder(directory, "val")
+    before = len(val.problems)
+    match_classes(val, train.class_names, train.category_ids)
+    return val.problems[before:]
 
-    Raises ValueError for a training set without one usable box.
+
+def quick_check(dataset: DetectionData, training: bool = True) -> list[Problem]:
+    """Check a data set at the start of a run: what the json and some image headers show.
+
+    Prints and returns the problems. Raises UserError for a training set without one usable box.
     """
     problems = list(dataset.problems)
     if isinstance(dataset, CocoFolder):
-        some = np.unique(np.linspace(0, len(dataset) - 1, min(len(dataset), HEADERS_AT_START)).astype(int))
-        entries = [{"id": int(dataset.image_ids[k]), "file_name": str(dataset.files[k]), "width": int(dataset.sizes[k, 0]),
-                    "height": int(dataset.sizes[k, 1])} for k in some]
+        count = min(len(dataset), HEADERS_AT_START)
+        some = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
+        entries = []
+        for k in some:
+            width, height = dataset.sizes[k].tolist()
+            entries.append({"id": int(dataset.image_ids[k]), "file_name": dataset.file_name(k),
+                            "width": width, "height": height})
         problems += file_problems(dataset.folder, entries, decode=False)
-    report(problems, limit=3)
-    boxes = class_counts(dataset).sum()
-    if training and not boxes:
-        raise UserError(f"{dataset.name}: expected at least one usable box to learn from, got {len(dataset)} images with "
-                        f"none ({dataset.degenerate} degenerate boxes dropped); python -m tools.check_data DIR shows what is there")
+        if training:
+            problems += unused_classes(dataset)
+    report(problems, LINES_AT_START, stopping=False)
+    if training and not class_counts(dataset).any():
+        raise UserError(
+            f"{dataset.name}: expected at least one usable box to learn from, got none in "
+            f"{plural(len(dataset), 'image')} ({dataset.degenerate} degenerate boxes dropped); "
+            "python -m tools.check_data DIR shows what is there")
     return problems
 
 
+def unused_classes(dataset: DetectionData) -> list[Problem]:
+    """Report classes without one object in the training set."""
+    problems = []
+    for label in np.flatnonzero(class_counts(dataset) == 0):
+        name = dataset.class_names[label]
+        where = f"{name!r} (id {dataset.category_ids[label]}): remove it if it is a placeholder"
+        problems.append(Problem("warning", "class without objects", where))
+    return problems
+
+
+def query_warning(dataset: DetectionData, num_queries: int) -> str:
+    """Return a warning if images have more objects than a model has queries, else ""."""
+    counts = objects_per_image(dataset)
+    crowded = int((counts > num_queries).sum())
+    if not crowded:
+        return ""
+    return (f"warning: {crowded} of {plural(len(dataset), 'image')} have more objects (up to "
+            f"{counts.max()}) than the model has queries ({num_queries}): the others cannot be "
+            f"detected; use --num_queries {counts.max()} or more")
+
+
+def size_note(dataset: CocoFolder) -> str:
+    """Return how much a transform shrinks images and objects of a folder, "" if it does not."""
+    transform = dataset.transform
+    sizes = dataset.sizes[(dataset.sizes > 0).all(1)]                                # (n, 2)
+    if not (len(sizes) and transform.sizes):
+        return ""
+    width, height = np.median(sizes, 0).astype(int).tolist()
+    new_width, new_height = resized(width, height, max(transform.sizes), transform.max_size)
+    scale = new_width / width
+    if scale >= 1:
+        return ""
+    note = f"images of {width} x {height} px (median) are resized to {new_width} x {new_height} px"
+    boxes = dataset.annotations.boxes[~dataset.annotations.crowd]                    # (n, 4)
+    if len(boxes):
+        side = np.median(np.sqrt(boxes[:, 2] * boxes[:, 3]))
+        note += f": an object of {side:.0f} px (median) becomes one of {side * scale:.0f} px"
+    return note
+
+
+def main(directory: tyro.conf.Positional[Path], /) -> None:
+    """Check a COCO-layout data set. Ends with exit code 1 if there are errors.
+
+    Args:
+        directory: folder with annotations/ and images
+    """
+    sys.exit(1 if check(directory) else 0)
+
+
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m tools.check_data DIR")
-    sys.exit(1 if check(sys.argv[1]) else 0)
+    tyro.cli(main, prog="python -m tools.check_data")

@@ -1,0 +1,87 @@
+"""What the command lines of eval.py, analysis.py and visualize.py share."""
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import data
+from engine.class_rows import fit_classes, without_unused
+from engine.coco_json import read_json
+from engine.datasets import validation_set
+from engine.errors import UserError
+from engine.machine import cores
+from engine.models import load_model
+
+
+def open_detector(checkpoint, device="cpu", variant="", detector=""):
+    """Load a checkpoint file, or the best.pt of a run folder -> Loaded."""
+    path = Path(checkpoint)
+    if path.is_dir():
+        path = path / "best.pt"
+        if not path.is_file():
+            raise UserError(f"--checkpoint: expected a run folder with best.pt, got {checkpoint} "
+                            "without one; a run writes it at its first evaluation")
+    return load_model(path, device, variant, detector)
+
+
+def in_used_classes(detector):
+    """The detector without the unused ones of the 91 columns of released COCO heads."""
+    names = detector.meta["class_names"]
+    model, used = without_unused(detector.model, detector.paper, detector.cfg, names)
+    ids = dict(zip(names, detector.meta["category_ids"]))
+    meta = {**detector.meta, "class_names": used, "category_ids": [ids[name] for name in used]}
+    return detector._replace(model=model, meta=meta)
+
+
+def with_data(detector, folder="", json=""):
+    """A detector and the data to evaluate it on.
+
+    folder: a COCO-layout folder; default: the data of the detector's own run. json: a COCO json in
+    place of the folder's own; it may lack annotations, as those of a test server do.
+    -> the detector with the classes of the data (released heads have unused columns), the data set,
+    of the split "test" where the json lacks annotations"""
+    if json:
+        labeled = "annotations" in read_json(json)
+        folder = folder or Path(json).parent.parent
+        masks = getattr(detector.paper, "NEEDS_MASKS", False)
+        dataset = data.CocoFolder(folder, "val" if labeled else "test", annotations=json,
+                                  transform=data.eval_transform(detector.recipe),
+                                  load_masks=labeled and masks)
+    else:
+        dataset = validation_set(folder, detector)
+    model = fit_classes(detector.model, detector.paper, detector.cfg, detector.meta, dataset)
+    meta = {**detector.meta, "class_names": list(dataset.class_names)}
+    return detector._replace(model=model, meta=meta), dataset
+
+
+def join_processes(device):
+    """Join the process group that torchrun prepared -> (device of this process, rank, world size).
+
+    device: cpu, cuda, or "" for cuda where there is a GPU. UserError for a device that PyTorch does
+    not have here."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: PyTorch finds no GPU here; leave the flag out")
+    if name.partition(":")[0] not in ("cpu", "cuda"):
+        raise UserError(f"--device: expected cpu or cuda, got {name!r}")
+    rank = int(os.environ.get("RANK", 0))
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world > 1:
+        if name == "cuda":
+            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            torch.cuda.set_device(name)
+        if not dist.is_initialized():
+            dist.init_process_group("gloo")     # only results travel: counts, matches, figures
+    return name, rank, world
+
+
+def default_workers(world):
+    """Processes that read images for each of `world` processes: at most 4, a core each."""
+    return min(4, cores() // world)
+
+
+def require(condition, expectation, value):
+    """UserError "expected ..., got ..." unless the condition holds."""
+    if not condition:
+        raise UserError(f"expected {expectation}, got {value!r}")

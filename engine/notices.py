@@ -1,0 +1,28 @@
+"""Text for people: notices that a run prints once, and values shortened to one line."""
+import mmap
+import reprlib
+import sys
+
+KINDS = ("16-bit", "16-bit color", "pages", "shared memory")
+printed = mmap.mmap(-1, len(KINDS))   # one byte a kind, shared with forked workers
+
+
+def notice_once(kind: str, text: str) -> None:
+    """Print `text` to stderr unless a notice of this kind (one of KINDS) was printed before."""
+    place = KINDS.index(kind)
+    if printed[place]:
+        return
+    printed[place] = 1
+    print(f"notice: {text}", file=sys.stderr)
+
+
+def forget_notices() -> None:
+    """Print every kind of notice again when it is due."""
+    printed[:] = bytes(len(KINDS))
+
+
+def one_line(value, limit: int = 200) -> str:
+    """Return a value as at most `limit` printable characters, safe to print on a terminal."""
+    text = value if isinstance(value, str) else reprlib.repr(value)
+    text = "".join(letter if letter.isprintable() else "?" for letter in text[:limit + 1])
+    return text if len(text) <= limit else text[:limit - 3] + "..."

@@ -1,0 +1,217 @@
+"""Plots of numbers: the log of a run, several runs, ablations."""
+import json
+import re
+from pathlib import Path
+
+import matplotlib
+matplotlib.use("Agg")   # draws into files; no display is needed
+import matplotlib.pyplot as plt
+import numpy as np
+
+from engine.errors import UserError
+from engine.files import complete_picture
+
+MAX_CLASSES = 10     # curves in one plot of precision and recall
+MINUTES = "training minutes (without evaluation)"
+
+
+def save_figure(figure, path, dpi=110, rect=(0, 0, 1, 1)):
+    """Write and close a figure; the file is complete or absent. -> path"""
+    figure.tight_layout(pad=0.6, rect=rect)
+    path = Path(path)
+    options = {"quality": 88} if path.suffix == ".jpg" else {"optimize": True}
+    with complete_picture(path) as temporary:
+        figure.savefig(temporary, dpi=dpi, bbox_inches="tight", pad_inches=0.08,
+                       pil_kwargs=options)
+    plt.close(figure)
+    return path
+
+
+def clean_axis(axis):
+    axis.grid(alpha=0.25)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+# ---- one run -------------------------------------------------------------------------------------
+
+def read_log(run_dir):
+    """log.jsonl of a run folder -> its step lines and its eval lines, in order."""
+    steps = []
+    evals = []
+    for text in (Path(run_dir) / "log.jsonl").read_text().splitlines():
+        if text.strip():
+            line = json.loads(text)
+            if line["kind"] == "step":
+                steps.append(line)
+            elif line["kind"] == "eval":
+                evals.append(line)
+    return steps, evals
+
+
+def curves(run_dir: str):
+    """Plot log.jsonl of a run folder to its curves.png: AP over training minutes and steps, losses
+    by group, learning rate.
+
+    Args:
+        run_dir: Run folder.
+    """
+    steps, evals = read_log(run_dir)
+    figure, ((ap, loss), (parts, lr)) = plt.subplots(2, 2, figsize=(12, 7.5))
+    plot_ap(ap, evals, steps)
+    plot_losses(loss, parts, steps)
+    lr.plot([line["step"] for line in steps], [line["lr"] for line in steps], color="#444")
+    lr.set(title="learning rate", xlabel="step")
+    for axis in (ap, loss, parts, lr):
+        clean_axis(axis)
+    return save_figure(figure, Path(run_dir) / "curves.png", dpi=90)
+
+
+def plot_ap(axis, evals, steps):
+    """AP and AP50 of boxes, and of masks where there are any, over minutes; steps on top."""
+    for kind, style, suffix in (("bbox", "-", ""), ("segm", "--", " masks")):
+        lines = [line for line in evals if kind in line]
+        minutes = [line["train_seconds"] / 60 for line in lines]
+        for name, rgb in (("AP", "#d62728"), ("AP50", "#1f77b4")):
+            values = [line[kind][name] for line in lines]
+            if values:
+                label = f"{name}{suffix}, best {max(values):.3f}"
+                axis.plot(minutes, values, style, marker="o", markersize=3, color=rgb, label=label)
+    axis.set(title="validation", xlabel=MINUTES, ylim=(0, 1))
+    if evals:
+        axis.legend(loc="lower right", frameon=False)
+    add_step_axis(axis, steps + evals)
+
+
+def add_step_axis(axis, lines):
+    """A second scale on top: the steps at these minutes."""
+    pairs = [(0, 0)] + [(line["train_seconds"] / 60, line["step"]) for line in lines]
+    minutes, steps = np.array(sorted(pairs)).T
+    if minutes[-1] == 0:
+        return
+
+    def to_steps(values):
+        return np.interp(values, minutes, steps)
+
+    def to_minutes(values):
+        return np.interp(values, steps, minutes)
+
+    axis.set_xlim(0, minutes[-1] * 1.02)
+    top = axis.secondary_xaxis("top", functions=(to_steps, to_minutes))
+    top.set_xlabel("steps", fontsize=8)
+    top.tick_params(labelsize=8)
+
+
+def plot_losses(total, parts, steps):
+    """The sum on one axis; on the other the last layer's terms and a line for each other group."""
+    x = np.array([line["step"] for line in steps])
+    losses = [line["loss"] for line in steps]
+    total.plot(x, losses, color="#bbb", linewidth=0.8)
+    total.plot(x, smooth(losses), color="#444")
+    total.set(title="total loss, weighted sum of all terms", xlabel="step")
+    groups = {}
+    for number, line in enumerate(steps):
+        for name, value in line["losses"].items():
+            values = groups.setdefault(loss_group(name), np.zeros(len(steps)))
+            values[number] += value
+    for number, group in enumerate(sorted(groups)):
+        parts.plot(x, smooth(groups[group]), label=group, color=f"C{number % 10}")
+    parts.set(title="losses: last layer by term, other groups summed", xlabel="step", yscale="log")
+    if groups:
+        parts.legend(ncols=2, frameon=False, fontsize=8)
+
+
+def loss_group(name):
+    """Group of a loss: cls, l1 and giou of the last layer are their own, "aux2.cls" belongs to
+    "aux (sum)", "dn.l1" to "dn (sum)"."""
+    if "." not in name:
+        return name
+    return re.match(r"[a-z_]*[a-z]", name)[0] + " (sum)"
+
+
+def smooth(values, window=9):
+    """Mean over up to `window` points around each."""
+    values = np.asarray(values, float)
+    if not len(values):
+        return values
+    kernel = np.ones(min(window, len(values)))
+    weights = np.convolve(np.ones(len(values)), kernel, "same")
+    return np.convolve(values, kernel, "same") / weights
+
+
+# ---- several runs --------------------------------------------------------------------------------
+
+def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: str = "bbox",
+                   labels: list[str] | None = None):
+    """AP (solid) and AP50 (dashed) over training minutes of several runs.
+
+    Args:
+        run_dirs: Run folders.
+        out: Picture to write, .png or .jpg.
+        kind: bbox or segm.
+        labels: Names of the runs in the legend; default: the names of their folders.
+    """
+    labels = labels or [Path(run_dir).name for run_dir in run_dirs]
+    figure, axis = plt.subplots(figsize=(8, 4.8))
+    for number, (run_dir, label) in enumerate(zip(run_dirs, labels, strict=True)):
+        evals = [line for line in read_log(run_dir)[1] if kind in line]
+        minutes = [line["train_seconds"] / 60 for line in evals]
+        ap = [line[kind]["AP"] for line in evals]
+        ap50 = [line[kind]["AP50"] for line in evals]
+        text = f"{label}: AP {ap[-1]:.3f}" if ap else label
+        axis.plot(minutes, ap, color=f"C{number}", linewidth=2.2, label=text)
+        axis.plot(minutes, ap50, "--", color=f"C{number}", linewidth=0.9, alpha=0.8)
+    axis.set(xlabel=MINUTES, ylabel="AP (solid), AP50 (dashed)", ylim=(0, 1), xlim=(0, None))
+    axis.legend(loc="lower right", frameon=False)
+    clean_axis(axis)
+    return save_figure(figure, out, dpi=100)
+
+
+def ladder(scores, out="ladder.png"):
+    """Ablations, {title: [AP of each seed]}: a bar for the mean, a dot for every seed."""
+    titles = list(scores)
+    means = [np.mean(ap) for ap in scores.values()]
+    figure, axis = plt.subplots(figsize=(8, 0.3 * len(titles) + 0.8))
+    axis.barh(titles, means, color="#9ecae1")
+    for title, ap in scores.items():
+        axis.plot(ap, [title] * len(ap), "o", color="#08519c", markersize=3)
+    texts = [f"{mean:.3f}" for mean in means]
+    axis.bar_label(axis.containers[0], texts, label_type="center", fontsize=8)
+    axis.invert_yaxis()
+    axis.set_xlabel("AP on held-out generated scenes; dots: seeds")
+    axis.spines[["top", "right"]].set_visible(False)
+    return save_figure(figure, out)
+
+
+# ---- one evaluation ------------------------------------------------------------------------------
+
+def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: str = "bbox"):
+    """Precision over recall at IoU 0.5 of each class, with the threshold of its best F1 (dot).
+
+    Args:
+        evaluation: eval.json that eval.py wrote.
+        out: Picture to write, .png or .jpg.
+        kind: bbox or segm.
+    """
+    figures = json.loads(Path(evaluation).read_text()).get(kind)
+    if not figures or "curves" not in figures:
+        raise UserError(f"expected an evaluation of {kind} with curves, got {evaluation}: "
+                        "python eval.py --checkpoint RUN makes eval.json")
+    # the classes with the most objects, no more than the colors can tell apart
+    rows = sorted(figures["per_class"].items(), key=lambda item: -item[1]["objects"])
+    figure, axis = plt.subplots(figsize=(7, 5))
+    recall = np.linspace(0, 1, 101)
+    for number, (name, row) in enumerate(rows[:MAX_CLASSES]):
+        text = f"{name}: never detected"
+        if row["threshold"] >= 0:
+            text = (f"{name}: AP50 {row['AP50']:.3f}, best F1 {row['F1']:.2f} at "
+                    f"{row['threshold']:.2f}")
+            axis.plot(row["recall"], row["precision"], "o", color=f"C{number}")
+        axis.plot(recall, figures["curves"][name]["precision"], color=f"C{number}", label=text)
+    title = "precision and recall, IoU 0.5; dot: threshold of the best F1"
+    if len(rows) > MAX_CLASSES:
+        title += f"\nthe {MAX_CLASSES} most frequent of {len(rows)} classes"
+    axis.set(xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.02))
+    axis.set_title(title, fontsize=10)
+    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1), frameon=False, fontsize=8)
+    clean_axis(axis)
+    return save_figure(figure, out, dpi=100)

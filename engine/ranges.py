@@ -1,0 +1,90 @@
+"""What every setting may be, from the command line or from a checkpoint: one range a field name."""
+import math
+import typing
+from dataclasses import fields
+
+from engine.errors import UserError
+
+LAYERS = (1, 100)
+FRACTION = (0, 1)
+SIDE = (1, 10_000)         # of an image, pixels
+
+INTEGER = (1, 1_000_000)   # where nothing else is listed
+NUMBER = (0, 1_000_000)
+RANGES = {
+    # Run
+    "overfit": (0, 1_000_000), "seed": (0, 2**31 - 1), "accum": (1, 10_000),
+    "workers": (-1, 256), "threads": (0, 1024),
+    # Recipe
+    "lr": (0, 1000), "lr_backbone": (0, 1000), "lr_offsets": (0, 1000), "layer_decay": FRACTION,
+    "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION, "ema": (0, 0.999999),
+    "ema_warmup": (0, 1_000_000), "train_max_size": (0, 10_000),
+    "train_sizes": SIDE, "max_size": SIDE, "eval_size": SIDE, "lr_drop": (0, 1_000_000),
+    # Config
+    "num_feature_levels": (1, 5), "dim": (1, 8192), "num_heads": (1, 64), "num_points": (1, 64),
+    "encoder_layers": (0, 100), "decoder_layers": LAYERS, "image_layers": LAYERS,
+    "box_layers": LAYERS, "enc_layer": (0, 100), "ffn_dim": (1, 65_536), "channel_dim": (1, 8192),
+    "dropout": (0, 0.99), "drop_path": (0, 0.99), "num_queries": (1, 100_000),
+    "num_queries_one2many": (0, 100_000), "dn_number": (0, 100_000), "dn_label_noise": (0, 2),
+    "roi_convs": (0, 100), "roi_dim": (1, 65_536), "roi_size": (1, 1024), "size_divisor": (1, 1024),
+    "soft_nms": FRACTION, "rcnn_soft_nms": FRACTION, "dense_soft_nms": FRACTION,
+    "test_proposal_nms": FRACTION, "importance": FRACTION, "oversample": (1, 1000),
+}
+CHOICES = {
+    "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda"),
+    "schedule": ("step", "drops", "cosine", "flat"),
+}
+
+
+def check_ranges(*settings) -> None:
+    """UserError for the first field of these dataclass instances that holds another type than its
+    annotation says, or a value outside its range."""
+    for group in settings:
+        hints = typing.get_type_hints(type(group))
+        for field in fields(group):
+            value = getattr(group, field.name)
+            if value is None and type(None) in typing.get_args(hints[field.name]):
+                continue
+            default = getattr(type(group), field.name, value)
+            check_type(field.name, value, default)
+            check_value(field.name, value, default)
+        check_heads(group)
+
+
+def check_type(name: str, value, default) -> None:
+    kind = type(default)
+    if kind is float:
+        fits = type(value) in (int, float)
+    elif kind is tuple:
+        fits = isinstance(value, (tuple, list)) and len(value) > 0
+        fits = fits and all(type(part) in (int, type(default[0])) for part in value)
+    else:
+        fits = type(value) is kind or default is None
+    if not fits:
+        raise UserError(f"expected --{name} to be of type {kind.__name__}, as in {default!r}, got "
+                        f"{value!r}")
+
+
+def check_value(name: str, value, default) -> None:
+    if name in CHOICES:
+        if value not in CHOICES[name]:
+            choices = [choice for choice in CHOICES[name] if choice]
+            raise UserError(f"expected --{name} {', '.join(choices[:-1])} or {choices[-1]}, got "
+                            f"{value!r}")
+        return
+    usual = NUMBER if type(default) is float else INTEGER
+    low, high = RANGES.get(name, usual)
+    for number in value if isinstance(value, (tuple, list)) else [value]:
+        if isinstance(number, (bool, str)):
+            continue
+        if not (math.isfinite(number) and low <= number <= high):
+            raise UserError(f"expected --{name} from {low:g} to {high:g}, got {number!r}")
+
+
+def check_heads(cfg) -> None:
+    """Widths that attention divides among its heads."""
+    for width in ("dim", "channel_dim"):
+        size = getattr(cfg, width, 0)
+        heads = getattr(cfg, "num_heads", 1)
+        if size % heads:
+            raise UserError(f"expected --{width} divisible by --num_heads, got {size} and {heads}")

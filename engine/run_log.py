@@ -1,0 +1,297 @@
+"""What a run reports: the opening report, log.jsonl, the progress bar, steps that failed."""
+import dataclasses
+import json
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+from deformable_attn import BuildError, ms_deform_attn
+from engine.batch_norm import kept_statistics
+from engine.machine import cores
+from engine.recipe import configure, preset_values
+
+LOG_EVERY = 10     # steps between lines of log.jsonl
+BAD_STEPS = 3      # steps in a row that are not finite before the run stops
+AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+KINDS = {"segm": "mask AP", "segm_cls": "by class score"}
+
+
+class RunLog:
+    """log.jsonl: a line of mean losses every LOG_EVERY steps, a line of scores at every evaluation.
+    nan_report.jsonl: a line for every skipped step. A resumed run removes the lines that it is
+    about to write again."""
+
+    def __init__(self, run, recipe, batch, machine, progress):
+        self.run = run
+        self.recipe = recipe
+        self.out = Path(run.out)
+        self.machine = machine
+        self.batch = batch
+        self.first_step = progress.step
+        self.seconds = progress.seconds    # at the last line
+        self.clock = time.perf_counter()
+        self.waiting = []                  # ({loss: value}, gradient norm) of good steps
+        self.steps = 0                     # since the last line
+        self.speed_said = False
+        if machine.is_main:
+            for name in ("log.jsonl", "nan_report.jsonl"):
+                remove_later_lines(self.out / name, progress.step)
+        self.bar = tqdm(
+            total=recipe.epochs * batch.steps * batch.total, initial=progress.step * batch.total,
+            unit="image", disable=not machine.is_main, dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 60,
+            bar_format="{percentage:3.0f}%|{bar}| {elapsed}, left {remaining} {postfix}")
+
+    def report(self, paper, cfg, train_set, val_set, model, notes) -> None:
+        """Print what is about to happen."""
+        if not self.machine.is_main:
+            return
+        text = report(self.run, paper, cfg, self.recipe, self.batch, self.machine, train_set,
+                      val_set, model, notes)
+        total = self.batch.steps * self.recipe.epochs
+        if self.first_step:
+            ended = ", trained to the end: evaluates again" if self.first_step == total else ""
+            text += f"\nresuming  at step {self.first_step} of {total}{ended}"
+        print(text)
+
+    def write(self, record: dict, name: str = "log.jsonl") -> None:
+        if self.machine.is_main:
+            with open(self.out / name, "a") as file:
+                file.write(json.dumps(record) + "\n")
+
+    def start_clock(self) -> None:
+        """Training time counts from here, not saving and evaluating."""
+        self.clock = time.perf_counter()
+
+    def step(self, progress, losses, grad_norm, finite, optimizer, write=False) -> None:
+        """Count one step, and write the mean of the good ones since the last line when due."""
+        now = time.perf_counter()
+        progress.seconds += now - self.clock
+        self.clock = now
+        self.bar.update(self.batch.total)
+        self.steps += 1
+        if finite:
+            self.waiting.append((losses, grad_norm))
+        ends_epoch = progress.batch == self.batch.steps
+        if not (write or ends_epoch or progress.step % LOG_EVERY == 0):
+            return
+
+        speed = self.steps * self.batch.total / max(progress.seconds - self.seconds, 1e-9)
+        if self.waiting:
+            means = {name: self._mean(name) for name in sorted(losses_of(self.waiting))}
+            norm = sum(norm for _, norm in self.waiting) / len(self.waiting)
+            loss = sum(means.values())
+            lr = max(group["lr"] for group in optimizer.param_groups)
+            self.write({"kind": "step", "step": progress.step, "epoch": progress.epoch,
+                        "train_seconds": round(progress.seconds, 3), "lr": lr,
+                        "images_per_second": round(speed, 2), "loss": loss, "grad_norm": norm,
+                        "losses": means})
+            self.bar.set_postfix_str(
+                f"epoch {progress.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
+        warm = progress.step - self.first_step >= 2 * LOG_EVERY    # the first steps are slow
+        if not self.speed_said and (warm or ends_epoch):
+            self._say_speed(speed)
+        self.waiting = []
+        self.steps = 0
+        self.seconds = progress.seconds
+
+    def _mean(self, name: str) -> float:
+        return sum(losses.get(name, 0.0) for losses, _ in self.waiting) / len(self.waiting)
+
+    def _say_speed(self, speed: float) -> None:
+        self.speed_said = True
+        seconds = self.batch.steps * self.batch.total / speed
+        self.machine.say(
+            f"expected  {speed:.1f} images/s: {duration(seconds)} an epoch, "
+            f"{duration(seconds * self.recipe.epochs)} in all without evaluations; memory at most "
+            f"{peak_memory(self.machine.device)} so far")
+
+    def stopped(self, progress, signal: int) -> None:
+        self.machine.say(f"stopped by signal {signal} at step {progress.step}, saved; continue "
+                         "with --resume")
+
+    def bad_step(self, progress, losses, model, micro_batches) -> None:
+        """Report a skipped step with images, losses and first bad module of the ranks where
+        something was wrong; all ranks are named when only the gradient was. FloatingPointError for
+        the BAD_STEPS-th in a row."""
+        mine = {"images": [int(t["image_id"]) for *_, targets in micro_batches for t in targets],
+                "losses": [name for name, x in losses.items() if not abs(x) < float("inf")],
+                "module": first_bad_module(model, micro_batches, self.machine)}
+        ranks = self.machine.gather(mine)
+        ranks = [rank for rank in ranks if rank["losses"] or rank["module"]] or ranks
+        images = [i for rank in ranks for i in rank["images"]]
+        names = sorted({name for rank in ranks for name in rank["losses"]}) or ["gradient"]
+        modules = [rank["module"] for rank in ranks if rank["module"]] or [""]
+        self.write({"kind": "bad", "step": progress.step, "images": images, "losses": names,
+                    "module": modules[0], "in_a_row": progress.bad_steps}, "nan_report.jsonl")
+        where = "every module's output is finite when run again"
+        if modules[0]:
+            where = f"first in {modules[0]}"
+        named = ", ".join(names[:6]) + (", ..." if len(names) > 6 else "")
+        self.machine.say(f"step {progress.step}: {named} not finite on images {images} ({where}); "
+                         "skipped, nothing changed")
+        if progress.bad_steps >= BAD_STEPS:
+            raise FloatingPointError(
+                f"expected finite losses and gradients, got {BAD_STEPS} bad steps in a row, the "
+                f"last on images {images} ({where}). {self.out / 'nan_report.jsonl'} names all: "
+                "look at these images, lower --lr, or try --amp false")
+
+    def evaluation(self, record: dict) -> None:
+        """Write the scores of an evaluation, and print them as a row of a table."""
+        self.write(record)
+        cells = [f"{name} {record['bbox'][name]:.3f}" for name in AP_COLUMNS]
+        cells += [f"{title} {record[kind]['AP']:.3f}" for kind, title in KINDS.items()
+                  if kind in record]
+        self.machine.say(f"epoch {record['epoch']:>3}  trained "
+                         f"{record['train_seconds'] / 60:6.2f} min  " + "  ".join(cells))
+
+
+def losses_of(waiting: list) -> set:
+    return {name for losses, _ in waiting for name in losses}
+
+
+def remove_later_lines(path: Path, step: int) -> None:
+    """Drop the lines of a log that belong to steps after `step`, and those that are broken."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines(keepends=True):
+        try:
+            record = json.loads(line)
+            last = record["step"] + (record.get("kind") == "eval")
+            if line.endswith("\n") and last <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):
+            continue
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept))
+    os.replace(temporary, path)
+
+
+@torch.no_grad()
+def first_bad_module(model, micro_batches, machine) -> str:
+    """Name of the first module whose output is not finite when these micro-batches are run forward
+    again, uncompiled, in training mode; "" when there is none. Batch statistics and random states
+    stay as they were."""
+    bad, handles = [], []
+
+    def watch(name):
+        def hook(module, inputs, output):
+            if not bad and torch.is_tensor(output) and not output.isfinite().all():
+                bad.append(name)
+        return hook
+
+    for name, module in model.named_modules():
+        handles.append(module.register_forward_hook(watch(name)))
+    device = machine.device
+    devices = [device] if device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), \
+                kept_statistics(model), machine.autocast():
+            for images, padding, targets in micro_batches:
+                model(images.to(device), padding.to(device), data.to_device(targets, device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return bad[0] if bad else ""
+
+
+# ---- the report ----------------------------------------------------------------------------------
+
+def report(run, paper, cfg, recipe, batch, machine, train_set, val_set, model, notes) -> str:
+    """What is about to happen, in about ten lines."""
+    counts = class_counts(train_set)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    everything = sum(p.numel() for p in model.parameters())
+    size = f"batch {batch.total}"
+    if batch.micro < batch.total:
+        size += f" = {batch.micro} x {run.accum} x {machine.world}"
+    lr = recipe.lr * batch.total / recipe.batch_size
+    lines = [
+        f"config    {json.dumps(dataclasses.asdict(cfg))}",
+        f"recipe    {json.dumps(dataclasses.asdict(recipe))}",
+        f"device    {describe_machine(run, machine)}",
+        f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to "
+        f"evaluate on; {machine.workers} workers",
+        f"objects   {counts}",
+        f"model     {' '.join((run.model, run.variant)).strip()}: {trainable / 1e6:.2f} M "
+        f"parameters to train of {everything / 1e6:.2f} M",
+        f"training  {size}, lr {lr:g}{batch_hint(run, paper, batch)}, {recipe.epochs} epochs of "
+        f"{batch.steps} steps, seed {run.seed}"]
+    lines += [f"weights   {note}" for note in notes]
+    lines.append(f"folder    {run.out}")
+    if machine.device.type == "cpu" and run.preset == "paper":
+        lines.append("note      the published sizes are meant for a GPU: a CPU takes minutes a "
+                     "step and 1.5 GB or more for each image of a batch (--accum N divides it); "
+                     "--preset small is meant for CPUs")
+    return "\n".join(printable(line) for line in lines)
+
+
+def class_counts(dataset) -> str:
+    """Objects a class, most frequent first."""
+    counts = list(zip(data.class_counts(dataset).tolist(), dataset.class_names))
+    counts.sort(reverse=True)
+    unused = sum(count == 0 for count, _ in counts)
+    without = f" ({unused} without any)" if unused else ""
+    first = ", ".join(f"{name} {count}" for count, name in counts[:12])
+    more = ", ..." if len(counts) > 12 else ""
+    total = sum(count for count, _ in counts)
+    return f"{total} in {len(counts)} classes{without}: {first}{more}"
+
+
+def describe_machine(run, machine) -> str:
+    if machine.device.type == "cuda":
+        name = torch.cuda.get_device_name(machine.device)
+    else:
+        name = f"cpu, {machine.threads} threads"
+        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
+        if machine.threads > 1 and load > cores() / 2:
+            name += f" (busy: load {load:.1f}; --threads 1 may be faster)"
+    precision = "bfloat16 autocast" if machine.amp else "float32"
+    options = [flag for flag in ("recompute", "compile", "deterministic") if getattr(run, flag)]
+    return "; ".join([name, precision, f"deformable attention: {attention(machine.device)}",
+                      *options])
+
+
+def attention(device) -> str:
+    """Which deformable attention this device has, tried on one pixel."""
+    value = torch.zeros(1, 1, 1, 4, device=device)
+    locations = torch.zeros(1, 1, 1, 1, 1, 2, device=device)
+    try:
+        ms_deform_attn(value, [(1, 1)], locations, locations[..., 0], impl="kernel")
+    except BuildError as error:
+        return f"plain PyTorch ({error})"
+    return "kernel"
+
+
+def batch_hint(run, paper, batch) -> str:
+    _, made_for = configure(paper, preset_values(paper, run.preset or "paper", run.variant))
+    if batch.total == made_for.batch_size:
+        return ""
+    return (f" (the recipe: {made_for.lr:g} for batch {made_for.batch_size}; lr follows the batch "
+            "unless --lr is given)")
+
+
+def printable(text: str) -> str:
+    """Names from a file, without the control characters that would drive the terminal."""
+    return "".join(c if c.isprintable() else "?" for c in text)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
+def peak_memory(device) -> str:
+    """The most that was in use so far: of the GPU, or by this process, where the system reports it
+    (Linux)."""
+    if device.type == "cuda":
+        return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
+    status = Path("/proc/self/status")
+    found = re.search(r"VmHWM:\s*(\d+)", status.read_text()) if status.exists() else None
+    return f"{int(found[1]) / 2 ** 20:.1f} GiB" if found else "unknown"

@@ -1,0 +1,239 @@
+"""What one-to-many detectors share: anchors on a feature pyramid, assignment by IoU, sampling, NMS.
+
+DETR's matching gives each object one prediction. The detectors of this package give it many: every
+anchor (a fixed box at a cell of a feature map) that overlaps the object enough learns to predict
+it.
+
+    Faster R-CNN (Ren et al. 2015)                       here
+    section 3.1.1 anchors                                grid_anchors, valid_anchors
+    section 3.1.2 positive, negative and ignored boxes   assign_by_iou
+    section 3.1.3 sampling of a mini-batch               sample
+
+B images, C channels, N classes, A anchors of all levels, k anchors of one cell, n objects of one
+image. Boxes are corners (x1, y1, x2, y2) in pixels of the network's input. An assignment (A,) holds
+the index of an object, BACKGROUND or IGNORED.
+
+Differences from the papers (all from the code of Co-DETR, which follows mmdetection 2)
+ 1. Anchors are centered on the top left corners of cells, without half a cell's shift.
+ 2. An anchor of the padding is not assigned. Anchors that cross the border of the image are.
+"""
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from boxes import at_least_float32, box_iou
+from heads.regions import nms, soft_nms
+from matcher import copy_to_device
+
+IGNORED = -2
+BACKGROUND = -1
+DELTA_STD = (0.1, 0.1, 0.2, 0.2)   # box deltas are divided by it (not in the RPN)
+LOWEST_SCORE = 1e-3                # soft-NMS drops boxes whose score falls below it
+
+
+def nine_sides() -> tuple:
+    """Widths and heights of nine anchors, in strides: aspect ratios 1:2, 1:1, 2:1, each three
+    sizes."""
+    sides = []
+    for ratio in (0.5, 1, 2):   # height over width
+        for octave in (0, 1 / 3, 2 / 3):
+            side = 4 * 2 ** octave
+            sides.append((side / ratio ** 0.5, side * ratio ** 0.5))
+    return tuple(sides)
+
+
+NINE_SIDES = nine_sides()
+
+
+class Objects(NamedTuple):
+    """Ground truth of one image."""
+    labels: Tensor         # (n,)
+    boxes: Tensor          # (n, 4)
+    size: Tensor           # (2,) height and width of the region where anchors are valid
+
+
+class Pyramid(NamedTuple):
+    """Feature maps of a batch, finest level first."""
+    maps: list             # [(B, C, H_l, W_l)]
+    strides: list          # pixels per cell of each level
+    image_sizes: Tensor    # (B, 2) height and width of the images without padding, pixels
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        return [tuple(level.shape[-2:]) for level in self.maps]
+
+    def tokens(self, levels: int | None = None) -> Tensor:
+        """The first `levels` maps (default: all) as one sequence, level by level, row by row."""
+        return torch.cat([x.flatten(2).transpose(1, 2) for x in self.maps[:levels]], 1)  # (B, S, C)
+
+
+# ---- anchors
+
+def grid_anchors(pyramid: Pyramid, sides: tuple) -> list[Tensor]:
+    """Anchors of every level.
+
+    sides: widths and heights, in strides, of the k anchors of a cell
+    -> per level (H W k, 4): row by row, the anchors of a cell in the order of `sides`."""
+    device = pyramid.image_sizes.device
+    sides = copy_to_device(torch.tensor(sides), device)                            # (k, 2)
+    anchors = []
+    for (H, W), stride in zip(pyramid.shapes, pyramid.strides):
+        rows = torch.arange(H, device=device)
+        columns = torch.arange(W, device=device)
+        cells = torch.cartesian_prod(rows, columns).flip(-1)                       # (H W, 2) x, y
+        centers = stride * cells[:, None].to(sides)                                # (H W, 1, 2)
+        half = stride * sides / 2                                                  # (k, 2)
+        corners = torch.cat((centers - half, centers + half), -1)                  # (H W, k, 4)
+        anchors.append(corners.flatten(0, 1))
+    return anchors
+
+
+def valid_anchors(pyramid: Pyramid, sizes: Tensor, per_cell: int) -> list[Tensor]:
+    """Whether the cell of each anchor begins inside the image.
+
+    sizes (B, 2) on the host: heights and widths, pixels -> per level (B, H W k) on the host."""
+    masks = []
+    for (H, W), stride in zip(pyramid.shapes, pyramid.strides):
+        y = torch.arange(H) * stride
+        x = torch.arange(W) * stride
+        rows = y < sizes[:, :1]                                                    # (B, H)
+        columns = x < sizes[:, 1:]                                                 # (B, W)
+        cells = (rows[:, :, None] & columns[:, None]).flatten(1)                   # (B, H W)
+        masks.append(cells.repeat_interleave(per_cell, 1))
+    return masks
+
+
+# ---- assignment
+
+@torch.no_grad()
+def assign_anchors(assign: Callable, pyramid: Pyramid, anchors: list[Tensor],
+                   objects: list[Objects]) -> Tensor:
+    """Assign the valid anchors of every image; the others are IGNORED.
+
+    assign(anchors (A, 4), anchors of each level, object boxes (n, 4)) -> assignment (A,)
+    anchors: per level (A_l, 4) -> assignments (B, A)."""
+    H, W = pyramid.shapes[0]
+    sizes = torch.stack([image.size for image in objects]).cpu()                   # (B, 2)
+    valid = valid_anchors(pyramid, sizes, len(anchors[0]) // (H * W))              # on the host
+    counts = torch.stack([level.sum(1) for level in valid], 1).tolist()            # [image][level]
+    valid = torch.cat(valid, 1)                                                    # (B, A)
+    anchors = torch.cat(anchors)                                                   # (A, 4)
+    assigned = torch.full(valid.shape, IGNORED, device=anchors.device)
+    for b, image in enumerate(objects):
+        rows = copy_to_device(valid[b].nonzero()[:, 0], anchors.device)
+        assigned[b, rows] = assign(anchors[rows], counts[b], image.boxes)
+    return assigned
+
+
+@torch.no_grad()
+def assign_by_iou(boxes: Tensor, objects: Tensor, positive: float, negative: float,
+                  rescue: float | None = None) -> Tensor:
+    """Faster R-CNN's rule: boxes (A, 4), objects (n, 4) -> assignment (A,).
+
+    An IoU of `positive` or more: the object with the highest. Below `negative`: BACKGROUND. Between
+    them: IGNORED. With `rescue`, the boxes that share an object's best IoU become its positives if
+    that IoU is at least `rescue`, whatever they were; of two such objects the later one wins."""
+    if not len(objects) or not len(boxes):
+        return torch.full(boxes.shape[:1], BACKGROUND, device=boxes.device)
+    iou = box_iou(boxes, objects)[0]                                               # (A, n)
+    best, index = iou.max(1)                                                       # (A,) each
+    assigned = torch.where(best >= negative, IGNORED, BACKGROUND)
+    assigned = torch.where(best >= positive, index, assigned)
+    if rescue is None:
+        return assigned
+    top = iou.amax(0)                                                              # (n,)
+    rescued = (iou == top) & (top >= rescue)                                       # (A, n)
+    number = torch.arange(1, len(objects) + 1, device=boxes.device)                # (n,) 1 + index
+    last = (rescued * number).amax(1)                                              # (A,) 0: none
+    return torch.where(last > 0, last - 1, assigned)
+
+
+def assigned_objects(assigned: Tensor, image: Objects, num_classes: int) -> tuple[Tensor, Tensor]:
+    """Labels (A,) and boxes (A, 4) of the assigned objects; label N and a box of zeros
+    elsewhere."""
+    labels = torch.cat((image.labels, image.labels.new_full((1,), num_classes)))
+    boxes = torch.cat((image.boxes, image.boxes.new_zeros(1, 4)))
+    rows = assigned.clamp(min=-1)   # -1 reads the last row
+    return labels[rows], boxes[rows]
+
+
+# ---- sampling, on the host: one copy of an assignment instead of a wait for each list of indices
+
+def draw(n: int, k: int) -> Tensor:
+    """k random numbers below n in ascending order, without repetition; all n if n <= k."""
+    return torch.randperm(n)[:k].sort().values
+
+
+def pick(mask: Tensor, k: int) -> Tensor:
+    """Indices of at most k true entries of a host mask (A,), random, in ascending order."""
+    rows = mask.nonzero()[:, 0]
+    return rows[draw(len(rows), k)]
+
+
+def sample(assigned: Tensor, number: int, share: float) -> tuple[Tensor, Tensor]:
+    """Indices of at most number x share positives, and of negatives that fill up to `number`.
+
+    assigned (A,) and both results are on the host."""
+    positives = pick(assigned >= 0, int(number * share))
+    negatives = pick(assigned == BACKGROUND, number - len(positives))
+    return positives, negatives
+
+
+# ---- layers and predictions
+
+def by_anchor(x: Tensor, values: int) -> Tensor:
+    """Map of a head (B, k values, H, W) -> (B, H W k, values), at least float32."""
+    return at_least_float32(x).permute(0, 2, 3, 1).reshape(len(x), -1, values)
+
+
+def conv_norm_relu(dim: int) -> nn.Sequential:
+    """A 3x3 convolution, group normalization, ReLU."""
+    convolution = nn.Conv2d(dim, dim, 3, padding=1, bias=False)
+    return nn.Sequential(convolution, nn.GroupNorm(32, dim), nn.ReLU())
+
+
+def init_convolutions(head: nn.Module) -> None:
+    """Weights from N(0, 0.01), biases 0."""
+    for module in head.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.normal_(module.weight, std=0.01)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def delta_std(deltas: Tensor) -> Tensor:
+    """DELTA_STD (4,) as a tensor like `deltas`."""
+    return copy_to_device(torch.tensor(DELTA_STD, dtype=deltas.dtype), deltas.device)
+
+
+def detections_after_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float,
+                         top_k: int, soft: bool = False) -> dict:
+    """The best `top_k` of one image's predictions after NMS within each class, best first.
+
+    boxes (m, 4), scores (m,), labels (m,), IoU threshold. soft: soft-NMS, which lowers the scores
+    of overlapping boxes. -> scores (k,), labels (k,), boxes (k, 4), query (k,): index of the
+    prediction.
+
+    Better predictions alone decide about a prediction. So the `count` best come first, and more
+    only if they are needed to find `top_k`."""
+    order = scores.argsort(descending=True)
+    if soft:
+        order = order[scores[order] >= LOWEST_SCORE]
+    count = 2048
+    while True:
+        best = order[:count]
+        if soft:
+            rows, final = soft_nms(boxes[best], scores[best], labels[best], threshold, LOWEST_SCORE,
+                                   top_k)
+            rows = best[rows]
+        else:
+            rows = best[nms(boxes[best], threshold, labels[best])][:top_k]
+            final = scores[rows]
+        complete = count >= len(order)
+        if not complete and len(rows) == top_k:
+            # a prediction left out must not score higher than the last one that was found
+            complete = bool(final[-1] >= scores[order[count]])
+        if complete:
+            return {"scores": final, "labels": labels[rows], "boxes": boxes[rows], "query": rows}
+        count *= 2

@@ -1,0 +1,319 @@
+"""Faster R-CNN: Towards Real-Time Object Detection with Region Proposal Networks (Ren et al.,
+NeurIPS 2015, arXiv 1506.01497), on a feature pyramid (FPN, Lin et al., CVPR 2017, arXiv
+1612.03144).
+
+The idea: two stages. The region proposal network (RPN) tells objects from background at every
+anchor. A second head reads the features of the best proposals and names the class.
+
+    paper                                          here
+    section 3.1 region proposal network            RPN
+    section 3.1.2, Eq. 1-2 its targets and losses  rpn_targets, rpn_losses
+    section 3.3 proposals                          best_proposals
+    Fast R-CNN, section 2.3 sampled regions        sample_regions
+    section 3.2 training of both stages            train_both_stages
+    FPN, section 4.2, Eq. 1 level of a region      pool_regions
+    Mask R-CNN, section 3 RoIAlign                 regions.roi_align
+    FPN, section 4.2 second stage                  RoIHead, roi_losses
+    detections                                     detect_regions
+
+B images, C channels, N classes, A anchors of all levels, R regions of the batch. Boxes are corners
+in pixels.
+
+Differences from the papers (all from the configurations of Co-DETR)
+ 1. L1 instead of smooth L1 in the RPN; GIoU of the decoded boxes, times 10, in the second stage.
+ 2. The losses of the RPN have one divisor, the number of sampled anchors, and equal weights.
+"""
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from boxes import at_least_float32, box_area, paired_giou
+from heads.regions import clip_boxes, decode_deltas, encode_deltas, nms, roi_align
+from heads.anchors import (NINE_SIDES, Objects, Pyramid, assign_anchors, assign_by_iou,
+                           assigned_objects, conv_norm_relu, delta_std, detections_after_nms,
+                           grid_anchors, init_convolutions, sample)
+from matcher import copy_to_device, copy_to_host
+
+BINS = 7                    # cells a side of a region's features
+CELLS = 14                  # regions are 14 to 28 cells wide, on the finest level 0 to 28
+PROPOSAL_NMS = 0.7          # IoU, among the proposals of one level
+TEST_NMS = 0.5              # IoU, among the detections of one class
+GIOU_WEIGHT = 10.0
+
+
+# ---- first stage
+
+class RPN(nn.Module):
+    """Nine anchors a cell: object or not, and its box."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        per_cell = len(NINE_SIDES)
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.cls = nn.Conv2d(dim, per_cell, 1)
+        self.reg = nn.Conv2d(dim, 4 * per_cell, 1)
+        init_convolutions(self)
+
+    def forward(self, maps: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Maps [(B, C, H_l, W_l)] -> logits (B, A) and deltas (B, A, 4), at least float32."""
+        hidden = [F.relu(self.conv(x)).flatten(2) for x in maps]                   # [(B, C, H W)]
+        hidden = torch.cat(hidden, 2).transpose(1, 2)                              # (B, A / 9, C)
+        # a 1x1 convolution is a linear layer of every cell
+        logits = F.linear(hidden, self.cls.weight.flatten(1), self.cls.bias)       # (B, A / 9, 9)
+        deltas = F.linear(hidden, self.reg.weight.flatten(1), self.reg.bias)       # (B, A / 9, 36)
+        deltas = at_least_float32(deltas).unflatten(-1, (-1, 4)).flatten(1, 2)
+        return at_least_float32(logits).flatten(1), deltas
+
+
+def assign_proposals(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
+    """Section 3.1.2: an IoU of 0.7 or an object's best anchor, if that has 0.3; negative below
+    0.3."""
+    return assign_by_iou(anchors, boxes, positive=0.7, negative=0.3, rescue=0.3)
+
+
+@torch.no_grad()
+def rpn_targets(pyramid: Pyramid, anchors: list[Tensor], objects: list[Objects],
+                number: int) -> dict:
+    """What `number` sampled anchors of each image learn, at most half of them positive.
+
+    anchors: per level (A_l, 4) -> `sampled` (B, A), `positive` (B, A) among them, and the deltas
+    `to_object` (B, A, 4) of the positive ones."""
+    assigned = assign_anchors(assign_proposals, pyramid, anchors, objects)         # (B, A)
+    anchors = torch.cat(anchors)                                                   # (A, 4)
+    on_host = assigned.cpu()
+    sampled = torch.zeros(on_host.shape, dtype=torch.bool)
+    positive = torch.zeros(on_host.shape, dtype=torch.bool)
+    to_object = anchors.new_zeros(*assigned.shape, 4)
+    for b, image in enumerate(objects):
+        positives, negatives = sample(on_host[b], number, 0.5)
+        sampled[b, positives] = True
+        sampled[b, negatives] = True
+        positive[b, positives] = True
+        rows = copy_to_device(positives, anchors.device)
+        boxes = image.boxes[assigned[b, rows]]
+        to_object[b, rows] = encode_deltas(boxes, anchors[rows])
+    return {"sampled": copy_to_device(sampled, anchors.device),
+            "positive": copy_to_device(positive, anchors.device), "to_object": to_object}
+
+
+def rpn_losses(logits: Tensor, deltas: Tensor, sampled: Tensor, positive: Tensor,
+               to_object: Tensor) -> dict:
+    """Eq. 1: cross-entropy of the sampled anchors, L1 of the positive ones -> {"cls", "l1"}.
+
+    Both are divided by the number of samples of this batch: at least one positive and one negative
+    an image (code). Shapes as in `RPN.forward` and `rpn_targets`."""
+    positives = positive.sum(1).clamp(min=1)                                       # (B,)
+    negatives = (sampled & ~positive).sum(1).clamp(min=1)                          # (B,)
+    count = (positives + negatives).sum()
+    truth = positive.to(logits)
+    cls = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")      # (B, A)
+    l1 = (deltas - to_object).abs().sum(-1)                                        # (B, A)
+    cls = (cls * sampled).sum() / count
+    l1 = (l1 * positive).sum() / count
+    return {"cls": cls, "l1": l1}
+
+
+@torch.no_grad()
+def best_proposals(
+    logits: Tensor,
+    deltas: Tensor,
+    anchors: list[Tensor],
+    image_sizes: Tensor,
+    pre_nms: int,
+    most: int,
+    threshold: float = PROPOSAL_NMS,
+) -> list[Tensor]:
+    """The RPN's best boxes: of each level the `pre_nms` best, then NMS, then the `most` best.
+
+    logits (B, A), deltas (B, A, 4), anchors: per level (A_l, 4), image_sizes (B, 2)
+    -> per image (P, 4), clipped to the image, best first."""
+    counts = [len(level) for level in anchors]
+    levels = zip(logits.split(counts, 1), deltas.split(counts, 1), anchors)
+    scores, boxes = [], []
+    for score, delta, anchor in levels:
+        score, best = score.topk(min(pre_nms, len(anchor)))                        # (B, p)
+        delta = delta.gather(1, best[..., None].expand(-1, -1, 4))                 # (B, p, 4)
+        box = clip_boxes(decode_deltas(delta, anchor[best]), image_sizes[:, None])
+        not_empty = (box[..., 2:] > box[..., :2]).all(-1)                          # (B, p)
+        keep = nms(box, threshold, usable=not_empty)
+        scores.append(score.masked_fill(~keep, -torch.inf))
+        boxes.append(box)
+    scores = torch.cat(scores, 1)
+    boxes = torch.cat(boxes, 1)
+    scores, best = scores.topk(min(most, scores.shape[1]))                         # (B, P)
+    proposals = []
+    for b, rows in enumerate(best):
+        kept = scores[b] > -torch.inf
+        proposals.append(boxes[b, rows[kept]])
+    return proposals
+
+
+# ---- second stage
+
+def sample_regions(proposals: list[Tensor], objects: list[Objects], number: int,
+                   num_classes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """`number` regions of each image to learn from, at most a quarter of them positive.
+
+    They come from the proposals (P, 4) and from the objects themselves; positive is an IoU of 0.5
+    -> per image boxes (R, 4), positives first, labels (R,), boxes of their objects (R, 4)."""
+    all_assigned = []
+    for boxes, image in zip(proposals, objects):
+        own = torch.arange(len(image.boxes), device=boxes.device)
+        assigned = assign_by_iou(boxes, image.boxes, positive=0.5, negative=0.5)
+        all_assigned.append(torch.cat((own, assigned)))
+
+    samples = []
+    on_host = copy_to_host(all_assigned)
+    for i, (boxes, image) in enumerate(zip(proposals, objects)):
+        rows = torch.cat(sample(on_host[i], number, 0.25))
+        rows = copy_to_device(rows, boxes.device)
+        boxes = torch.cat((image.boxes, boxes))[rows]
+        labels, targets = assigned_objects(all_assigned[i][rows], image, num_classes)
+        samples.append((boxes, labels, targets))
+    return samples
+
+
+def pool_regions(pyramid: Pyramid, rois: Tensor, counts: list[int]) -> Tensor:
+    """RoIAlign of regions (R, 4), `counts` of each image -> (R, 7, 7, C).
+
+    FPN, Eq. 1: each doubling of a region's side reads the next coarser level. The coarsest level of
+    all belongs to the RPN alone."""
+    levels = len(pyramid.maps) - 1
+    cells = box_area(rois).sqrt() / pyramid.strides[0]                             # (R,)
+    doublings = (cells / CELLS + 1e-6).log2().floor()
+    level = doublings.clamp(0, levels - 1).long()                                  # (R,)
+    image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
+    image = copy_to_device(image, rois.device)                                     # (R,)
+    tokens = at_least_float32(pyramid.tokens(levels))                              # (B, S, C)
+    shapes = pyramid.shapes[:levels]
+    strides = pyramid.strides[:levels]
+    return roi_align(tokens, shapes, strides, rois, image, level, BINS)
+
+
+class RoIHead(nn.Module):
+    """Class and box of a region from its features.
+
+    Two hidden layers and one box per class; or `convs` convolutions, one hidden layer, and one box
+    for all classes with half the standard deviation of the deltas."""
+
+    def __init__(self, dim: int, hidden: int, num_classes: int, convs: int = 0):
+        super().__init__()
+        self.num_classes = num_classes
+        self.convs = nn.Sequential(*(conv_norm_relu(dim) for _ in range(convs)))
+        self.fc1 = nn.Linear(BINS ** 2 * dim, hidden)
+        self.fc2 = nn.Identity() if convs else nn.Linear(hidden, hidden)
+        self.cls = nn.Linear(hidden, num_classes + 1)
+        self.reg = nn.Linear(hidden, 4 if convs else 4 * num_classes)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            elif isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.normal_(self.cls.weight, std=0.01)
+        nn.init.normal_(self.reg.weight, std=0.001)
+
+    def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """(R, 7, 7, C) -> logits (R, N + 1), background last, deltas (R, N, 4), at least
+        float32."""
+        x = self.convs(pooled.permute(0, 3, 1, 2)).flatten(1)                      # (R, C 49)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        logits = at_least_float32(self.cls(x))
+        deltas = at_least_float32(self.reg(x)).unflatten(1, (-1, 4))               # (R, 1 or N, 4)
+        if len(self.convs):
+            deltas = (deltas / 2).expand(-1, self.num_classes, -1)
+        return logits, deltas
+
+
+def roi_losses(
+    logits: Tensor,
+    deltas: Tensor,
+    rois: Tensor,
+    labels: Tensor,
+    boxes: Tensor,
+) -> dict:
+    """Cross-entropy of all regions, GIoU of the true class's box of the positive ones.
+
+    Both are divided by the number of regions of this batch (code). rois (R, 4), labels (R,), boxes
+    (R, 4) of the objects; the others as in `RoIHead.forward` -> {"cls", "giou"}."""
+    count = max(1, len(labels))
+    cls = F.cross_entropy(logits, labels, reduction="sum")
+    rows = (labels < deltas.shape[1]).nonzero()[:, 0]
+    std = delta_std(deltas)
+    predicted = decode_deltas(deltas[rows, labels[rows]], rois[rows], std)
+    giou = (1 - paired_giou(predicted, boxes[rows])).sum()
+    return {"cls": cls / count, "giou": GIOU_WEIGHT * giou / count}
+
+
+def train_both_stages(
+    rpn: RPN,
+    roi: RoIHead,
+    pyramid: Pyramid,
+    objects: list[Objects],
+    rpn_samples: int,
+    pre_nms: int,
+    num_proposals: int,
+    roi_samples: int,
+) -> tuple[dict, dict, Tensor, list[int]]:
+    """Predictions of both stages with their targets.
+
+    -> arguments of `rpn_losses`, of `roi_losses`, features of the sampled regions (R, 7, 7, C), and
+    how many regions each image has."""
+    logits, deltas = rpn(pyramid.maps)                                             # (B, A, ...)
+    anchors = grid_anchors(pyramid, NINE_SIDES)
+    first = {"logits": logits, "deltas": deltas}
+    first |= rpn_targets(pyramid, anchors, objects, rpn_samples)
+
+    proposals = best_proposals(logits, deltas, anchors, pyramid.image_sizes, pre_nms,
+                               num_proposals)
+    samples = sample_regions(proposals, objects, roi_samples, roi.num_classes)
+    counts = [len(boxes) for boxes, _, _ in samples]
+    rois, labels, boxes = (torch.cat(parts) for parts in zip(*samples))            # (R, ...)
+    pooled = pool_regions(pyramid, rois, counts)                                   # (R, 7, 7, C)
+    logits, deltas = roi(pooled)
+    second = {"logits": logits, "deltas": deltas, "rois": rois, "labels": labels, "boxes": boxes}
+    return first, second, pooled, counts
+
+
+# ---- detections
+
+def classify_proposals(
+    rpn: RPN,
+    roi: RoIHead,
+    pyramid: Pyramid,
+    pre_nms: int,
+    most: int,
+    threshold: float,
+) -> tuple:
+    """Both stages without sampling -> per image logits (P, N + 1), deltas (P, N, 4), boxes (P,
+    4)."""
+    logits, deltas = rpn(pyramid.maps)
+    anchors = grid_anchors(pyramid, NINE_SIDES)
+    proposals = best_proposals(logits, deltas, anchors, pyramid.image_sizes, pre_nms, most,
+                               threshold)
+    counts = [len(boxes) for boxes in proposals]
+    logits, deltas = roi(pool_regions(pyramid, torch.cat(proposals), counts))
+    return logits.split(counts), deltas.split(counts), proposals
+
+
+def detect_regions(
+    logits: Tensor,
+    deltas: Tensor,
+    proposals: Tensor,
+    size: Tensor,
+    top_k: int,
+    soft_nms: float = 0.0,
+) -> dict:
+    """Detections of one image: every class's box of every proposal, then NMS within each class.
+
+    logits (P, N + 1), deltas (P, N, 4), proposals (P, 4), size (2,): height and width; soft_nms:
+    IoU threshold of soft-NMS, 0: NMS at TEST_NMS -> as `detections_after_nms`."""
+    scores = logits.softmax(-1)[:, :-1]                                            # (P, N)
+    std = delta_std(deltas)
+    boxes = decode_deltas(deltas, proposals[:, None], std)                         # (P, N, 4)
+    boxes = clip_boxes(boxes, size).flatten(0, 1)                                  # (P N, 4)
+    labels = torch.arange(scores.shape[1], device=scores.device)
+    labels = labels.expand_as(scores).flatten()                                    # (P N,)
+    threshold = soft_nms or TEST_NMS
+    return detections_after_nms(boxes, scores.flatten(), labels, threshold, top_k, soft_nms > 0)

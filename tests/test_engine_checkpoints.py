@@ -1,0 +1,410 @@
+"""Files that are complete or absent, never run code, and are checked; the run folder."""
+
+import errno
+import math
+import resource
+
+import argparse
+import collections
+import contextlib
+import functools
+import importlib
+import itertools
+import json
+import multiprocessing
+import operator
+import os
+import pickle
+import random
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from engine import checkpoints
+from engine.errors import UserError
+import train
+from small_runs import at_step, cheap_runs, config, FLAGS, forked, run, same  # noqa: F401
+
+KILLS = int(os.environ.get("PAPERDETR_KILLS", 200))  # of the slow test
+
+
+@pytest.mark.parametrize("kills", (3, pytest.param(KILLS, marks=pytest.mark.slow)))
+def test_killed_at_random_moments(tmp_path, kills, model="dino"):
+    """A process killed by SIGKILL again and again, while it starts, trains, saves or evaluates:
+    every resume succeeds, and the end has the bytes, and the log the lines, of a run left alone.
+    About two seconds a kill."""
+    flags = [*FLAGS, "--model", model, "--num_train=8", "--accum=2", "--save_every=1"]
+    start, rng, out, done, torn, resumes = time.time(), random.Random(0), tmp_path / "run", 0, 0, 0
+    assert forked(1, lambda rank: train.main([*flags, "--out", str(tmp_path / "whole")])) == [0]
+    seconds = time.time() - start
+    lines = lambda folder: [
+        (line["step"], line.get("loss"), line.get("AP"))
+        for line in map(json.loads, open(folder / "log.jsonl"))
+    ]
+    while done < kills or out.exists():
+        resume = (
+            ["--resume"]
+            if any((out / name).exists() for name in ("last.pt", "last.pt.prev"))
+            else []
+        )
+        process = multiprocessing.get_context("fork").Process(
+            target=train.main, args=([*flags, *resume, "--out", str(out)],)
+        )
+        process.start()
+        process.join(rng.uniform(0, seconds) if done < kills else 240)
+        if process.is_alive():
+            process.kill()
+            process.join()
+            done, torn, resumes = (
+                done + 1,
+                torn + len(list(out.glob("last.pt.*.tmp"))),
+                resumes + bool(resume),
+            )
+            continue
+        assert process.exitcode == 0
+        for name in ("last.pt", "best.pt"):
+            same(checkpoints.load(tmp_path / "whole" / name), checkpoints.load(out / name))
+        assert lines(out) == lines(tmp_path / "whole")
+        shutil.rmtree(out)
+    print(f"{done} kills, {resumes} of resumed runs, {torn} within a save")
+
+
+def test_a_folder_without_a_checkpoint_can_be_started_again(tmp_path, monkeypatch):
+    """A run that ended before its first save leaves nothing worth protecting."""
+    cfg = config("deformable_detr", epochs=1)
+    with monkeypatch.context() as patch:
+        at_step(patch, 1, lambda: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            train.train(run(tmp_path), *cfg)
+    assert (tmp_path / "run" / "config.json").exists()
+    assert train.train(run(tmp_path), *cfg)["step"] == 3
+
+
+def test_a_second_run_in_the_same_folder_is_refused(tmp_path):
+    train.train(run(tmp_path), *config("deformable_detr", epochs=1))
+    with pytest.raises(ValueError, match="--resume.*--out"):
+        train.train(run(tmp_path), *config("deformable_detr", epochs=1))
+
+
+class Calls:
+    """Pickled as the order to call something when it is read."""
+
+    def __init__(self, function, *arguments):
+        self.order = function, arguments
+
+    def __reduce__(self):
+        return self.order
+
+
+def test_pickle_refused(tmp_path):
+    """A checkpoint that wants to run code is refused by name, in torch's format and as a bare
+    pickle, and runs nothing."""
+    trap = tmp_path / "trap"
+    order = Calls(os.mkdir, str(trap))
+    torch.save({"model": {}, "args": order}, tmp_path / "zip.pt")
+    torch.save(
+        {"model": {}, "args": order}, tmp_path / "old.pt", _use_new_zipfile_serialization=False
+    )
+    (tmp_path / "bare.pt").write_bytes(pickle.dumps({"args": order}, protocol=2))
+    for name in ("zip.pt", "old.pt", "bare.pt"):
+        with pytest.raises(ValueError, match="tensors and plain types only.*mkdir"):
+            checkpoints.load(tmp_path / name)
+    (tmp_path / "new.pt").write_bytes(pickle.dumps({"args": order}, protocol=4))
+    with pytest.raises(ValueError, match="protocol 3 or later"), pytest.warns(
+        UserWarning, match="protocol 4"
+    ):
+        checkpoints.load(tmp_path / "new.pt")
+    assert not trap.exists()
+
+
+@pytest.mark.parametrize(
+    "name, order",
+    {
+        "functools.partial": functools.partial(os.mkdir, "trap"),
+        "eval": Calls(eval, "1"),
+        "exec": Calls(exec, "1"),
+        "__import__": Calls(__import__, "os"),
+        "getattr": Calls(getattr, "os", "system"),
+        "operator.attrgetter": operator.attrgetter("system"),
+        "posix.mkdir": Calls(os.mkdir, "trap"),
+        "numpy": Calls(np.load, "trap"),
+    }.items(),
+)
+def test_orders_inside_options_are_refused_by_name(tmp_path, name, order):
+    """The classes that options may hold open no way for others: not in a namespace, nor as an
+    argument of an allowed one."""
+    for options in (
+        argparse.Namespace(lr=[{"drop": order}]),
+        Calls(argparse.Namespace, order),
+        collections.OrderedDict(a=Calls(np.dtype, order)),
+    ):
+        torch.save({"model": {}, "args": options}, tmp_path / "a.pt")
+        with pytest.raises(ValueError, match=f"asks for {name}"):
+            checkpoints.load(tmp_path / "a.pt")
+
+
+def test_options_with_numbers_of_numpy_and_paths_are_read(tmp_path):
+    options = argparse.Namespace(
+        lr=np.float64(1e-4), epochs=np.int64(50), amp=np.bool_(True), output_dir=Path("a/b")
+    )
+    torch.save({"model": {}, "args": options}, tmp_path / "a.pt")
+    read = checkpoints.load(tmp_path / "a.pt")["args"]
+    assert (read.lr, read.epochs, read.amp, str(read.output_dir)) == (1e-4, 50, True, "a/b")
+
+
+def safetensors(path, **tensors):
+    """Writes the format by its description: length of the header, header, numbers."""
+    header, numbers = {"__metadata__": {"format": "pt"}}, b""
+    for name, (kind, tensor) in tensors.items():
+        data = tensor.view(torch.uint8).numpy().tobytes()
+        header[name] = {
+            "dtype": kind,
+            "shape": list(tensor.shape),
+            "data_offsets": [len(numbers), len(numbers) + len(data)],
+        }
+        numbers += data
+    text = json.dumps(header).encode()
+    path.write_bytes(len(text).to_bytes(8, "little") + text + numbers)
+
+
+def test_safetensors_are_read_without_their_package(tmp_path):
+    path = tmp_path / "model.safetensors"
+    tensors = {
+        "a": ("F16", torch.rand(3, dtype=torch.float16)),
+        "b": ("F32", torch.rand(2, 5)),
+        "c": ("I64", torch.arange(6).view(2, 3)),
+        "d": ("BF16", torch.rand(1, 1, dtype=torch.bfloat16)),
+    }
+    safetensors(path, **tensors)
+    read = checkpoints.load(path)
+    assert read.keys() == tensors.keys() and all(
+        torch.equal(read[name], tensor) for name, (_, tensor) in tensors.items()
+    )
+    whole = path.read_bytes()
+    for broken in (
+        whole[:-1],
+        whole[:20],
+        b"",
+        whole[:8] + b"[1]" + whole[11:],
+        whole.replace(b"BF16", b"F8_4"),
+    ):
+        path.write_bytes(broken)
+        with pytest.raises(ValueError, match="broken or cut short"):
+            checkpoints.load(path)
+
+
+def test_broken_missing_and_foreign_files_are_told_apart(tmp_path):
+    path = tmp_path / "last.pt"
+    with pytest.raises(UserError, match="found no file"):
+        checkpoints.load(path)
+    checkpoints.save(path, {"a": torch.zeros(1000)})
+    path.write_bytes(path.read_bytes()[:-500])
+    with pytest.raises(ValueError, match="cut short"):
+        checkpoints.load(path)
+    torch.save([1], path)
+    with pytest.raises(ValueError, match="expected a dictionary, got list"):
+        checkpoints.load(path)
+    for other in (b"", b"# a text\n"):
+        path.write_bytes(other)
+        with pytest.raises(ValueError, match="another kind"):
+            checkpoints.load(path)
+
+
+def test_an_error_while_saving_leaves_the_old_file(tmp_path):
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, {"step": 1})
+    with pytest.raises((AttributeError, pickle.PicklingError)):
+        checkpoints.save(path, {"step": lambda: 2})
+    assert checkpoints.load(path) == {"step": 1}
+
+
+def test_newest_falls_back_and_says_so(tmp_path, capsys):
+    with pytest.raises(UserError, match="nothing to resume.*without --resume"):
+        checkpoints.newest(tmp_path)
+    last = tmp_path / "last.pt"
+    for step in (1, 2):
+        checkpoints.save(last, {"step": step}, keep_previous=True)
+    assert checkpoints.newest(tmp_path) == last and checkpoints.load(last)["step"] == 2
+    last.write_bytes(b"not whole")
+    found = checkpoints.newest(tmp_path)
+    assert found.name == "last.pt.prev" and checkpoints.load(found)["step"] == 1
+    assert "last.pt.prev, for" in capsys.readouterr().out
+
+
+def test_a_config_of_another_version_is_refused_by_field():
+    with pytest.raises(ValueError, match="dino.Config.*wings"):
+        checkpoints.settings(importlib.import_module("dino"), {"config": {"wings": 2}})
+
+
+def save_for_ever(path, reports):
+    torch.set_num_threads(1)  # those of the process it was forked from are not here
+    for step in itertools.count(1):
+        checkpoints.save(
+            path, {"step": step, "weights": torch.full((300_000,), float(step))}, keep_previous=True
+        )
+        reports.send(step)
+
+
+@pytest.mark.parametrize("kills", (3, pytest.param(200, marks=pytest.mark.slow)))
+def test_kill_during_save(tmp_path, kills):
+    """A process that only saves, killed at random moments: what it reported as saved, or newer,
+    loads whole."""
+    rng = random.Random(0)
+    for attempt in range(kills):
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        receive, send = multiprocessing.Pipe(duplex=False)
+        process = multiprocessing.get_context("fork").Process(
+            target=save_for_ever, args=(folder / "last.pt", send)
+        )
+        process.start()
+        send.close()
+        reported = receive.recv()
+        time.sleep(rng.uniform(0, 0.05))
+        process.kill()
+        process.join()
+        with contextlib.suppress(EOFError):
+            while True:
+                reported = receive.recv()
+        state = checkpoints.load(checkpoints.newest(folder))
+        assert state["step"] >= reported - 1 and (state["weights"] == state["step"]).all()
+
+
+# ---- faults of disks and of other processes
+
+
+@pytest.mark.parametrize("where", (0.3, 0.6, 0.9))
+def test_a_flipped_byte_is_noticed_and_the_previous_file_is_used(tmp_path, capsys, where):
+    last = tmp_path / "last.pt"
+    for step in (1, 2):
+        state = dict(model_name="dino", config={}, class_names=[], category_ids=[], step=step)
+        weights = {"a": torch.randn(20_000), "b": torch.arange(5000)}
+        checkpoints.save(last, state | {"model": weights}, keep_previous=True)
+    content = bytearray(last.read_bytes())
+    content[int(where * len(content))] ^= 4
+    last.write_bytes(content)
+    with pytest.raises(UserError, match="broken: the checksum of archive/data/. is wrong"):
+        checkpoints.load(last)
+    assert checkpoints.load(checkpoints.newest(tmp_path))["step"] == 1
+
+
+def limited_save(rank, path):
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    try:
+        checkpoints.save(path, {"a": torch.zeros(100_000)})
+    except UserError as error:
+        os._exit(7 if "what was saved before is complete" in str(error) else 8)
+
+
+def test_a_full_disk_is_one_line_and_leaves_the_old_file_and_no_other(tmp_path, monkeypatch):
+    path = tmp_path / "last.pt"
+    checkpoints.save(path, {"step": 1})
+    assert forked(1, limited_save, path) == [7]  # a write is refused
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(UserError, match="last.pt, got: No space left on device. Free some space"):
+        checkpoints.save(path, {"step": 2})
+    assert checkpoints.load(path) == {"step": 1} and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_run_that_cannot_write_ends_in_one_line(tmp_path, monkeypatch):
+    command = [*FLAGS, "--model=deformable_detr", "--out"]
+    (tmp_path / "file").write_text("")
+    for out in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(SystemExit, match="^train.py: error: (File exists|Not a directory): "):
+            train.main([*command, str(out)])
+    at_step(monkeypatch, 1, lambda: shutil.rmtree(tmp_path / "gone"))
+    with pytest.raises(SystemExit, match="^train.py: error: .*No such file or directory"):
+        train.main([*command, str(tmp_path / "gone")])
+
+
+def hold_lock(rank, folder, connection):
+    held = checkpoints.lock_folder(folder)
+    connection.send("locked")
+    time.sleep(60)
+    held.close()
+
+
+def test_a_folder_in_use_is_refused_and_the_lock_dies_with_its_process(tmp_path):
+    out = tmp_path / "run"
+    out.mkdir()
+    receive, send = multiprocessing.Pipe(duplex=False)
+    other = multiprocessing.get_context("fork").Process(target=hold_lock, args=(0, out, send))
+    other.start()
+    assert receive.recv() == "locked"
+    settings = run(tmp_path), *config("deformable_detr", epochs=1)
+    try:
+        with pytest.raises(UserError, match="run is in use by another process that trains there"):
+            train.train(*settings)
+    finally:
+        other.kill()
+        other.join()
+    assert [path.name for path in out.iterdir()] == [".lock"]
+    (out / "last.pt.123.tmp").write_text("of a killed process")
+    assert train.train(*settings)["step"] == 3
+    assert not list(out.glob("*.tmp"))
+
+
+def test_temporary_files_of_two_processes_differ(tmp_path, monkeypatch):
+    names = []
+    monkeypatch.setattr(checkpoints.torch, "save", lambda state, file: names.append(file.name))
+    for process in (1, 2):
+        monkeypatch.setattr(checkpoints.os, "getpid", lambda: process)
+        checkpoints.save(tmp_path / "a.pt", {})
+    assert len(set(names)) == 2
+
+
+def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
+    """A learning rate that destroys the weights in one step: the loss before it was finite."""
+    cfg, recipe = config("deformable_detr", epochs=2)
+    folder = tmp_path / "run"
+    at_step(monkeypatch, 3, lambda: setattr(recipe, "schedule", "flat"))
+    original = train.set_lr
+
+    def set_lr(optimizer, base_lrs, factor):
+        original(optimizer, base_lrs, math.inf if recipe.schedule == "flat" else factor)
+
+    monkeypatch.setattr(train, "set_lr", set_lr)
+    with pytest.raises(
+        FloatingPointError, match="finite weights, got NaN or infinity after step 4"
+    ):
+        train.train(run(tmp_path, save_every=1), cfg, recipe)
+    state = checkpoints.load(folder / "last.pt")
+    assert state["step"] == 3 and all(x.isfinite().all() for x in state["model"].values())
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"rng": None}, "rng"),
+        ({"progress": 3}, "progress"),
+        ({"optimizer": {}}, "optimizer state"),
+        ({"run": None}, "with run, a dict"),
+        ({"run": {"seed": "x"}}, "--seed to be of type int"),
+    ],
+)
+def test_resuming_a_file_with_wrong_fields_is_one_line(tmp_path, changes, words):
+    cfg, recipe = config("deformable_detr", epochs=1)
+    train.train(run(tmp_path), cfg, recipe)
+    last = tmp_path / "run" / "last.pt"
+    checkpoints.save(last, checkpoints.load(last) | changes)
+    with pytest.raises(SystemExit, match=f"^train.py: error: .*{words}"):
+        train.main(["--resume", "--out", str(tmp_path / "run")])
+
+
+def test_broken_lines_of_a_log_do_not_block_resuming(tmp_path):
+    settings = config("deformable_detr", epochs=2)
+    train.train(run(tmp_path), *settings)
+    log = tmp_path / "run" / "log.jsonl"
+    good = log.read_text().splitlines()
+    log.write_bytes(b"[1]\n{}\n\xff\xfe\n" + "\n".join(["{broken", *good, '{"step"']).encode())
+    train.train(run(tmp_path, resume=str(tmp_path / "run" / "last.pt")), *settings)
+    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [line["step"] for line in lines if line["kind"] == "step"] == [3, 6]

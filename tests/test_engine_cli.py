@@ -1,0 +1,119 @@
+"""The command line of train.py."""
+
+import importlib
+import os
+
+import pytest
+
+from engine.errors import UserError
+from engine.recipe import configure
+import train
+from small_runs import cheap_runs, config, run  # noqa: F401
+
+
+def test_flags_reach_run_and_config():
+    settings, cfg, recipe = train.parse(
+        [
+            "--model",
+            "deformable_detr",
+            "--lr-backbone=1e-6",
+            "--train_sizes",
+            "64,96",
+            "--two_stage",
+            "--with_box_refine",
+            "true",
+            "--crop",
+            "false",
+            "--amp",
+            "false",
+            "--num-val",
+            "7",
+        ]
+    )
+    assert (recipe.lr_backbone, recipe.train_sizes, cfg.two_stage, cfg.with_box_refine) == (
+        1e-6,
+        (64, 96),
+        True,
+        True,
+    )
+    assert recipe.crop is False
+    assert settings.amp is False and settings.num_val == 7 and settings.preset == "small"
+
+
+def test_presets_and_variants():
+    paper = importlib.import_module("dino")
+    assert train.parse(["--data", "somewhere"])[1:] == configure(paper)
+    assert train.parse([])[1:] == configure(paper, paper.SMALL)
+    assert train.parse(["--data", "x", "--preset", "small", "--lr", "1"])[1:] == configure(
+        paper, paper.SMALL, {"lr": 1.0}
+    )
+    assert train.parse(["--data", "x", "--variant", "5scale"])[1].num_feature_levels == 5
+
+
+def test_learning_rates_follow_the_batch_unless_given(tmp_path, capsys):
+    small = importlib.import_module("deformable_detr").SMALL
+    rates = lambda *argv: [
+        getattr(train.parse(["--model", "deformable_detr", *argv])[2], name) / small[name]
+        for name in ("lr", "lr_backbone", "lr_offsets")
+    ]
+    assert rates() == [1, 1, 1] and rates("--batch_size", str(2 * small["batch_size"])) == [2, 2, 2]
+    assert rates("--batch_size", "4", "--lr", str(small["lr"])) == [1, 1, 1]
+    assert rates(
+        "--batch_size", str(small["batch_size"] // 2), "--lr_offsets", str(small["lr_offsets"])
+    ) == [0.5, 0.5, 1]
+    train.train(run(tmp_path), *config("deformable_detr", epochs=1))
+    assert (
+        "batch 4, lr 0.001 (the recipe: 0.0002 for batch 32; lr follows the batch"
+        in capsys.readouterr().out
+    )
+
+
+def test_resuming_demands_the_saved_settings(tmp_path, capsys):
+    train.train(run(tmp_path), *config("deformable_detr", epochs=1))
+    out = str(tmp_path / "run")
+    resumed, *cfg = train.parse(["--resume", "--out", out])
+    assert (
+        resumed.model == "deformable_detr"
+        and resumed.resume == os.path.join(out, "last.pt")
+        and cfg[1].epochs == 1
+    )
+    assert train.parse(["--resume", os.path.join(out, "last.pt")])[0].out == out
+    assert train.parse(["--resume", out])[0].resume == resumed.resume
+    with pytest.raises(UserError, match="lr 0.5"):
+        train.parse(["--resume", "--out", out, "--lr", "0.5"])
+    with pytest.raises(ValueError, match="weights only.*--init"):
+        train.train(run(tmp_path, resume=os.path.join(out, "best.pt")), *cfg)
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--learning_rate", "1"], "Unrecognized options: --learning_rate"),
+        (["--epoch", "1"], "Perhaps you meant: --epochs"),
+        (["--lr-backbon=1"], "Perhaps you meant: --lr_backbone"),
+        (["--preset", "big"], "paper or small"),
+        (["--variant", "6scale"], "5scale"),
+        (["--epochs", "many"], "'many'"),
+        (["--amp", "maybe"], "expected true or false, got 'maybe'"),
+        (["extra"], "Unrecognized options: extra"),
+    ],
+)
+def test_wrong_flags_are_refused_by_name(argv, words, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.main(argv)
+    printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
+    assert words in printed + str(stopped.value) and stopped.value.code != 0
+
+
+def test_help_shows_both_defaults(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse(["--model", "dino", "--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    paper = importlib.import_module("dino")
+    assert stopped.value.code == 0
+    text = " ".join(text.replace("│", " ").split())
+    assert f"(default: {paper.SMALL['batch_size']})" in text and "bfloat16 autocast" in text
+    assert "To begin with: --model, --data, --preset" in text
+    with pytest.raises(SystemExit):
+        train.parse(["--model", "dino", "--preset", "paper", "--help"])
+    assert f"(default: {paper.RECIPE.batch_size})" in capsys.readouterr().out

@@ -1,0 +1,199 @@
+"""Signals, memory that runs out, errors that a user can mend."""
+
+import threading
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from engine import checkpoints
+from engine import machine as machines
+import train
+from engine.errors import UserError
+from small_runs import (
+    at_step,
+    cheap_runs,
+    coco_folder,
+    config,
+    FLAGS,
+    forked,
+    ROOT,
+    run,
+)  # noqa: F401
+
+
+def test_sigterm(tmp_path):
+    """A real process and its workers, all signalled at once and twice as schedulers do: it saves
+    and exits with 143."""
+    command = [
+        sys.executable,
+        str(ROOT / "train.py"),
+        "--model",
+        "deformable_detr",
+        "--out",
+        str(tmp_path / "run"),
+        *FLAGS,
+        "--num_train=160",
+        "--epochs=400",
+        "--workers=2",
+    ]
+    process = subprocess.Popen(
+        command,
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    log, deadline = tmp_path / "run" / "log.jsonl", time.time() + 120
+    try:
+        while not log.exists() and process.poll() is None and time.time() < deadline:
+            time.sleep(0.05)
+        for _ in range(2):
+            os.killpg(process.pid, signal.SIGTERM)
+        errors = process.communicate(timeout=120)[1]
+    finally:
+        process.kill()
+    assert process.returncode == 128 + signal.SIGTERM, errors
+    assert checkpoints.load(tmp_path / "run" / "last.pt")["step"] > 0
+
+
+def test_a_second_signal_quits_at_once(tmp_path, monkeypatch):
+    """Unless it follows so soon that it must be the same request."""
+
+    def twice():
+        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
+
+    before = signal.getsignal(signal.SIGINT)  # ignored in what a script starts in the background
+    at_step(monkeypatch, 1, twice)
+    for seconds, name in ((0.0, "quit"), (60.0, "saved")):
+        monkeypatch.setattr(machines, "SAME_REQUEST_SECONDS", seconds)
+        with pytest.raises(SystemExit) as stopped:
+            train.train(run(tmp_path, name=name), *config("deformable_detr"))
+        assert stopped.value.code == 128 + signal.SIGINT and (
+            tmp_path / name / "last.pt"
+        ).exists() == (name == "saved")
+    assert signal.getsignal(signal.SIGINT) is before, "handlers are put back"
+
+
+def test_out_of_memory_names_the_next_flag_and_loses_nothing(tmp_path, monkeypatch):
+    """Each attempt proposes what the last one did not use; the saved steps are there, and the run
+    goes on from them."""
+
+    def full():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    last = tmp_path / "run" / "last.pt"
+    command = [*FLAGS, "--model", "deformable_detr", "--out", str(last.parent), "--save_every=1"]
+    for at, flags, proposed in (
+        (0, [], "Try --recompute; nothing was saved yet"),
+        (2, ["--recompute"], "Try --accum 2; .*last.pt is complete: add --resume"),
+        (4, ["--recompute", "--accum=4", "--resume"], "Try smaller images.*--max_size 64 --init"),
+    ):
+        with monkeypatch.context() as patch:
+            at_step(patch, at, full)
+            with pytest.raises(
+                SystemExit, match=f"train.py: error: out of memory.*2.00 GiB.*{proposed}"
+            ):
+                train.main([*command, *flags])
+        assert last.exists() == bool(at) and (not at or checkpoints.load(last)["step"] == at)
+    train.main([*command, "--resume"])
+    assert checkpoints.load(last)["step"] == 6
+
+
+def test_errors_meant_for_the_user_are_one_line_and_others_keep_their_trace(tmp_path, monkeypatch):
+    command = [*FLAGS, "--model", "deformable_detr", "--epochs=1"]
+    train.main([*command, "--out", str(tmp_path / "run")])
+    for flags, words in (
+        (["--out", str(tmp_path / "run")], "already holds a run"),
+        (
+            ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "a")],
+            "expected a COCO json there",
+        ),
+        (
+            ["--data", coco_folder(tmp_path / "data", empty=True), "--out", str(tmp_path / "b")],
+            "usable box",
+        ),
+        (
+            ["--backbone_weights", "missing.pt", "--out", str(tmp_path / "c")],
+            "got missing.pt, which is no file",
+        ),
+        (["--accum=3", "--out", str(tmp_path / "d")], "divisible by accum"),
+        (["--schedule=linear", "--out", str(tmp_path / "e")], "expected --schedule"),
+    ):
+        with pytest.raises(SystemExit, match=f"^train.py: error: .*{words}"):
+            train.main([*command, *flags])
+    for bug in (lambda: int("many"), lambda: torch.zeros(2).view(3)):
+        with monkeypatch.context() as patch:
+            at_step(patch, 1, bug)
+            with pytest.raises((ValueError, RuntimeError)):
+                train.main([*command, "--out", str(tmp_path / "f")])
+
+
+def test_threads_do_not_spin():
+    """Waiting OpenMP threads that spin stop each other where cores are fewer than threads; read
+    once, by importing torch."""
+    source = (ROOT / "train.py").read_text()
+    assert (
+        0 < source.index('os.environ.setdefault("GOMP_SPINCOUNT"') < source.index("import torch\n")
+    )
+    assert os.environ["GOMP_SPINCOUNT"]
+
+
+def wait_for_a_stopped_peer(rank, folder):
+    """Rank 1 stops (it is not dead) before its second step; rank 0, which waits for it inside a
+    collective call, is asked twice to end."""
+    machines.SAME_REQUEST_SECONDS = 0.3
+    if rank == 1:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            train.train(run(folder), *config("deformable_detr"))
+    for seconds in (4.0, 5.0):
+        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    train.train(run(folder), *config("deformable_detr"))
+
+
+def test_a_second_request_ends_a_rank_whose_peer_is_stopped(tmp_path):
+    codes = forked(2, wait_for_a_stopped_peer, tmp_path, timeout=60, wait_for=(0,))
+    assert codes[0] == 128 + signal.SIGTERM
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="no SIGHUP on this system")
+def test_a_closed_terminal_saves_as_sigterm_does_and_nohup_is_respected(tmp_path, monkeypatch):
+    at_step(monkeypatch, 1, lambda: signal.raise_signal(signal.SIGHUP))
+    with pytest.raises(SystemExit) as stopped:
+        train.train(run(tmp_path), *config("deformable_detr"))
+    assert stopped.value.code == 128 + signal.SIGHUP
+    assert checkpoints.load(tmp_path / "run" / "last.pt")["step"] == 2
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        settings = config("deformable_detr", epochs=1)
+        assert train.train(run(tmp_path, name="nohup"), *settings)["step"] == 3
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_training_ends_when_nobody_reads_its_output(tmp_path):
+    """train.py | head -1"""
+    command = [sys.executable, str(ROOT / "train.py"), "--model=deformable_detr", *FLAGS,
+               "--epochs=4000", f"--out={tmp_path / 'run'}"]  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+    )
+    try:
+        assert process.stdout.readline().startswith("config")
+        process.stdout.close()
+        errors = process.stderr.read()
+        assert process.wait(120) == 128 + signal.SIGPIPE and "Traceback" not in errors
+    finally:
+        process.kill()
+
+
+def test_messages_are_one_line_without_control_characters():
+    assert machines.one_line(UserError("expected\n  \x1b[31ma cat\x07")) == "expected ?[31ma cat?"
