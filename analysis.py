@@ -6,7 +6,7 @@
 
 ATD(k)               how far anchors start from their objects           DINO, section 3.3
 IoF-IoB              how well features tell objects from background     Co-DETR, Eq. 7-8
-conflict of heads    divergence of the heads' Grad-CAM maps             Co-DETR, Eq. 9-12
+conflict of heads    divergence of the heads' Grad-CAM maps             Co-DETR, Eq. 9-10
 instability          queries per image whose matched object changed     DN-DETR, section 4
 
 The figures are printed and written to analysis.json; `python visualize.py analysis` draws them.
@@ -28,7 +28,7 @@ from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locatio
 from engine import commands, files
 from engine.errors import UserError
 from engine.inference import predict
-from engine.machine import prepare_cpu
+from engine.machine import prepare_cpu, user_errors
 
 SCORE_STEPS = 10_000     # of discriminability: norms of tokens differ little, coarse steps would
                          # hide the curve
@@ -253,26 +253,27 @@ def iof_iob(counts):
             "area": float(torch.trapezoid(1 - missed, iob))}
 
 
-# ---- Co-DETR, section 3.4: conflict of heads -----------------------------------------------------
+# ---- Co-DETR, section 4.4: conflict of heads -----------------------------------------------------
 
 @torch.enable_grad()
 def head_divergences(model, memory):
     """KL(C_i || C_j) of the heads' Grad-CAM maps C on the encoder's tokens, image by image.
 
-    Co-DETR, section 4.4 and appendix A: the terms of Eq. 9 (= 11) -> names of H heads, the detector's
-    first, and (B, H, H). OUR CHOICE: `model.confidences` is what is differentiated, and a map is one
-    distribution over all levels. The floor of 1e-8 under the logarithm (see `grad_cam`) sets the size
-    of the figures: where map i has all its weight and map j has none, the divergence is log(1e8) = 18.
-    Only figures with the same floor can be compared; the paper does not state its own."""
+    Co-DETR, section 4.4 and appendix A: the terms of Eq. 9 (= 11) -> names of H heads, the
+    detector's first, and (B, H, H). OUR CHOICE: `model.confidences` is what is differentiated, and
+    a map is one distribution over all levels. The floor of 1e-8 under the logarithm (see
+    `grad_cam`) sets the size of the figures: where map i has all its weight and map j has none, the
+    divergence is log(1e8) = 18. Only figures with the same floor can be compared; the paper does
+    not state its own."""
     tokens = memory.tokens.detach().float().requires_grad_()
     memory = memory._replace(tokens=tokens)
     confidences = model.confidences(memory)
     maps = []
     for value in confidences.values():
-        gradient, = torch.autograd.grad(value, tokens, retain_graph=True)                   # (B, S, C)
-        maps.append(grad_cam(memory, gradient).detach())                                    # (B, S)
-    p = torch.stack(maps, 1)                                                                # (B, H, S)
-    log_ratio = p.log()[:, :, None] - p.log()[:, None]                                      # (B, H, H, S)
+        gradient, = torch.autograd.grad(value, tokens, retain_graph=True)      # (B, S, C)
+        maps.append(grad_cam(memory, gradient).detach())                       # (B, S)
+    p = torch.stack(maps, 1)                                                   # (B, H, S)
+    log_ratio = p.log()[:, :, None] - p.log()[:, None]                         # (B, H, H, S)
     return list(confidences), (p[:, :, None] * log_ratio).sum(-1).cpu()
 
 
@@ -293,9 +294,9 @@ def grad_cam(memory, gradient):
 def conflict(heads, S):
     """Conflict of heads: Co-DETR, section 4.4 and appendix A, Eq. 10 (= 12).
 
-    heads: H names, the detector's first; S (H, H): divergences averaged over images (Eq. 9). A head's
-    figure is the mean of its divergences from and to the others. As in Figure 6, with K > 1 auxiliary
-    heads these are the other auxiliary heads; with one, the detector's head.
+    heads: H names, the detector's first; S (H, H): divergences averaged over images (Eq. 9). A
+    head's figure is the mean of its divergences from and to the others. As in Figure 6, with K > 1
+    auxiliary heads these are the other auxiliary heads; with one, the detector's head.
     -> {"heads": names, "S": rows of numbers, "average": {head: number}}"""
     first = 1 if len(heads) > 2 else 0
     among = S[first:, first:]
@@ -312,10 +313,11 @@ def analysis_table(analyses):
     rows = {f"ATD({k})": [], f"ATD({k}) small": [], "IoF-IoB encoder": [], "IoF-IoB decoder": [],
             "conflict of heads": [], "instability": []}
     for a in analyses.values():
-        conflicts = a["conflict"]["average"] if "conflict" in a else None
-        values = (a["ATD"], a["ATD_small"], a.get("encoder", {}).get("area"),
+        conflicts = list(a["conflict"]["average"].values()) if "conflict" in a else None
+        small = a["ATD_small"] if a["ATD_small"] >= 0 else None
+        values = (a["ATD"], small, a.get("encoder", {}).get("area"),
                   a.get("decoder", {}).get("area"),
-                  None if conflicts is None else float(np.mean(list(conflicts.values()))), a.get("instability"))
+                  None if conflicts is None else float(np.mean(conflicts)), a.get("instability"))
         for row, value in zip(rows.values(), values):
             row.append(value)
 
@@ -355,7 +357,7 @@ def conflict_table(name, values):
     lines.append(" " * 12 + "".join(f"{head:>11}" for head in (*values["heads"], "average")))
     for head, row in zip(values["heads"], values["S"]):
         cells = [f"{value:>11.4f}" for value in row]
-        average = values["average"].get(head)   # of the heads that the paper averages
+        average = values["average"].get(head)
         cells.append(f"{'-':>11}" if average is None else f"{average:>11.4f}")
         lines.append(f"{head:12}" + "".join(cells))
     return lines
@@ -414,7 +416,7 @@ def analyze_files(options):
 def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
                        config=(tyro.conf.FlagCreatePairsOff,))
-    with commands.user_errors("analysis.py"):
+    with user_errors("analysis.py"):
         commands.require(options.checkpoint, "--checkpoint FILE", "none")
         commands.require(options.k >= 1, "--k of at least 1", options.k)
         commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)

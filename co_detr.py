@@ -75,8 +75,8 @@ import deformable_detr
 import dino
 import h_detr
 from backbones import build_backbone
-from boxes import (box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, clip_boxes, inverse_sigmoid, paired_giou,
-                   paired_iou, soft_nms)
+from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid, paired_giou, paired_iou
+from heads.regions import clip_boxes, soft_nms
 from deformable_detr import Memory, Queries, sine_embedding
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe

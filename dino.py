@@ -11,7 +11,6 @@ twice). 49.0 AP in 12 epochs.
     section 3.3 contrastive denoising                    denoising_queries, noised_boxes
     section 3.3 denoising loss                           Criterion.denoising
     section 3.3, D.1 dynamic groups                      denoising_groups
-    section 3.3, Figure 4 ATD(k)                         analysis.atd
     section 3.4 mixed query selection                    DINO.propose
     section 3.5, Eq. 2 look forward twice                DINO.decode
     section 3.1 queries are boxes (DAB-DETR, Eq. 1-2)    DINO.query_position

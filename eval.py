@@ -37,11 +37,11 @@ from tqdm import tqdm
 import visualize
 from engine import commands, files
 from engine.commands import open_detector
-from engine.coco_json import read_json
+from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError
 from engine.images import UnreadableImage, read_image
 from engine.inference import detect_image, predict, require_finite
-from engine.machine import prepare_cpu
+from engine.machine import prepare_cpu, user_errors
 from engine.scoring import gather, score
 from engine.tiles import detect_tiled
 
@@ -263,14 +263,22 @@ def image_ids(paths, listed=None):
     does not list is a UserError. Without it, file names that are all different numbers are the ids,
     as in COCO; otherwise 1, 2, 3, ..."""
     if listed is not None:
-        ids = {Path(image["file_name"]).name: image["id"] for image in listed}
-        unknown = [path.name for path in paths if path.name not in ids]
-        if unknown:
-            raise UserError(f"--json: expected every image among the {len(ids)} of the json, got "
-                            f"{len(unknown)} others: {', '.join(unknown[:3])}")
-        return [ids[path.name] for path in paths]
+        return [listed_id(path, listed) for path in paths]
     numbers = [int(path.stem) for path in paths if path.stem.isdecimal()]
     return numbers if len(set(numbers)) == len(paths) else list(range(1, len(paths) + 1))
+
+
+def listed_id(path, listed):
+    """The id of a file in the `images` of a COCO json. UserError where not exactly one entry has
+    its name; folders in `file_name` must agree where names alone do not tell."""
+    entries = [image for image in listed if Path(image["file_name"]).name == path.name]
+    if len(entries) > 1:
+        location = path.as_posix()
+        entries = [image for image in entries if location.endswith("/" + image["file_name"])]
+    if len(entries) != 1:
+        raise UserError(f"--json: expected one entry for {path} among the {len(listed)} images of "
+                        f"the json, got {len(entries)}")
+    return entries[0]["id"]
 
 
 def read_listing(path, meta):
@@ -278,15 +286,18 @@ def read_listing(path, meta):
 
     Classes are matched by name. UserError where the json lacks one."""
     listing = read_json(path)
-    ids = {category["name"]: category["id"] for category in listing.get("categories", ())}
+    listing.setdefault("annotations", [])
+    refuse_fatal(path, json_problems(listing))
+    ids = {category["name"]: category["id"] for category in listing["categories"]}
     lacking = [name for name in meta["class_names"] if name not in ids]
-    if lacking or "images" not in listing:
-        raise UserError(f"--json: expected images and the classes of the model in {path}, got none "
-                        f"called {', '.join(lacking[:5]) or 'images'}")
+    if lacking:
+        raise UserError(f"--json: expected the classes of the model in {path}, got none called "
+                        f"{', '.join(lacking[:5])}")
     return listing["images"], [ids[name] for name in meta["class_names"]]
 
 
-def detect_images(paths, ids, detect, class_names, category_ids, out, thresholds):
+def detect_images(paths, ids, detect, class_names, category_ids, out, thresholds,
+                  boxes_only=False):
     """Detect on image files and write what was found into the folder `out`.
 
     detect: a PIL image -> its detections, such as `detect_image`.
@@ -315,9 +326,9 @@ def detect_images(paths, ids, detect, class_names, category_ids, out, thresholds
         counts[path] = Counter(names)
 
         rows = coco_results([detection], [image_id], category_ids)
-        for row, label, listed in zip(rows, labels, drawn.tolist(), strict=True):
+        for row, label, is_drawn in zip(rows, labels, drawn.tolist(), strict=True):
             results.append({**row, "file_name": path.name, "category_name": class_names[label]})
-            if listed:
+            if is_drawn:
                 x, y, w, h = (round(value, 1) for value in row["bbox"])
                 score = round(row["score"], 4)
                 boxes.append((str(path), class_names[label], score, x, y, w, h))
@@ -326,7 +337,7 @@ def detect_images(paths, ids, detect, class_names, category_ids, out, thresholds
         found = ", ".join(f"{count} {name}" for name, count in counts[path].items())
         print(f"{path}: {found or 'nothing'}")
 
-    files.write_json(out / "detections.json", results)
+    write_results(out / "detections.json", results, boxes_only)
     write_csv(out / "detections.csv", ("file", "class", "score", "x", "y", "w", "h"), boxes)
     lines = []
     for path, count in counts.items():
@@ -413,6 +424,7 @@ def class_thresholds(meta, given):
 def run_on_images(options, detector, out):
     """--images: draw and list the detections on image files."""
     paths = find_images(options.images)
+    detector = commands.in_used_classes(detector)
     category_ids = detector.meta["category_ids"]
     listed = None
     if options.json:
@@ -426,7 +438,7 @@ def run_on_images(options, detector, out):
     else:
         detect = partial(detect_image, detector, amp=options.amp)
     read = detect_images(paths, ids, detect, detector.meta["class_names"], category_ids, folder,
-                         least)
+                         least, options.boxes_only)
     scores = ", ".join(f"{value:.2f}" for value in sorted(set(least)))
     print(f"{read} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
     if not read:
@@ -438,10 +450,10 @@ def run_on_data(options, detector, out, device, rank, world):
     detections.json."""
     detector, dataset = commands.with_data(detector, options.data, options.json)
     labeled = dataset.split != "test"
-    say = print if rank == 0 else lambda *words: None
     folder = files.prepare_folder(options.out or out)
     workers = options.workers if options.workers >= 0 else commands.default_workers(world)
-    say(settings(detector.cfg, detector.recipe))
+    if rank == 0:
+        print(settings(detector.cfg, detector.recipe))
 
     start = time.perf_counter()
     if options.tile:
@@ -452,7 +464,8 @@ def run_on_data(options, detector, out, device, rank, world):
     if options.save_detections or not labeled:
         path = folder / "detections.json"
         count = write_results(path, results, options.boxes_only, rank, world)
-        say(f"{count} detections of {len(dataset)} images written to {path}")
+        if rank == 0:
+            print(f"{count} detections of {len(dataset)} images written to {path}")
     if not labeled:
         return
 
@@ -460,18 +473,18 @@ def run_on_data(options, detector, out, device, rank, world):
     metrics = score_results(dataset, results, options.max_dets, rank, world)
     end = time.perf_counter()
     metrics |= {"images": len(dataset), "seconds": end - start, "score_seconds": end - scoring}
-    say(table(metrics))
-    say(f"\n{threshold_table(metrics)}")
-    say(f"\n{dataset.name}: {len(dataset)} images, best {options.max_dets} detections of each, "
-        f"{end - start:.1f} s ({end - scoring:.1f} s of them scoring)")
     if rank == 0:
+        print(table(metrics))
+        print(f"\n{threshold_table(metrics)}")
+        print(f"\n{dataset.name}: {len(dataset)} images, best {options.max_dets} detections of "
+              f"each, {end - start:.1f} s ({end - scoring:.1f} s of them scoring)")
         record = {"checkpoint": options.checkpoint, "step": detector.meta["step"],
                   "data": dataset.name, **metrics}
         files.write_json(folder / "eval.json", record)
         print(f"written to {folder / 'eval.json'}")
 
 
-def write_results(path, results, boxes_only, rank, world):
+def write_results(path, results, boxes_only=False, rank=0, world=1):
     """Write the results of all ranks as one COCO results json -> their number."""
     left_out = {"segmentation", "mask_score"} if boxes_only else set()
     lines = []
@@ -488,7 +501,7 @@ def write_results(path, results, boxes_only, rank, world):
 def main(argv=None):
     options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
                        config=(tyro.conf.FlagCreatePairsOff,))
-    with commands.user_errors("eval.py"):
+    with user_errors("eval.py"):
         options.check()
         device, rank, world = commands.join_processes(options.device)
         detector = open_detector(options.checkpoint, device, options.variant, options.detector)

@@ -1,48 +1,66 @@
-"""Mask Frozen-DETR: High Quality Instance Segmentation with One GPU (Liang and Yuan 2023, arXiv 2308.03747).
+"""Mask Frozen-DETR: High Quality Instance Segmentation with One GPU (Liang and Yuan 2023,
+arXiv 2308.03747).
 
-The idea: a trained detector already knows where every object is and what it is. Freeze all of it and train a small network
-on top that cuts each predicted box out of a feature map, looks closer, and asks the object's query which cells belong to
-it. Boxes and their AP stay as they were; masks cost minutes or hours beside what the detector cost. Neither code nor weights
-of the authors are public, and we know the equations and the recipe from a published reading note only: see Departs.
+The idea: a trained detector already knows where every object is and what it is. Freeze it, and
+train only a small network for the masks. It cuts a region out of a feature map for every predicted
+box, refines the region, and compares each of its cells with the object's query: their dot product
+is the mask's logit. The boxes and their AP stay the same, and training is short.
 
-    paper                                            here
-    the frozen detector                              Frozen
-    baseline, F = C1 + interp(F_e(E))                MaskFrozenDETR.feature_map
-    image-level mask  sigma(q_i F^T)                 whole_image
-    box-level mask  R_i = RoIAlign(F, b_i)           MaskFrozenDETR.look_closer, boxes.roi_align
-    image feature encoder F_e, box encoder F_b       DeformableBlock, SwinMapBlock, ConvNeXtBlock, encode
-    channel mapper                                   channel_mapper, query_mapper
-    neck on the backbone map                         Neck
-    query feature encoder                            QueryEncoder
-    mask scoring  s_i = c_i iou_i                    ScoreHead, mask_iou
-    point-sampled loss (PointRend)                   uncertain_points, Criterion
-    selection by class score, pasting                MaskFrozenDETR.best_regions, detect, paste
+Neither code nor weights of the authors are public. We know the equations and the recipe from a
+published reading note only.
+
+    paper                                               here
+    the frozen detector                                 FrozenDetector
+    F = C1 + interp(F_e(E))                             feature_map
+    baseline, image level: M_i = sigma(q_i F^T)         image_masks
+    baseline, box level: M_i = sigma(q_i R_i^T)         box_masks, region_masks
+    R_i = RoIAlign(F, b_i)                              region_masks, regions.roi_align
+    image encoder F_e, box encoder F_b                  build_blocks, encode
+    their blocks: deformable, Swin, ConvNeXt            DeformableBlock, SwinMapBlock, ConvNeXtBlock
+    channel mapper                                      channel_mapper, query_mapper
+    neck: C1 <- GN(PWConv(C1))                          Neck
+    query encoder: object to object, box to object      among_objects, from_region
+    mask scoring: s_i = c_i iou_i                       ScoreHead, mask_iou
+    point-sampled loss                                  uncertain_points, Criterion
+    the best queries, pasting the masks                 detected_regions, detect, paste
 
     symbol         here
-    C1, E          Memory.features[0], the detector's backbone map of stride 4; Memory.tokens, its encoder's maps
-    q_i, b_i, c_i  outputs["queries"], ["pred_boxes"], sigmoid of ["pred_logits"]
-    R_i            region (n, r, r, C): n boxes of the whole batch, r = roi_size
+    C1             Memory.features[0]: the backbone's map of stride 4, (B, channels, H/4, W/4)
+    E, e_l         the tokens of the detector's encoder (B, S, dim), and one level of them
+                   (B, H_l W_l, dim). F is made of the level of stride 8: stride_eight
+    q_i, b_i, c_i  outputs["queries"], outputs["pred_boxes"], sigmoid of outputs["pred_logits"]
+    R_i            a region (r, r, C), with r = roi_size: the map F within the box b_i
     M_i            sigmoid of outputs["mask_logits"] (n, r, r)
+    s_i            "mask_scores" of `detect`. The baselines have no mask scoring: there
+                   s_i = c_i (sum of M_i where M_i > 0.5) / (number of cells where M_i > 0.5)
+    N, k, beta     loss_points, oversample and importance of `Config`: of k N random points the
+                   beta N least certain ones enter the loss, and (1 - beta) N other random points
 
-B images, C = channel_dim, n regions, P points. Boxes named xyxy are corners in [0, 1] of the unpadded image.
+B images, n regions of all images together, P points. C = channel_dim is the width of the mask
+network, dim that of the detector. Boxes named xyxy are corners in [0, 1] of the unpadded image.
 
-Departs. What the paper says is not known to us on these points; each is our choice.
- 1. Sizes: channel_dim 128, two blocks each, hidden width 1024, GroupNorm(32), Swin windows of 8, box-to-object attention alone.
- 2. Training: each object is learned by the query that matching with costs 2, 5, 2 gives it, within the box that the
-    query predicts, as at test time; in a crowd a random `train_regions` objects of an image stand for all.
- 3. The points that are kept are the least certain ones, as in PointRend (read as "random", oversampling would do nothing);
-    binary cross-entropy and dice 5 each, squared error of the IoU 1; 12544 points, 3 times oversampled, 75 % kept.
- 4. The IoU to predict is that with the whole object, not with its part inside the box, and the head ends in a sigmoid.
- 5. RoIAlign and pasting count from the middle of a cell and undo each other; coordinates are never rounded. Logits are
-    pasted, which is what the sampled points of the loss read, and compared with 0; the paper takes the sigmoid first, which
-    flattens edges within a cell (0.02 AP at regions of 16).
- 6. The baselines keep neck and mappers: nothing else in them could learn.
- 7. Of five feature levels the one of stride 8 is E, of a single one that one. DINO's query is the normalised state that its
-    class head reads.
- 8. Six whole epochs instead of 88,500 steps; the learning rate falls to a tenth after 90 % and again after 95 %; the
-    gradient's norm is cut at 0.1.
- 9. The scoring head's layers are those of the one other implementation that could be found, and its gradient runs on into
-    mask and region. Regions are the detector's own detections, after its soft-NMS if it has one.
+Differences from the paper. We do not know what the paper does on these points:
+ 1. Sizes: channel_dim 128, two blocks in each encoder, hidden width 1024, GroupNorm(32), Swin
+    windows of 8 cells; of the query encoder, box-to-object attention only.
+ 2. Training: each object is learned by the query that Hungarian matching (costs 2, 5, 2) assigns,
+    within its predicted box, as in evaluation; at most `train_regions` random objects per image.
+ 3. Points: those with the logit nearest to 0, as in PointRend. The note says that they are chosen
+    at random, but then k would have no effect. N = 12544, k = 3, beta = 0.75.
+ 4. Loss weights: binary cross-entropy 5, dice 5, squared error of the predicted IoU 1.
+ 5. The IoU to predict is that with the complete object, including the part outside the box. The
+    scoring head ends in a sigmoid, its layers are those of the only other implementation that we
+    found, and its gradient also trains masks and regions.
+ 6. RoIAlign and pasting are inverse to each other, and neither rounds coordinates. Logits are
+    pasted and compared with 0. The paper takes the sigmoid first, which smooths edges within a cell
+    (0.02 AP less with regions of 16 cells).
+ 7. The baselines keep the neck and the mappers; they would have nothing to train otherwise.
+ 8. With five feature levels F uses the second one, which has stride 8; with one level, this one.
+    DINO's query is the normalized state that its class head reads.
+ 9. C1 of a Swin detector that does not use this map has no trained LayerNorm. The backbone applies
+    one without parameters.
+10. Six complete epochs instead of 88,500 steps. The learning rate is multiplied by 0.1 after 90 %
+    and again after 95 % of them, and the gradient norm is clipped at 0.1.
+11. Masks are made for the detector's own detections, after its soft-NMS if it has one.
 """
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -52,51 +70,53 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import matcher
 from backbones.swin import SwinBlock, shift_mask
-from boxes import box_cxcywh_to_xyxy, roi_align
-from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention, encoder_references, sine_positions
-from deformable_detr import gather_rows as take
+from boxes import box_cxcywh_to_xyxy
+from heads.regions import roi_align
+from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention
+from deformable_detr import encoder_references, sine_positions
 from engine.errors import UserError
 from engine.recipe import SMALL_RECIPE, Recipe
-import matcher
-from matcher import Weights, at_least_float32, count_boxes
+from masks import dice_loss, grid_points, mask_iou, paste
+from masks import sample_maps, sample_true_masks, select_masks, uncertain_points
+from matcher import Matches, Weights, at_least_float32, count_boxes
 
-STRIDE = 4         # pixels per cell of the map that regions are cut from
-WINDOW = 8         # of Swin blocks, cells
-IOU_GRID = 64      # points per side on which a mask is compared with its object
-CHUNK = 25         # regions at a time outside training, to bound memory
+STRIDE = 4         # pixels per cell of C1 and F
+WINDOW = 8         # cells per side of a Swin block's window
+CHUNK = 25         # regions computed at a time in evaluation; bounds the memory
 NEEDS_MASKS = True
 NEEDS_DETECTOR = True
 
 
 @dataclass
 class Config:
-    """The recipe: 6 epochs at batch 8 on one GPU, on top of any detector of this project."""
-    level: str = "box"                     # box, or image: one mask over the whole image (the first baseline)
-    roi_size: int = 32
-    roi_box: str = "pred"                  # pred, or gt: regions from the ground truth, an upper bound
-    enc_layer: int = 0                     # encoder layer whose maps are used, 1 the first; 0: the last
-    neck: bool = True                      # 1x1 convolution and GroupNorm on the backbone's map
-    image_encoder: str = "deformable"      # none, deformable, swin or convnext
+    """The system of the paper, on top of any detector of this project."""
+    level: str = "box"                   # box, or image: one mask over the image (a baseline)
+    roi_size: int = 32                   # cells per side of a region
+    roi_box: str = "pred"                # pred, or gt: true boxes, for an upper bound
+    enc_layer: int = 0                   # encoder layer whose tokens are E: 1 the first, 0 the last
+    neck: bool = True                    # 1x1 convolution and GroupNorm on C1
+    image_encoder: str = "deformable"    # none, deformable, swin or convnext
     image_layers: int = 2
     image_ffn_dim: int = 1024
-    channel_dim: int = 128                 # width from the channel mapper on
-    box_encoder: str = "deformable"        # none, deformable, swin or convnext
+    channel_dim: int = 128               # width after the channel mapper
+    box_encoder: str = "deformable"      # none, deformable, swin or convnext
     box_layers: int = 2
     box_ffn_dim: int = 1024
-    query_encoder: str = "box2obj"         # none, obj2obj, box2obj or both
-    query_ffn: bool = False                # a feed-forward network after it
-    mask_scoring: bool = True              # a predicted IoU in the score; else the mean of the mask inside itself
-    score_dim: int = 128                   # channels of the scoring head
+    query_encoder: str = "box2obj"       # none, obj2obj, box2obj or both
+    query_ffn: bool = False              # feed-forward network after the query encoder
+    mask_scoring: bool = True            # rank masks by class score times predicted IoU
+    score_dim: int = 128                 # channels of the scoring head
     score_ffn_dim: int = 1024
     num_heads: int = 8
     num_points: int = 4
-    point_loss: bool = True                # at sampled points; else at every cell of the region
-    loss_points: int = 12544
-    oversample: float = 3.0                # candidates for each point
-    importance: float = 0.75               # share of the points that are the least certain candidates
-    train_regions: int = 100               # objects an image that a step learns from
-    top_k: int = 100                       # detections kept per image
+    point_loss: bool = True              # loss at sampled points; else at every cell of the region
+    loss_points: int = 12544             # N
+    oversample: float = 3.0              # k
+    importance: float = 0.75             # beta
+    train_regions: int = 100             # objects per image in a training step
+    top_k: int = 100                     # detections per image
     cost_class: float = 2.0
     cost_l1: float = 5.0
     cost_giou: float = 2.0
@@ -105,245 +125,344 @@ class Config:
     loss_iou: float = 1.0
 
 
-RECIPE = Recipe(lr=1.5e-4, weight_decay=5e-5, batch_size=8, epochs=6, schedule="drops", lr_drops=(0.9, 0.95))
+RECIPE = Recipe(
+    lr=1.5e-4, weight_decay=5e-5, batch_size=8, epochs=6, schedule="drops", lr_drops=(0.9, 0.95))
 
-
-# For SMALL detectors: minutes on two CPU cores. Sizes and optimisation change, the method does not.
-SMALL = dict(SMALL_RECIPE, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2, box_ffn_dim=128,
-             score_dim=16, score_ffn_dim=64, num_heads=4, loss_points=392) | dict(lr=4e-3, epochs=2)
-BASELINE = dict(image_encoder="none", box_encoder="none", query_encoder="none", mask_scoring=False)
-VARIANTS = {
-    "image_baseline": dict(level="image", **BASELINE),
-    "box_baseline": BASELINE,
-}
+# For SMALL detectors, minutes on two CPU cores: other sizes and optimization, the same method.
+SMALL = SMALL_RECIPE | dict(
+    lr=4e-3, epochs=2, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2,
+    box_ffn_dim=128, score_dim=16, score_ffn_dim=64, num_heads=4, loss_points=392)
+BASELINE = dict(
+    image_encoder="none", box_encoder="none", query_encoder="none", mask_scoring=False)
+VARIANTS = {"image_baseline": dict(level="image", **BASELINE), "box_baseline": BASELINE}
 ENCODERS = ("none", "deformable", "swin", "convnext")
-CHOICES = {"level": ("box", "image"), "roi_box": ("pred", "gt"), "image_encoder": ENCODERS, "box_encoder": ENCODERS,
+CHOICES = {"level": ("box", "image"), "roi_box": ("pred", "gt"),
+           "image_encoder": ENCODERS, "box_encoder": ENCODERS,
            "query_encoder": ("none", "obj2obj", "box2obj", "both")}
 
 
-class Regions(NamedTuple):
-    """The boxes of a batch whose masks are wanted, image by image."""
-    image: Tensor      # (n,) place in the batch
-    query: Tensor      # (n,) the query that found it
-    xyxy: Tensor       # (n, 4)
-    object: Tensor     # (n,) the image's object it learns; in evaluation 0
-    weight: Tensor     # (n,) in the losses
-    counts: list       # regions of each image
+def check_config(cfg: Config) -> None:
+    """UserError for settings that do not exist or do not go together."""
+    for field, choices in CHOICES.items():
+        value = getattr(cfg, field)
+        if value not in choices:
+            raise UserError(f"expected {field} to be one of {', '.join(choices)}, got {value!r}")
+    uses_regions = cfg.box_encoder != "none" or cfg.query_encoder != "none" or cfg.mask_scoring
+    if cfg.level == "image" and uses_regions:
+        raise UserError("expected no box encoder, query encoder or mask scoring with level image, "
+                        "which has no regions: use --variant image_baseline")
 
-    @classmethod
-    def join(cls, images: list[tuple]) -> "Regions":
-        """Per image (query, xyxy, object, weight), each with one row per region -> all of them."""
-        query, xyxy, objects, weight = (torch.cat(part) for part in zip(*images))
-        counts = [len(part[0]) for part in images]
-        image = torch.arange(len(images), device=query.device).repeat_interleave(torch.tensor(counts, device=query.device))
-        return cls(image, query, xyxy, objects, weight, counts)
+
+class Regions(NamedTuple):
+    """The n boxes of a batch for which masks are computed, image after image."""
+    image: Tensor          # (n,) index of the image in the batch
+    query: Tensor          # (n,) index of the query that is compared with the region
+    xyxy: Tensor           # (n, 4)
+    object: Tensor         # (n,) index of the object, in its image, whose mask is learned
+    weight: Tensor         # (n,) weight in the losses
+    counts: list[int]      # number of regions of each image
+
+
+def image_regions(image: int, query: Tensor, xyxy: Tensor, objects: Tensor, weight=1.0) -> Regions:
+    """Regions of one image: query (n,), xyxy (n, 4), objects (n,), one weight for all."""
+    weights = torch.full_like(xyxy[:, 0], weight)                        # (n,)
+    return Regions(torch.full_like(query, image), query, xyxy, objects, weights, [len(query)])
+
+
+def concatenate(images: list[Regions]) -> Regions:
+    """Regions of all images of a batch, given those of each image in order."""
+    *columns, counts = zip(*images)
+    return Regions(*[torch.cat(column) for column in columns], counts=sum(counts, []))
 
 
 class MaskFrozenDETR(nn.Module):
-    """The mask network. The detector is no submodule: neither optimiser, average, state dict nor train() reaches it."""
+    """The mask network. Its parameters and its state dict do not include the frozen detector."""
 
-    def __init__(self, frozen: "Frozen", cfg: Config):
+    def __init__(self, frozen: "FrozenDetector", cfg: Config):
         super().__init__()
-        for field, choices in CHOICES.items():
-            if getattr(cfg, field) not in choices:
-                raise UserError(f"expected {field} to be one of {', '.join(choices)}, got {getattr(cfg, field)!r}")
-        if cfg.level == "image" and (cfg.box_encoder, cfg.query_encoder, cfg.mask_scoring) != ("none", "none", False):
-            raise UserError("expected nothing that looks at regions beside level image: use --variant image_baseline")
-        self.frozen, self.cfg, self.class_names = frozen, cfg, frozen.class_names
+        check_config(cfg)
         dim, C, M = frozen.dim, cfg.channel_dim, cfg.num_heads
+        self.frozen = frozen
+        self.cfg = cfg
+        self.class_names = frozen.class_names
+        self.matching_costs = Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou)
+
+        # F = C1 + interp(F_e(E)). Only deformable attention reads all levels of E.
         if cfg.neck:
             self.neck = Neck(frozen.channels, dim)
         elif frozen.channels != dim:
-            raise UserError(f"expected a backbone map of {dim} channels to add as it is, got {frozen.channels}: use the neck")
+            raise UserError(f"expected a backbone map of {dim} channels, as wide as the encoder, "
+                            f"without a neck; got {frozen.channels}: use the neck")
         levels = frozen.num_levels if cfg.image_encoder == "deformable" else 1
-        sizes = Sizes(dim, M, levels, cfg.num_points, cfg.image_ffn_dim)
-        self.image_encoder = blocks(cfg.image_encoder, cfg.image_layers, sizes)
-        self.channel_mapper, self.query_mapper = nn.Linear(dim, C), nn.Linear(dim, C)
-        self.box_encoder = blocks(cfg.box_encoder, cfg.box_layers, Sizes(C, M, 1, cfg.num_points, cfg.box_ffn_dim))
+        image_blocks = BlockConfig(dim, M, levels, cfg.num_points, cfg.image_ffn_dim)
+        self.image_encoder = build_blocks(cfg.image_encoder, cfg.image_layers, image_blocks)
+
+        # From here on C channels, for regions and queries alike.
+        self.channel_mapper = nn.Linear(dim, C)
+        self.query_mapper = nn.Linear(dim, C)
+        box_blocks = BlockConfig(C, M, 1, cfg.num_points, cfg.box_ffn_dim)
+        self.box_encoder = build_blocks(cfg.box_encoder, cfg.box_layers, box_blocks)
         self.query_encoder = QueryEncoder(cfg)
         if cfg.mask_scoring:
             self.score_head = ScoreHead(C, cfg.roi_size, cfg.score_dim, cfg.score_ffn_dim)
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None) -> dict:
-        """images (B, 3, H, W), padding (B, H, W); targets, needed in training and with `roi_box` gt: B dictionaries with
-        labels (n,), boxes (n, 4) and masks (n, h, w) -> the detector's outputs and `mask_logits` (n, r, r), `mask_ious`
-        (n,), their `regions`, and in evaluation `found`, which region belongs to which detection."""
+        """Detect objects in images (B, 3, H, W) with padding (B, H, W), and compute their masks.
+
+        targets: per image labels (n,), boxes (n, 4) and masks (n, h, w), for training and `roi_box`
+        gt. Returns the detector's outputs and `regions`, `mask_logits` (n, r, r), `mask_ious` (n,)
+        with mask scoring, and in evaluation `detections`: per image the scores, labels, boxes and
+        queries of the detector, and `region`, the row of each one's mask in `mask_logits`.
+        """
+        # The frozen detector, and the boxes that masks are computed for.
         outputs, tokens = self.frozen(images, padding)
+        memory = outputs["memory"]
         if self.training:
-            outputs["regions"] = self.matched_regions(outputs, targets)
+            regions = self.training_regions(outputs, targets)
         elif self.cfg.roi_box == "gt" and targets is not None:
-            outputs["regions"], outputs["found"] = self.given_regions(outputs, targets)
+            regions, outputs["detections"] = self.object_regions(outputs, targets)
         else:
-            outputs["regions"], outputs["found"] = self.best_regions(outputs)
-        features = self.feature_map(outputs["memory"], tokens)                     # (B, H/4, W/4, C)
-        image, query, *_ = outputs["regions"]
-        queries = self.query_encoder.among_objects(self.query_mapper(outputs["queries"][image, query]), image)   # (n, C)
+            regions, outputs["detections"] = self.detected_regions(outputs)
+
+        # The map F and the queries of the regions.
+        features = self.feature_map(memory, tokens)                               # (B, H/4, W/4, C)
+        queries = outputs["queries"][regions.image, regions.query]                # (n, dim)
+        queries = self.query_mapper(queries)                                      # (n, C)
+        queries = self.query_encoder.among_objects(queries, regions.image)        # (n, C)
+
+        # Masks: dot products of queries and cells of the map or of the region.
         if self.cfg.level == "image":
-            outputs["regions"] = whole_image(outputs["regions"], features, outputs["memory"])
-            everywhere = torch.einsum("nc,bhwc->nbhw", queries, features).float()  # (n, B, H/4, W/4)
-            outputs["mask_logits"] = everywhere[torch.arange(len(image)), image]
-            return outputs
-        rows = torch.arange(len(image), device=image.device).split(len(image) if self.training else CHUNK)
-        parts = [self.look_closer(features, outputs["regions"], queries, some, outputs["memory"]) for some in rows]
-        outputs["mask_logits"] = torch.cat([logits for logits, _ in parts])        # (n, r, r)
-        if self.cfg.mask_scoring:
-            outputs["mask_ious"] = torch.cat([iou for _, iou in parts])            # (n,)
-        return outputs
+            regions = cover_map(regions, features, memory)
+            return outputs | self.image_masks(features, regions, queries)
+        return outputs | self.box_masks(features, regions, queries, memory.image_sizes)
+
+    def feature_map(self, memory: Memory, tokens: Tensor) -> Tensor:
+        """F = C1 + interp(F_e(E)), after the channel mapper: (B, H/4, W/4, C). tokens (B, S, dim)
+        are E. The mapper is linear and commutes with RoIAlign; before RoIAlign it is cheaper."""
+        fine = memory.features[0]                                        # (B, channels, H/4, W/4)
+        if self.cfg.neck:
+            fine = self.neck(fine)                                       # (B, dim, H/4, W/4)
+        memory = memory._replace(tokens=tokens.masked_fill(memory.padding[..., None], 0))
+        if self.cfg.image_encoder != "deformable":
+            memory = stride_eight(memory)                                # one level is enough
+        memory = stride_eight(encode(self.image_encoder, memory))
+        coarse = memory.tokens.transpose(1, 2).unflatten(2, memory.shapes[0])  # (B, dim, H/8, W/8)
+        coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=False)
+        features = (fine + coarse).permute(0, 2, 3, 1)                   # (B, H/4, W/4, dim)
+        return self.channel_mapper(features)
+
+    def image_masks(self, features: Tensor, regions: Regions, queries: Tensor) -> dict:
+        """Baseline: sigma(q_i F^T) over the map of the image. features (B, H/4, W/4, C), queries
+        (n, C) -> `regions` and `mask_logits` (n, H/4, W/4) in float32."""
+        logits = []
+        for image_queries, image_map in zip(queries.split(regions.counts), features):
+            logits.append(torch.einsum("nc,hwc->nhw", image_queries, image_map))
+        return {"regions": regions, "mask_logits": torch.cat(logits).float()}
+
+    def box_masks(self, features: Tensor, regions: Regions, queries: Tensor,
+                  image_sizes: Tensor) -> dict:
+        """Masks within the boxes. features (B, H/4, W/4, C), queries (n, C), image_sizes (B, 2) in
+        pixels -> `regions`, `mask_logits` (n, r, r) and, with mask scoring, `mask_ious` (n,)."""
+        pixels = regions.xyxy * image_sizes[regions.image][:, [1, 0, 1, 0]]      # (n, 4)
+        chunk = len(queries) if self.training else CHUNK
+        inputs = zip(pixels.split(chunk), regions.image.split(chunk), queries.split(chunk))
+        chunks = [self.region_masks(features, *rows) for rows in inputs]
+        masks = {name: torch.cat([x[name] for x in chunks]) for name in chunks[0]}
+        return {"regions": regions} | masks
+
+    def region_masks(self, features: Tensor, pixels: Tensor, image: Tensor, queries: Tensor):
+        """R_i = F_b(RoIAlign(F, b_i)), then sigma(q_i R_i^T) and its IoU.
+
+        features (B, H/4, W/4, C); of n regions pixels (n, 4), corners of the boxes in pixels, image
+        (n,) and queries (n, C). Returns as `box_masks`; logits are summed over C in float32.
+        """
+        r = self.cfg.roi_size
+        grid = features.shape[1:3]                                       # H/4, W/4
+        cells = features.float().flatten(1, 2)                           # (B, H/4 W/4, C)
+        level = torch.zeros_like(image)
+        region = roi_align(cells, [grid], [STRIDE], pixels, image, level, r)     # (n, r, r, C)
+        memory = encode(self.box_encoder, region_memory(region))
+        tokens = memory.tokens                                           # (n, r r, C)
+        queries = self.query_encoder.from_region(queries, memory)        # (n, C)
+        logits = (queries.float()[:, None] * tokens.float()).sum(-1)     # (n, r r)
+
+        # RoIAlign samples nothing in a NaN box: its zeros must not pass for a region.
+        broken = pixels.isnan().any(-1)                                  # (n,)
+        logits = logits.masked_fill(broken[:, None], torch.nan).unflatten(1, (r, r))   # (n, r, r)
+        if not self.cfg.mask_scoring:
+            return {"mask_logits": logits}
+        ious = self.score_head(logits.sigmoid(), tokens.unflatten(1, (r, r)))    # (n,)
+        return {"mask_logits": logits, "mask_ious": ious}
+
+    @torch.no_grad()
+    def training_regions(self, outputs: dict, targets: list[dict]) -> Regions:
+        """One region for each object: the box that its matched query predicts (with `roi_box` gt,
+        its own box). At most `train_regions` random objects stand for all objects of an image."""
+        predicted = clipped_corners(outputs["pred_boxes"])               # (B, Nq, 4)
+        images = []
+        for b, (query, index) in enumerate(matcher.match(outputs, targets, self.matching_costs)):
+            sample = torch.randperm(len(query))[:self.cfg.train_regions]
+            weight = len(query) / max(1, len(sample))
+            query = query[sample].to(predicted.device)                   # (n,)
+            index = index[sample].to(predicted.device)                   # (n,)
+            xyxy = predicted[b, query]                                   # (n, 4)
+            if self.cfg.roi_box == "gt":
+                xyxy = clipped_corners(targets[b]["boxes"][index])       # (n, 4)
+            images.append(image_regions(b, query, xyxy, index, weight))
+
+        # Without any object, one region of weight 0 gives every parameter a gradient.
+        if not any(len(regions.query) for regions in images):
+            first = torch.zeros(1, dtype=torch.int64, device=predicted.device)
+            images[0] = image_regions(0, first, predicted[0, first], first, weight=0.0)
+        return concatenate(images)
+
+    @torch.no_grad()
+    def detected_regions(self, outputs: dict) -> tuple[Regions, list[dict]]:
+        """The detector's `top_k` detections, with boxes in [0, 1], and their regions: one for each
+        query, which may have detections of several classes."""
+        predicted = clipped_corners(outputs["pred_boxes"])               # (B, Nq, 4)
+        cfg = replace(self.frozen.model.cfg, top_k=self.cfg.top_k)
+        detections = self.frozen.detect(outputs, predicted.new_ones(len(predicted), 2), cfg)
+        images = []
+        first = 0                                                        # first region of the image
+        for b, detection in enumerate(detections):
+            query, row = detection["query"].unique(return_inverse=True)
+            detection["region"] = first + row
+            first += len(query)
+            images.append(image_regions(b, query, predicted[b, query], torch.zeros_like(query)))
+        return concatenate(images), detections
+
+    @torch.no_grad()
+    def object_regions(self, outputs: dict, targets: list[dict]) -> tuple[Regions, list[dict]]:
+        """An upper bound: every object is detected with its own label and box, with score 1."""
+        device = outputs["pred_boxes"].device
+        targets = [{name: t[name].to(device) for name in ("labels", "boxes")} for t in targets]
+        images, detections = [], []
+        first = 0                                                        # first region of the image
+        for b, (query, index) in enumerate(matcher.match(outputs, targets, self.matching_costs)):
+            query = query.to(device)                                     # (n,)
+            index = index.to(device)                                     # (n,)
+            xyxy = clipped_corners(targets[b]["boxes"][index])           # (n, 4)
+            images.append(image_regions(b, query, xyxy, index))
+            labels = targets[b]["labels"][index]                         # (n,)
+            row = torch.arange(len(query), device=device)                # (n,)
+            detections.append({"scores": torch.ones_like(xyxy[:, 0]), "labels": labels,
+                               "boxes": xyxy, "query": query, "region": first + row})
+            first += len(query)
+        return concatenate(images), detections
 
     def get_extra_state(self) -> Tensor:
-        """The detector's hash travels in every state dict: these weights mean nothing on another one."""
+        """The detector's hash, which PyTorch adds to every state dict of the mask network."""
         return self.frozen.hash
 
     def set_extra_state(self, state: Tensor) -> None:
+        """Called when a state dict is loaded: its weights are useless with another detector."""
+        expected = bytes(state.tolist()).hex()[:12]
+        got = bytes(self.frozen.hash.tolist()).hex()[:12]
         if not torch.equal(state.cpu(), self.frozen.hash):
-            ours, theirs = (bytes(x.tolist()).hex()[:12] for x in (self.frozen.hash, state))
-            raise UserError(f"expected the detector that these masks were trained on, weights {theirs}, got {ours}: "
-                            "give the right file with --detector")
+            raise UserError(f"expected the detector that these masks were trained on, weights "
+                            f"{expected}, got {got}: give the right file with --detector")
 
     def _apply(self, fn, recurse: bool = True):
-        self.frozen.model._apply(fn)   # .to(device) reaches the detector too
+        """Called by to(), cuda(), double() and the like, which convert the detector as well."""
+        self.frozen.model._apply(fn)
         return super()._apply(fn, recurse)
 
-    @torch.no_grad()
-    def matched_regions(self, outputs: dict, targets: list[dict]) -> Regions:
-        """Every object's query and the box it predicts. A batch without objects gets one region of weight 0, so that all
-        parameters have a gradient."""
-        predicted, parts = inside(outputs["pred_boxes"]), []
-        for boxes, target, (query, index) in zip(predicted, targets, match(outputs, targets, self.cfg)):
-            some = torch.randperm(len(query))[:self.cfg.train_regions]
-            query, index, weight = query[some].to(boxes.device), index[some].to(boxes.device), len(query) / max(1, len(some))
-            chosen = inside(target["boxes"][index]) if self.cfg.roi_box == "gt" else boxes[query]
-            parts.append((query, chosen, index, boxes.new_full((len(query),), weight)))
-        if not any(len(part[0]) for part in parts):
-            zero = parts[0][0].new_zeros(1)
-            parts[0] = (zero, predicted[0, :1], zero, predicted.new_zeros(1))
-        return Regions.join(parts)
 
-    @torch.no_grad()
-    def best_regions(self, outputs: dict) -> tuple[Regions, list[dict]]:
-        """The detector's own detections, boxes as shares of the image, and one region for every query among them."""
-        sizes = torch.ones(len(outputs["pred_boxes"]), 2, device=outputs["pred_boxes"].device)
-        found, parts, first = self.frozen.detect(outputs, sizes, replace(self.frozen.model.cfg, top_k=self.cfg.top_k)), [], 0
-        for boxes, image in zip(inside(outputs["pred_boxes"]), found):
-            query, row = image["query"].unique(return_inverse=True)
-            image["region"], first = first + row, first + len(query)
-            parts.append((query, boxes[query], torch.zeros_like(query), torch.ones_like(boxes[query, 0])))
-        return Regions.join(parts), found
+class FrozenDetector:
+    """The frozen detector. Deliberately not an nn.Module, so that parameters(), state_dict() and
+    train() of the mask network skip it. Copies of the mask network (EMA) share it. `detect` is the
+    function of the detector's paper file."""
 
-    @torch.no_grad()
-    def given_regions(self, outputs: dict, targets: list[dict]) -> tuple[Regions, list[dict]]:
-        """The upper bound: every object is found, with its own box and label."""
-        found, parts, first, device = [], [], 0, outputs["pred_boxes"].device
-        targets = [{name: t[name].to(device) for name in ("labels", "boxes")} for t in targets]
-        for target, (query, index) in zip(targets, match(outputs, targets, self.cfg)):
-            query, index = (x.to(device) for x in (query, index))
-            xyxy = inside(target["boxes"][index])
-            region, first = first + torch.arange(len(query), device=device), first + len(query)
-            found.append({"scores": torch.ones_like(xyxy[:, 0]), "labels": target["labels"][index], "boxes": xyxy,
-                          "query": query, "region": region})
-            parts.append((query, xyxy, index, torch.ones_like(xyxy[:, 0])))
-        return Regions.join(parts), found
-
-    def feature_map(self, memory: Memory, tokens: Tensor) -> Tensor:
-        """F = C1 + interp(F_e(E)) through the channel mapper: -> (B, H/4, W/4, C). The mapper is linear, so it may come
-        before RoIAlign, where it is cheaper. `tokens` (B, S, dim): the encoder layer that E is taken from."""
-        fine = self.neck(memory.features[0]) if self.cfg.neck else memory.features[0]              # (B, dim, H/4, W/4)
-        memory = memory._replace(tokens=tokens.masked_fill(memory.padding[..., None], 0))
-        if self.cfg.image_encoder != "deformable":
-            memory = stride_eight(memory)                                          # only deformable attention sees all levels
-        memory = stride_eight(encode(self.image_encoder, memory))
-        coarse = memory.tokens.transpose(1, 2).unflatten(2, memory.shapes[0])      # (B, dim, H/8, W/8)
-        coarse = F.interpolate(coarse, fine.shape[-2:], mode="bilinear", align_corners=False)
-        return self.channel_mapper((fine + coarse).permute(0, 2, 3, 1))
-
-    def look_closer(self, features: Tensor, regions: Regions, queries: Tensor, rows: Tensor, memory: Memory) -> tuple:
-        """R_i = F_b(RoIAlign(F, b_i)), then sigma(q_i . R_i): features (B, H/4, W/4, C), queries (n, C), regions `rows` (k,)
-        -> logits (k, r, r), summed over channels in float32, and IoUs (k,) or None."""
-        image, r = regions.image[rows], self.cfg.roi_size
-        pixels = regions.xyxy[rows] * memory.image_sizes[image][:, [1, 0, 1, 0]]
-        region = roi_align(features.float().flatten(1, 2), [features.shape[1:3]], [STRIDE], pixels, image,
-                           torch.zeros_like(image), r)                             # (k, r, r, C)
-        region = encode(self.box_encoder, as_memory(region))
-        query = self.query_encoder.from_region(queries[rows], region)              # (k, C)
-        logits = (query.float()[:, None] * region.tokens.float()).sum(-1).unflatten(1, (r, r))
-        iou = self.score_head(logits.sigmoid(), region.tokens.unflatten(1, (r, r))) if self.cfg.mask_scoring else None
-        return logits, iou
-
-
-# --------------------------------------------------------------------------------------------- the frozen detector
-
-class Frozen:
-    """A trained detector that never changes. No module, so that nothing that walks over modules finds it; copies of the mask
-    network share it."""
-
-    def __init__(self, model: nn.Module, detect, enc_layer: int = 0, class_names: list[str] | None = None):
-        self.model, self.detect, self.class_names = model.eval().requires_grad_(False), detect, class_names
-        self.tapped = []
-        inner = getattr(model, "detector", model)                                  # Co-DETR keeps its detector inside
-        self.channels, (self.num_levels, self.dim) = inner.backbone.channels[0], inner.level_embed.shape
-        if not 0 <= enc_layer <= len(inner.encoder):
-            raise UserError(f"expected enc_layer from 0 to {len(inner.encoder)}, the layers of the detector, got {enc_layer}")
-        if enc_layer:
-            inner.encoder[enc_layer - 1].register_forward_hook(lambda module, inputs, tokens: self.tapped.append(tokens))
+    def __init__(self, model: nn.Module, detect, enc_layer: int = 0, class_names=None):
+        inner = getattr(model, "detector", model)         # Co-DETR has its detector as a submodule
+        layers = len(inner.encoder)
+        if not 0 <= enc_layer <= layers:
+            raise UserError(f"expected enc_layer from 0 to {layers}, the detector's number of "
+                            f"encoder layers, got {enc_layer}")
+        self.model = model.eval().requires_grad_(False)
+        self.detect = detect
+        self.enc_layer = enc_layer
+        self.class_names = class_names
+        self.channels = inner.backbone.channels[0]        # of C1
+        self.num_levels, self.dim = inner.level_embed.shape
         self.hash = weight_hash(model)
+        self.layer_tokens = None
+        if enc_layer:
+            inner.encoder[enc_layer - 1].register_forward_hook(self.store_tokens)
 
     @torch.no_grad()
     def __call__(self, images: Tensor, padding: Tensor) -> tuple[dict, Tensor]:
-        """-> the detector's outputs and E, the tokens (B, S, dim) of the encoder layer that was asked for."""
-        outputs = self.model(images, padding)
-        return dict(outputs), self.tapped.pop() if self.tapped else outputs["memory"].tokens
+        """Images (B, 3, H, W), padding (B, H, W) -> the detector's outputs and E: the tokens
+        (B, S, dim) after encoder layer `enc_layer`."""
+        outputs = dict(self.model(images, padding))
+        if self.enc_layer == 0:
+            return outputs, outputs["memory"].tokens
+        tokens = self.layer_tokens
+        self.layer_tokens = None                          # frees the memory
+        return outputs, tokens
 
-    def __deepcopy__(self, memo) -> "Frozen":
+    def store_tokens(self, layer: nn.Module, inputs: tuple, tokens: Tensor) -> None:
+        """Forward hook: remember what an encoder layer returned."""
+        self.layer_tokens = tokens
+
+    def __deepcopy__(self, memo) -> "FrozenDetector":
         return self
 
 
 def weight_hash(model: nn.Module) -> Tensor:
-    """SHA-256 of every name and weight: 32 bytes as a tensor."""
+    """SHA-256 of all names and weights of a model: (32,) uint8."""
     digest = sha256()
     for name, value in model.state_dict().items():
         digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
     return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
-def inside(boxes: Tensor) -> Tensor:
-    """Boxes (..., 4) cxcywh -> corners (..., 4), clipped to the image."""
+def clipped_corners(boxes: Tensor) -> Tensor:
+    """Boxes (..., 4) cxcywh in [0, 1] -> corners (..., 4), clipped to the image."""
     return box_cxcywh_to_xyxy(at_least_float32(boxes)).clamp(0, 1)
 
 
-def whole_image(regions: Regions, features: Tensor, memory: Memory) -> Regions:
-    """The same with the whole map as the box of each, padding included."""
-    extent = STRIDE * torch.tensor(features.shape[2:0:-1], device=features.device)               # (2,) width, height
-    corner = extent / memory.image_sizes[regions.image].flip(-1)                   # (n, 2)
+def cover_map(regions: Regions, features: Tensor, memory: Memory) -> Regions:
+    """Replace every box by that of the complete map features (B, H/4, W/4, C), with its padding:
+    image-level masks are then learned and pasted like those of boxes."""
+    height, width = features.shape[1:3]
+    extent = torch.tensor([STRIDE * width, STRIDE * height], device=features.device)     # (2,) px
+    corner = extent / memory.image_sizes[regions.image].flip(-1)         # (n, 2), at least 1
     return regions._replace(xyxy=torch.cat((torch.zeros_like(corner), corner), -1))
 
 
 def stride_eight(memory: Memory) -> Memory:
-    """Only E, the level of stride 8: the first, or the second where the first is as fine as C1 (five-scale
-    detectors), or all there is."""
-    level = int(len(memory.shapes) > 1 and tuple(memory.shapes[0]) == tuple(memory.features[0].shape[-2:]))
-    tokens, positions, padding = (memory.by_level(x)[level] for x in (memory.tokens, memory.positions, memory.padding))
-    return memory._replace(tokens=tokens, positions=positions, padding=padding, shapes=[memory.shapes[level]],
-                           valid_ratios=memory.valid_ratios[:, level:level + 1])
+    """Reduce a memory to its level of stride 8: the first one, or the second one if the first has
+    the size of C1 (five-scale detectors)."""
+    finest = tuple(memory.features[0].shape[-2:])
+    level = 1 if len(memory.shapes) > 1 and tuple(memory.shapes[0]) == finest else 0
+    ratios = memory.valid_ratios[:, level:level + 1]                     # (B, 1, 2)
+    parts = (memory.tokens, memory.positions, memory.padding)
+    tokens, positions, padding = [memory.by_level(x)[level] for x in parts]      # (B, H/8 W/8, ..)
+    return memory._replace(tokens=tokens, positions=positions, padding=padding,
+                           shapes=[memory.shapes[level]], valid_ratios=ratios)
 
 
-def as_memory(region: Tensor) -> Memory:
-    """Regions (k, r, r, C) as k images of one level each, so that the same blocks serve as image and as box encoder."""
-    k, r, _, C = region.shape
-    positions = sine_positions(torch.zeros(1, r, r, dtype=torch.bool, device=region.device), C).expand(k, -1, -1)
-    return Memory(region.flatten(1, 2), positions, None, [(r, r)], region.new_ones(k, 1, 2), [], None, (r, r))
+def region_memory(region: Tensor) -> Memory:
+    """Regions (n, r, r, C) as n images of one level: the same blocks encode images and boxes."""
+    n, r, _, C = region.shape
+    no_padding = torch.zeros(1, r, r, dtype=torch.bool, device=region.device)
+    positions = sine_positions(no_padding, C).expand(n, -1, -1)          # (n, r r, C)
+    ratios = region.new_ones(n, 1, 2)
+    return Memory(region.flatten(1, 2), positions, padding=None, shapes=[(r, r)],
+                  valid_ratios=ratios, features=[], image_sizes=None, padded_size=(r, r))
 
-
-# ------------------------------------------------------------------------------------------------------ the network
 
 class Neck(nn.Sequential):
-    """C1 <- GN(PWConv(C1)), (B, channels, H, W) -> (B, dim, H, W)."""
+    """C1 <- GN(PWConv(C1)): (B, channels, H, W) -> (B, dim, H, W)."""
 
     def __init__(self, channels: int, dim: int):
         super().__init__(nn.Conv2d(channels, dim, 1, bias=False), nn.GroupNorm(32, dim))
 
 
-class Sizes(NamedTuple):
-    """What a block is built from; the names are those that `EncoderLayer` reads."""
+class BlockConfig(NamedTuple):
+    """Sizes of a block, with the names that `EncoderLayer` reads."""
     dim: int
     num_heads: int
     num_feature_levels: int
@@ -353,249 +472,227 @@ class Sizes(NamedTuple):
 
 
 class DeformableBlock(EncoderLayer):
-    """The detector's encoder layer with GELU instead of ReLU."""
+    """The encoder layer of Deformable DETR with GELU in place of ReLU."""
 
-    def __init__(self, sizes: Sizes):
-        super().__init__(sizes)
-        for linear in (self.linear1, self.linear2):
-            nn.init.xavier_uniform_(linear.weight)
+    def __init__(self, cfg: BlockConfig):
+        super().__init__(cfg)
+        nn.init.xavier_uniform_(self.linear1.weight)
+        nn.init.xavier_uniform_(self.linear2.weight)
 
     def forward(self, memory: Memory, references: Tensor) -> Tensor:
+        """Tokens (B, S, dim) of `memory`, references (B, S, L, 2) -> tokens (B, S, dim)."""
         x = memory.tokens
-        x = self.norm1(x + self.self_attn(x + memory.positions, references, x, memory.shapes, memory.padding))
-        return self.norm2(x + self.linear2(F.gelu(self.linear1(x))))               # <-
+        query = x + memory.positions
+        x = self.norm1(x + self.self_attn(query, references, x, memory.shapes, memory.padding))
+        return self.norm2(x + self.linear2(F.gelu(self.linear1(x))))     # <- GELU
 
 
 class ConvNeXtBlock(nn.Module):
-    """7x7 depth-wise convolution, then LayerNorm and two point-wise layers with GELU between them (Liu et al. 2022); the
-    layer scale is left out."""
+    """7x7 depth-wise convolution, LayerNorm, and two linear layers with GELU between them (Liu et
+    al. 2022, A ConvNet for the 2020s); without layer scale."""
 
-    def __init__(self, sizes: Sizes):
+    def __init__(self, cfg: BlockConfig):
         super().__init__()
-        self.depthwise = nn.Conv2d(sizes.dim, sizes.dim, 7, padding=3, groups=sizes.dim)
-        self.norm = nn.LayerNorm(sizes.dim)
-        self.linear1, self.linear2 = nn.Linear(sizes.dim, sizes.ffn_dim), nn.Linear(sizes.ffn_dim, sizes.dim)
+        self.depthwise = nn.Conv2d(cfg.dim, cfg.dim, 7, padding=3, groups=cfg.dim)
+        self.norm = nn.LayerNorm(cfg.dim)
+        self.linear1 = nn.Linear(cfg.dim, cfg.ffn_dim)
+        self.linear2 = nn.Linear(cfg.ffn_dim, cfg.dim)
 
     def forward(self, memory: Memory, references: Tensor) -> Tensor:
-        x = memory.tokens.transpose(1, 2).unflatten(2, memory.shapes[0])           # (B, C, H, W)
-        x = self.norm(self.depthwise(x).flatten(2).transpose(1, 2))                # (B, H W, C)
+        """Tokens (B, H W, dim) of one level -> tokens (B, H W, dim)."""
+        x = memory.tokens.transpose(1, 2)                                # (B, dim, H W)
+        x = self.depthwise(x.unflatten(2, memory.shapes[0]))             # (B, dim, H, W)
+        x = self.norm(x.flatten(2).transpose(1, 2))                      # (B, H W, dim)
         return memory.tokens + self.linear2(F.gelu(self.linear1(x)))
 
 
 class SwinMapBlock(SwinBlock):
-    """Attention within windows of 8 x 8 cells, shifted by half a window if asked (Liu et al. 2021)."""
+    """Attention within windows of 8 x 8 cells, which are shifted by 4 cells in every second block
+    (Liu et al. 2021, Swin Transformer)."""
 
-    def __init__(self, sizes: Sizes, shift: bool):
-        super().__init__(sizes.dim, sizes.num_heads, WINDOW, shift, sizes.ffn_dim // sizes.dim, 0.0)
+    def __init__(self, cfg: BlockConfig, shift: bool):
+        mlp_ratio = cfg.ffn_dim // cfg.dim
+        super().__init__(cfg.dim, cfg.num_heads, WINDOW, shift, mlp_ratio, drop_path=0.0)
 
     def forward(self, memory: Memory, references: Tensor) -> Tensor:
-        x = memory.tokens.unflatten(1, memory.shapes[0])                           # (B, H, W, C)
-        return super().forward(x, shift_mask(*memory.shapes[0], WINDOW, x.device)).flatten(1, 2)
+        """Tokens (B, H W, dim) of one level -> tokens (B, H W, dim)."""
+        x = memory.tokens.unflatten(1, memory.shapes[0])                 # (B, H, W, dim)
+        mask = shift_mask(*memory.shapes[0], WINDOW, x.device)
+        return super().forward(x, mask).flatten(1, 2)
 
 
-def blocks(kind: str, depth: int, sizes: Sizes) -> nn.ModuleList:
-    """F_e or F_b: `depth` blocks of one family."""
-    make = {"none": lambda shift: None, "deformable": lambda shift: DeformableBlock(sizes),
-            "swin": lambda shift: SwinMapBlock(sizes, shift), "convnext": lambda shift: ConvNeXtBlock(sizes)}[kind]
-    return nn.ModuleList(make(i % 2 == 1) for i in range(depth if kind != "none" else 0))
+def build_blocks(kind: str, depth: int, cfg: BlockConfig) -> nn.ModuleList:
+    """F_e or F_b: `depth` blocks of one of the ENCODERS, none for kind "none"."""
+    blocks = nn.ModuleList()
+    if kind == "none":
+        return blocks
+    for i in range(depth):
+        if kind == "deformable":
+            blocks.append(DeformableBlock(cfg))
+        elif kind == "swin":
+            blocks.append(SwinMapBlock(cfg, shift=i % 2 == 1))
+        else:
+            blocks.append(ConvNeXtBlock(cfg))
+    return blocks
 
 
-def encode(layers: nn.ModuleList, memory: Memory) -> Memory:
-    """Images or regions through their encoder, whatever its kind."""
-    references = encoder_references(memory) if layers else None                    # (B, S, L, 2)
-    for layer in layers:
-        memory = memory._replace(tokens=layer(memory, references))
+def encode(blocks: nn.ModuleList, memory: Memory) -> Memory:
+    """Apply F_e to images or F_b to regions: the memory with the tokens after all blocks."""
+    references = encoder_references(memory)                              # (B, S, L, 2)
+    for block in blocks:
+        memory = memory._replace(tokens=block(memory, references))
     return memory
 
 
 class QueryEncoder(nn.Module):
-    """Queries were trained to read a whole image: let them look at each other, at their own region, and think."""
+    """The detector's queries were trained on features of complete images; adapt them with
+    self-attention among objects, cross-attention to their region, and an FFN (all optional)."""
 
     def __init__(self, cfg: Config):
         super().__init__()
         C, M = cfg.channel_dim, cfg.num_heads
-        if cfg.query_encoder in ("obj2obj", "both"):
-            self.self_attn, self.self_norm = SelfAttention(C, M, 0.0), nn.LayerNorm(C)
-        if cfg.query_encoder in ("box2obj", "both"):
-            self.attn, self.norm = nn.MultiheadAttention(C, M, batch_first=True), nn.LayerNorm(C)
-        if cfg.query_ffn:
-            self.ffn = nn.Sequential(nn.Linear(C, cfg.box_ffn_dim), nn.GELU(), nn.Linear(cfg.box_ffn_dim, C))
+        self.object_to_object = cfg.query_encoder in ("obj2obj", "both")
+        self.box_to_object = cfg.query_encoder in ("box2obj", "both")
+        self.feed_forward = cfg.query_ffn
+        if self.object_to_object:
+            self.self_attn = SelfAttention(C, M, 0.0)
+            self.self_norm = nn.LayerNorm(C)
+        if self.box_to_object:
+            self.attn = nn.MultiheadAttention(C, M, batch_first=True)
+            self.norm = nn.LayerNorm(C)
+        if self.feed_forward:
+            hidden = cfg.box_ffn_dim
+            self.ffn = nn.Sequential(nn.Linear(C, hidden), nn.GELU(), nn.Linear(hidden, C))
             self.ffn_norm = nn.LayerNorm(C)
 
     def among_objects(self, queries: Tensor, image: Tensor) -> Tensor:
-        """Object to object: [q_1 .. q_n] <- SelfAttention([q_1 .. q_n]) within each image: (n, C), image (n,) -> (n, C)."""
-        if not hasattr(self, "self_attn"):
+        """Object to object: self-attention among queries (n, C) with equal image (n,) -> (n, C)."""
+        if not self.object_to_object:
             return queries
-        blocked = image[:, None] != image                                          # (n, n)
-        return self.self_norm(queries + self.self_attn(queries[None], torch.zeros_like(queries), blocked)[0])
+        other_image = image[:, None] != image                            # (n, n)
+        no_positions = torch.zeros_like(queries)
+        attended = self.self_attn(queries[None], no_positions, other_image)[0]     # (n, C)
+        return self.self_norm(queries + attended)
 
     def from_region(self, queries: Tensor, region: Memory) -> Tensor:
-        """Box to object: q_i <- CrossAttention(q_i, R_i), then the feed-forward network: (k, C), k regions -> (k, C)."""
-        if hasattr(self, "attn"):
-            tokens = region.tokens
-            looked, _ = self.attn(queries[:, None], tokens + region.positions, tokens, need_weights=False)       # (k, 1, C)
-            queries = self.norm(queries + looked[:, 0])
-        return self.ffn_norm(queries + self.ffn(queries)) if hasattr(self, "ffn") else queries
+        """Box to object: cross-attention of each query (n, C) to its own region, then the
+        feed-forward network -> (n, C)."""
+        if self.box_to_object:
+            values = region.tokens                                       # (n, r r, C)
+            keys = values + region.positions                             # (n, r r, C)
+            attended, _ = self.attn(queries[:, None], keys, values, need_weights=False)
+            queries = self.norm(queries + attended[:, 0])                # (n, C)
+        if self.feed_forward:
+            queries = self.ffn_norm(queries + self.ffn(queries))
+        return queries
 
 
 class ScoreHead(nn.Module):
-    """iou_i = MLP(Flatten(Conv(Cat(M_i, R_i)))): the overlap that a mask will have with its object, whatever its class."""
+    """iou_i = MLP(Flatten(Conv(Cat(M_i, R_i)))): predict the IoU of a mask with its object, the
+    same for all classes. `width`: channels of the convolutions; `hidden`: of the MLP."""
 
     def __init__(self, dim: int, roi_size: int, width: int, hidden: int):
         super().__init__()
-        self.convs = nn.ModuleList(nn.Conv2d(dim + 1 if i == 0 else width, width, 3, 1 + (i > 1), 1) for i in range(4))
-        self.mlp = MLP((-(-roi_size // 4)) ** 2 * width, hidden, hidden, 1)
+        inputs = (dim + 1, width, width, width)
+        strides = (1, 1, 2, 2)
+        self.convs = nn.ModuleList(
+            nn.Conv2d(i, width, 3, stride, padding=1) for i, stride in zip(inputs, strides))
+        side = (roi_size + 3) // 4                # after two convolutions of stride 2
+        self.mlp = MLP(side * side * width, hidden, hidden, 1)
 
-    def forward(self, masks: Tensor, region: Tensor) -> Tensor:
-        """Probabilities (k, r, r), regions (k, r, r, C) -> (k,) in (0, 1)."""
-        x = torch.cat((masks[..., None], region.float()), -1).permute(0, 3, 1, 2)  # (k, 1 + C, r, r)
+    def forward(self, masks: Tensor, regions: Tensor) -> Tensor:
+        """Mask probabilities (n, r, r), regions (n, r, r, C) -> IoUs (n,) in (0, 1)."""
+        x = torch.cat((masks[..., None], regions.float()), -1)           # (n, r, r, 1 + C)
+        x = x.permute(0, 3, 1, 2)                                        # (n, 1 + C, r, r)
         for conv in self.convs:
             x = F.relu(conv(x))
         return self.mlp(x.flatten(1))[:, 0].float().sigmoid()
 
 
-# ------------------------------------------------------------------------------------------------------------ losses
-
-def match(outputs: dict, targets: list[dict], cfg: Config) -> list[tuple[Tensor, Tensor]]:
-    """Hungarian matching of the detector's queries: per image query and object indices, on the host."""
-    return matcher.match(outputs, targets, Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou))
-
-
-def draw_points(n: int, count: int, device) -> Tensor:
-    """(n, count, 2), x and y in [0, 1) of a box."""
-    return torch.rand(n, count, 2, device=device)
-
-
-def grid_points(n: int, height: int, width: int, device) -> Tensor:
-    """The middles of height x width cells of a box, row by row: (n, height width, 2)."""
-    y, x = ((torch.arange(count, device=device) + 0.5) / count for count in (height, width))
-    return torch.cartesian_prod(y, x).flip(-1).expand(n, -1, -1)
-
-
-def read(maps: Tensor, points: Tensor) -> Tensor:
-    """Bilinear values of maps (n, h, w) at points (n, P, 2) in [0, 1], zero beyond the border: (n, P)."""
-    return F.grid_sample(maps[:, None], 2 * points[:, None] - 1, align_corners=False)[:, 0, 0]
-
-
-@torch.no_grad()
-def uncertain_points(logits: Tensor, cfg: Config) -> Tensor:
-    """PointRend (Kirillov et al. 2020, section 3.1), points in box coordinates, (n, P, 2): of `oversample` P candidates the
-    `importance` P whose logit is nearest to 0; the rest anywhere."""
-    n, P = len(logits), cfg.loss_points
-    kept = round(cfg.importance * P)
-    candidates = draw_points(n, round(cfg.oversample * P), logits.device)
-    best = read(logits, candidates).abs().topk(kept, largest=False).indices        # (n, kept)
-    return torch.cat((take(candidates, best), draw_points(n, P - kept, logits.device)), 1)
-
-
-@torch.no_grad()
-def read_objects(regions: Regions, points: Tensor, targets: list[dict]) -> Tensor:
-    """What the true masks are at points (n, P, 2) of the regions: (n, P) in [0, 1]. Each object's mask (h, w) covers its
-    unpadded image."""
-    places = regions.xyxy[:, None, :2] + points * (regions.xyxy[:, None, 2:] - regions.xyxy[:, None, :2])      # (n, P, 2)
-    return torch.cat([read(object_masks(t, index), place) for t, index, place in
-                      zip(targets, regions.object.split(regions.counts), places.split(regions.counts))])
-
-
-def object_masks(target: dict, index: Tensor) -> Tensor:
-    """(k, h, w) float masks of some objects; empty ones in an image without objects."""
-    masks = target["masks"]
-    return masks[index].float() if len(masks) else torch.zeros(len(index), *masks.shape[1:], device=masks.device)
-
-
-@torch.no_grad()
-def mask_iou(logits: Tensor, regions: Regions, targets: list[dict]) -> Tensor:
-    """IoU (n,) of each binary mask, pasted, with the whole of its object, whose part outside the box counts against it."""
-    points = grid_points(len(logits), IOU_GRID, IOU_GRID, logits.device)
-    predicted = (read(logits, points) > 0).float()                                 # (n, 64^2)
-    box = (regions.xyxy[:, 2:] - regions.xyxy[:, :2]).prod(-1)                     # (n,) as shares of the image
-    area = torch.cat([object_masks(t, index).mean((1, 2)) for t, index in zip(targets, regions.object.split(regions.counts))])
-    overlap = (predicted * read_objects(regions, points, targets)).mean(1) * box
-    return overlap / (predicted.mean(1) * box + area - overlap).clamp(min=1e-9)
-
-
 class Criterion:
-    """Binary cross-entropy and dice at sampled points, and the squared error of the predicted IoU."""
+    """Binary cross-entropy and dice loss at points, and the squared error of the predicted IoU."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
+        self.matching_costs = Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou)
 
-    def __call__(self, outputs: dict, targets: list[dict], num_boxes: float | None = None) -> dict:
-        """-> weighted losses {"bce", "dice", "iou"}, each a sum over objects divided by their number, `num_boxes` where the
-        batch is spread over ranks or micro-batches."""
-        cfg, logits, regions = self.cfg, outputs["mask_logits"], outputs["regions"]
+    def __call__(self, outputs: dict, targets: list[dict], num_boxes=None) -> dict[str, Tensor]:
+        """Compute the weighted losses {"bce", "dice", "iou"}, whose sum is the training loss.
+
+        targets: per image labels (n,) and masks (n, h, w). num_boxes: the divisor of all losses,
+        which are sums over objects; by default the number of objects in `targets`.
+        """
+        cfg = self.cfg
+        logits = outputs["mask_logits"]                                  # (n, r, r)
+        regions = outputs["regions"]
+        masks = select_masks(targets, regions.object.split(regions.counts))
+        if num_boxes is None:
+            num_boxes = count_boxes(targets)
+
+        # Predicted and true values at P points of every region.
         if cfg.point_loss:
-            points = uncertain_points(logits, cfg)                                 # (n, P, 2)
-            values = read(logits, points)                                          # (n, P)
+            points = uncertain_points(
+                logits, cfg.loss_points, cfg.oversample, cfg.importance)   # (n, P, 2)
+            values = sample_maps(logits, points)                         # (n, P)
         else:
-            points, values = grid_points(len(logits), *logits.shape[1:], logits.device), logits.flatten(1)
-        truth = read_objects(regions, points, targets)                             # (n, P)
-        probability = values.sigmoid()
-        terms = {"bce": cfg.loss_bce * F.binary_cross_entropy_with_logits(values, truth, reduction="none").mean(1),
-                 "dice": cfg.loss_dice * (1 - (2 * (probability * truth).sum(1) + 1) / (probability.sum(1) + truth.sum(1) + 1))}
+            points = grid_points(*logits.shape, logits.device)           # (n, r r, 2)
+            values = logits.flatten(1)                                   # (n, r r)
+        truth = sample_true_masks(masks, regions.xyxy, points)           # (n, P)
+
+        # The losses of every region, then their weighted sums.
+        cross_entropy = F.binary_cross_entropy_with_logits(values, truth, reduction="none")
+        terms = {"bce": cfg.loss_bce * cross_entropy.mean(1),            # (n,)
+                 "dice": cfg.loss_dice * dice_loss(values.sigmoid(), truth)}
         if "mask_ious" in outputs:
-            terms["iou"] = cfg.loss_iou * (outputs["mask_ious"] - mask_iou(logits.detach(), regions, targets)) ** 2
-        return {name: (regions.weight * term).sum() / (num_boxes or count_boxes(targets)) for name, term in terms.items()}
+            true_ious = mask_iou(logits.detach(), masks, regions.xyxy)   # (n,)
+            terms["iou"] = cfg.loss_iou * (outputs["mask_ious"] - true_ious) ** 2
+        return {name: (regions.weight * term).sum() / num_boxes for name, term in terms.items()}
 
-    def match(self, outputs: dict, targets: list[dict]) -> list[tuple[Tensor, Tensor]]:
-        """Of the frozen detector: per image query and object indices, on the host."""
-        return match(outputs, targets, self.cfg)
+    def match(self, outputs: dict, targets: list[dict]) -> Matches:
+        """Match the detector's queries: per image query and object indices, on the host."""
+        return matcher.match(outputs, targets, self.matching_costs)
 
-
-# -------------------------------------------------------------------------------------------------------- detections
 
 @torch.no_grad()
 def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
-    """The detector's `cfg.top_k` best detections, as it gives them, with their masks.
+    """The detector's `cfg.top_k` best detections of each image, with masks.
 
-    sizes (B, 2): height and width, pixels, of the images they are wanted in -> B dictionaries as in
-    `deformable_detr.detect`, with masks (k, h, w) bool, and mask_scores (k,): what the masks are to be ranked by."""
-    result = []
-    for found, size in zip(outputs["found"], sizes.to(outputs["pred_boxes"].device)):
-        image = {name: x[:cfg.top_k] for name, x in found.items()}
-        used, row = image.pop("region").unique(return_inverse=True)
-        scale = size[[1, 0, 1, 0]]
-        image["boxes"] = image["boxes"] * scale
-        masks, certainty = paste(outputs["mask_logits"][used], outputs["regions"].xyxy[used] * scale, *size.tolist())
-        quality = outputs["mask_ious"][used] if "mask_ious" in outputs else certainty
-        result.append({**image, "masks": masks[row], "mask_scores": image["scores"] * quality[row]})
-    return result
+    sizes (B, 2): height and width, in pixels, of the images that they are wanted for. Returns what
+    the detector's own `detect` returns, with masks (top_k, height, width) bool and mask_scores
+    (top_k,), by which masks are ranked. The score of a mask whose logits are not finite is NaN.
+    """
+    results = []
+    for detections, size in zip(outputs["detections"], sizes.to(outputs["pred_boxes"].device)):
+        result = {name: x[:cfg.top_k] for name, x in detections.items()}
+        scale = size[[1, 0, 1, 0]]                                       # (4,) w, h, w, h
+        result["boxes"] = result["boxes"] * scale
 
-
-def paste(logits: Tensor, xyxy: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
-    """Maps (k, r, r) in their boxes (k, 4), pixels, which need not be whole -> masks (k, height, width) bool, true where the
-    logit at the middle of a pixel is above 0, and the mean probability there (k,), 0 for an empty mask.
-
-    Bilinear interpolation is one matrix for the rows and one for the columns."""
-    rows = interpolation(xyxy[:, 1::2], logits.shape[1], height)                   # (k, height, r)
-    columns = interpolation(xyxy[:, 0::2], logits.shape[2], width)                 # (k, width, r)
-    masks, certainty = [], []
-    for some in zip(rows.split(CHUNK), logits.split(CHUNK), columns.split(CHUNK)):
-        values = some[0] @ some[1] @ some[2].transpose(1, 2)                       # (CHUNK, height, width)
-        mask = values > 0
-        masks.append(mask)
-        certainty.append((values.sigmoid() * mask).sum((1, 2)) / mask.sum((1, 2)).clamp(min=1))
-    return torch.cat(masks), torch.cat(certainty)
-
-
-def interpolation(limits: Tensor, bins: int, pixels: int) -> Tensor:
-    """Boxes from limits[:, 0] to limits[:, 1] along one axis, cut into `bins` -> (k, pixels, bins): what each bin counts at
-    the middle of each pixel. Beyond the outermost bins' middles values fade towards 0, outside the box they are 0."""
-    low, high = limits[:, :1], limits[:, 1:]
-    share = (torch.arange(pixels, device=limits.device) + 0.5 - low) / (high - low).clamp(min=1e-6)            # (k, pixels)
-    distance = (share * bins - 0.5)[..., None] - torch.arange(bins, device=limits.device)
-    return (1 - distance.abs()).clamp(min=0) * ((share >= 0) & (share <= 1))[..., None]
+        # Detections of several classes may share a region: paste it once.
+        region, row = result.pop("region").unique(return_inverse=True)
+        logits = outputs["mask_logits"][region]                          # (n, r, r)
+        masks, quality = paste(logits, outputs["regions"].xyxy[region] * scale, *size.tolist())
+        if "mask_ious" in outputs:
+            quality = outputs["mask_ious"][region]                       # (n,)
+        finite = logits.flatten(1).isfinite().all(1)                     # (n,)
+        quality = quality.masked_fill(~finite, torch.nan)
+        result["masks"] = masks[row]
+        result["mask_scores"] = result["scores"] * quality[row]
+        results.append(result)
+    return results
 
 
 def build(cfg: Config, num_classes: int, detector) -> tuple[MaskFrozenDETR, Criterion]:
-    """The mask network with random weights on `detector` (what engine.models.load_model returned), and its criterion."""
+    """Make the mask network, with random weights, and its criterion. detector: what
+    `engine.models.load_model` returned, frozen from now on."""
     names = detector.meta["class_names"]
     if len(names) != num_classes:
-        raise UserError(f"expected a detector of {num_classes} classes, as the data has, got one with {len(names)}: train it "
-                        "on this data first (train.py --init copies class rows by name)")
-    return MaskFrozenDETR(Frozen(detector.model, detector.paper.detect, cfg.enc_layer, names), cfg), Criterion(cfg)
+        raise UserError(f"expected a detector of {num_classes} classes, as the data has, got one "
+                        f"with {len(names)}: train it on this data first (train.py --init copies "
+                        "class rows by name)")
+    frozen = FrozenDetector(detector.model, detector.paper.detect, cfg.enc_layer, names)
+    return MaskFrozenDETR(frozen, cfg), Criterion(cfg)
 
 
 def param_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """Everything learns alike."""
+    """All parameters, with one learning rate."""
     return [{"params": list(model.parameters()), "lr": recipe.lr}]

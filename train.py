@@ -53,7 +53,7 @@ from engine.models import load_detector, load_paper, start_weights
 from engine.recipe import Recipe, override
 from engine.run_log import RunLog
 from engine.schedules import ema_decay
-from eval import KINDS, evaluate
+from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
 
@@ -98,6 +98,12 @@ class Progress:
     bad_steps: int = 0               # skipped in a row
     best: float = -1.0               # highest AP so far
 
+    def count(self, finite: bool) -> None:
+        """Count one step."""
+        self.step += 1
+        self.batch += 1
+        self.bad_steps = 0 if finite else self.bad_steps + 1
+
 
 def train(run: Run, cfg, recipe: Recipe) -> dict:
     """Train one model. Returns the record of its last evaluation: {"AP", "bbox", "epoch", "step",
@@ -112,20 +118,17 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         batch = BatchSizes(recipe.batch_size, run, machine, len(train_set))
 
         # model and optimizer; every rank has the same weights, and its own noise
-        frozen = [load_detector(run.detector)] if hasattr(paper, "NEEDS_DETECTOR") else []
-        model, criterion = paper.build(cfg, len(train_set.class_names), *frozen)
+        model, criterion = build_model(run, paper, cfg, len(train_set.class_names))
         notes = start_weights(run, cfg, model, train_set.class_names)
         model.to(machine.device)
         machine.seed_rank(run.seed)
         ema = make_ema(model, recipe.ema, recipe.ema_warmup)
-        optimizer = torch.optim.AdamW(
-            paper.param_groups(model, recipe), weight_decay=recipe.weight_decay, fused=True)
+        optimizer, base_lrs = make_optimizer(paper, model, recipe, batch)
         compile_or_recompute(model, run)
         net = machine.distribute(model)
 
         # where the run stands
         progress = Progress()
-        base_lrs = scaled_lrs(optimizer, batch.total / recipe.batch_size)
         if run.resume:
             progress = folder.restore(progress, model, ema, optimizer, batch.steps)
         folder.describe(cfg, recipe, train_set)
@@ -142,9 +145,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                     set_lr(optimizer, base_lrs, lr_factor(recipe, progress.step, batch.steps))
                     losses, grad_norm, finite = step(
                         net, model, criterion, optimizer, ema, micro_batches, recipe.clip, machine)
-                    progress.step += 1
-                    progress.batch += 1
-                    progress.bad_steps = 0 if finite else progress.bad_steps + 1
+                    progress.count(finite)
 
                     signal = machine.max(stop.signal)     # all ranks stop after the same step
                     saving = progress.step % run.save_every == 0 or signal > 0
@@ -165,9 +166,10 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                         record = evaluation(ema, paper, val_set, cfg, batch, machine, progress)
                         log.evaluation(record)
                         if record["AP"] >= progress.best:
-                            folder.save("best.pt", progress, model, ema)
+                            folder.save("best.pt", progress, model, ema,
+                                        thresholds=thresholds(record))
                         if machine.is_main:
-                            draw(ema.module, paper, val_set, cfg, recipe, machine, run.out)
+                            draw(run, ema.module, paper, val_set, cfg, machine)
                 progress.epoch = epoch + 1
                 progress.batch = 0
                 if run.overfit and record.get("AP", 0.0) >= OVERFIT_AP:
@@ -219,7 +221,22 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
     return dict(zip(losses, numbers)), numbers[-1], finite
 
 
-# ---- model ---------------------------------------------------------------------------------------
+# ---- model and optimizer -------------------------------------------------------------------------
+
+def build_model(run: Run, paper, cfg, num_classes: int) -> tuple:
+    """The model with random weights, on a trained detector where it needs one, and its criterion."""
+    if getattr(paper, "NEEDS_DETECTOR", False):
+        return paper.build(cfg, num_classes, load_detector(run.detector))
+    return paper.build(cfg, num_classes)
+
+
+def make_optimizer(paper, model, recipe: Recipe, batch: BatchSizes) -> tuple:
+    """AdamW, and the learning rates of its groups for the batch that is used."""
+    groups = paper.param_groups(model, recipe)
+    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    scale = batch.total / recipe.batch_size
+    return optimizer, [group["lr"] * scale for group in optimizer.param_groups]
+
 
 def make_ema(model, decay: float, warmup: int = 0):
     """Exponential moving average of parameters and batch statistics; `.module` is evaluated. The
@@ -269,11 +286,6 @@ def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     raise UserError(f"expected --schedule step, drops, cosine or flat, got {recipe.schedule!r}")
 
 
-def scaled_lrs(optimizer, scale: float) -> list[float]:
-    """Learning rates of the groups, for a batch smaller than the recipe's."""
-    return [group["lr"] * scale for group in optimizer.param_groups]
-
-
 def set_lr(optimizer, base_lrs: list[float], factor: float) -> None:
     for group, lr in zip(optimizer.param_groups, base_lrs):
         group["lr"] = lr * factor
@@ -320,11 +332,11 @@ def evaluation(ema, paper, dataset, cfg, batch, machine: Machine, progress: Prog
             "eval_seconds": round(time.perf_counter() - begin, 3)}
 
 
-def draw(model, paper, dataset, cfg, recipe, machine: Machine, out: str) -> None:
-    """Curves of the run, and predictions beside the ground truth."""
-    visualize.curves(out)
-    visualize.predictions(model, paper.detect, dataset, cfg, machine.device,
-                          os.path.join(out, "predictions.png"))
+def draw(run: Run, model, paper, dataset, cfg, machine: Machine) -> None:
+    """Draw curves of the run, and predictions beside the ground truth."""
+    visualize.curves(run.out)
+    path = os.path.join(run.out, "predictions.png")
+    visualize.predictions(model, paper.detect, dataset, cfg, machine.device, path)
 
 
 # ---- command line --------------------------------------------------------------------------------

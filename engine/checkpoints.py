@@ -270,9 +270,9 @@ class RunFolder:
         if self.machine.is_main:
             (self.path / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
 
-    def save(self, name: str, progress, model, ema, optimizer=None) -> None:
-        """Write a checkpoint from rank 0; without an optimizer only what inference needs. All ranks
-        call this. FloatingPointError for weights that are not finite."""
+    def save(self, name: str, progress, model, ema, optimizer=None, **more) -> None:
+        """Write a checkpoint from rank 0; without an optimizer only what inference needs, and what
+        `more` holds. All ranks call this. FloatingPointError for weights that are not finite."""
         norms = torch._foreach_norm([p.detach() for p in model.parameters()])
         if not torch.stack(norms).isfinite().all():
             raise FloatingPointError(
@@ -280,7 +280,7 @@ class RunFolder:
                 f"--lr. {self.path} holds what was saved before")
         state = {**self.header, "model": model.state_dict(), "epoch": progress.epoch,
                  "step": progress.step, "best": progress.best,
-                 "progress": dataclasses.asdict(progress)}
+                 "progress": dataclasses.asdict(progress), **more}
         if hasattr(ema, "n_averaged"):
             state["ema"] = ema.module.state_dict()
             state["ema_updates"] = int(ema.n_averaged)

@@ -2,11 +2,8 @@
 
 Every field of the three is a flag; the comment beside a field is its help. Values come, later ones
 winning, from the paper file, its SMALL with --preset small, its variant, and the flags."""
-import argparse
 import dataclasses
-import difflib
-import re
-import sys
+import os
 import typing
 from pathlib import Path
 from typing import Annotated, Any
@@ -51,7 +48,7 @@ def parse(argv: list[str], run_class, description: str) -> tuple:
     cfg, recipe = configure(paper, values)
     if given.get("epochs", "").isdigit():
         changes, text = other_length(paper, run.variant, recipe, int(given["epochs"]))
-        if text and run.preset == "paper":
+        if text and run.preset == "paper" and os.environ.get("RANK", "0") == "0":
             print(text)
         cfg, recipe = configure(paper, values, changes)
     if given.get("overfit", "0") != "0":
@@ -204,24 +201,3 @@ def text_spec(nargs):
 
 
 OptionalText = Annotated[str, text_spec("*")]   # --resume, or --resume FOLDER
-
-
-class Flags(argparse.ArgumentParser):
-    """A parser for which --max_dets and --max-dets are the same flag and abbreviations are unknown flags."""
-
-    def __init__(self, **options):
-        super().__init__(allow_abbrev=False, **options)
-
-    def parse_args(self, args=None, namespace=None):
-        given, unknown = self.parse_known_args(args, namespace)
-        if unknown:
-            known = [option for action in self._actions for option in action.option_strings if option.startswith("--")]
-            near = difflib.get_close_matches(unknown[0].split("=")[0], known, 1)
-            kind = "flag" if unknown[0].startswith("-") else "argument"
-            self.error(f"unknown {kind} {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
-        return given
-
-    def parse_known_args(self, args=None, namespace=None):
-        args = sys.argv[1:] if args is None else args
-        args = [re.sub(r"^--[^=]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), arg) for arg in args]
-        return super().parse_known_args(args, namespace)

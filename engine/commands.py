@@ -1,31 +1,17 @@
 """What the command lines of eval.py, analysis.py and visualize.py share."""
-import contextlib
 import os
-import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import data
-from engine.class_rows import fit_classes
+from engine.class_rows import fit_classes, without_unused
 from engine.coco_json import read_json
 from engine.datasets import validation_set
 from engine.errors import UserError
+from engine.machine import cores
 from engine.models import load_model
-
-
-@contextlib.contextmanager
-def user_errors(program):
-    """End the program with one line, `program: what is wrong`, and exit code 1 for what a user can
-    mend: a UserError, a missing file, a full or read-only disk."""
-    try:
-        yield
-    except UserError as error:
-        sys.exit(f"{program}: {error}")
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        sys.exit(f"{program}: {error.strerror or error}{where}")
 
 
 def open_detector(checkpoint, device="cpu", variant="", detector=""):
@@ -37,6 +23,15 @@ def open_detector(checkpoint, device="cpu", variant="", detector=""):
             raise UserError(f"--checkpoint: expected a run folder with best.pt, got {checkpoint} "
                             "without one; a run writes it at its first evaluation")
     return load_model(path, device, variant, detector)
+
+
+def in_used_classes(detector):
+    """The detector without the unused ones of the 91 columns of released COCO heads."""
+    names = detector.meta["class_names"]
+    model, used = without_unused(detector.model, detector.paper, detector.cfg, names)
+    ids = dict(zip(names, detector.meta["category_ids"]))
+    meta = {**detector.meta, "class_names": used, "category_ids": [ids[name] for name in used]}
+    return detector._replace(model=model, meta=meta)
 
 
 def with_data(detector, folder="", json=""):
@@ -83,8 +78,7 @@ def join_processes(device):
 
 def default_workers(world):
     """Processes that read images for each of `world` processes: at most 4, a core each."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(4, cores // world)
+    return min(4, cores() // world)
 
 
 def require(condition, expectation, value):

@@ -267,11 +267,8 @@ def user_errors(program: str):
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error, of a data-loading process too, without control characters."""
-    text = str(error)
-    if text.startswith("Caught ") and "UserError: " in text:   # PyTorch adds the worker's traceback
-        text = text.rpartition("UserError: ")[2]
-    text = " ".join(text.split())
+    """The message of an error without line breaks and control characters."""
+    text = " ".join(str(error).split())
     return "".join(c if c.isprintable() else "?" for c in text)
 
 

@@ -201,12 +201,12 @@ def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: s
     figure, axis = plt.subplots(figsize=(7, 5))
     recall = np.linspace(0, 1, 101)
     for number, (name, row) in enumerate(rows[:MAX_CLASSES]):
-        precision = figures["curves"][name]["precision"]
-        if row["threshold"] < 0:
-            continue
-        text = f"{name}: AP50 {row['AP50']:.3f}, best F1 {row['F1']:.2f} at {row['threshold']:.2f}"
-        axis.plot(recall, precision, color=f"C{number}", label=text)
-        axis.plot(row["recall"], row["precision"], "o", color=f"C{number}")
+        text = f"{name}: never detected"
+        if row["threshold"] >= 0:
+            text = (f"{name}: AP50 {row['AP50']:.3f}, best F1 {row['F1']:.2f} at "
+                    f"{row['threshold']:.2f}")
+            axis.plot(row["recall"], row["precision"], "o", color=f"C{number}")
+        axis.plot(recall, figures["curves"][name]["precision"], color=f"C{number}", label=text)
     title = "precision and recall, IoU 0.5; dot: threshold of the best F1"
     if len(rows) > MAX_CLASSES:
         title += f"\nthe {MAX_CLASSES} most frequent of {len(rows)} classes"

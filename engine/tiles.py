@@ -7,7 +7,7 @@ their overlap; larger objects are found in the complete image, which is one of t
 import numpy as np
 import torch
 
-from boxes import nms
+from heads.regions import nms
 from engine.errors import UserError
 from engine.inference import as_rgb, detect_image
 

@@ -59,8 +59,9 @@ def start_worker(number: int) -> None:
     The garbage collector passes over inherited objects: visiting them would copy their memory.
     """
     gc.freeze()
-    for kind in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(kind, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
 @atexit.register

@@ -22,7 +22,8 @@ from typing import Callable, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from boxes import at_least_float32, box_iou, nms, soft_nms
+from boxes import at_least_float32, box_iou
+from heads.regions import nms, soft_nms
 from matcher import copy_to_device
 
 IGNORED = -2

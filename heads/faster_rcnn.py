@@ -12,7 +12,7 @@ anchor. A second head reads the features of the best proposals and names the cla
     Fast R-CNN, section 2.3 sampled regions        sample_regions
     section 3.2 training of both stages            train_both_stages
     FPN, section 4.2, Eq. 1 level of a region      pool_regions
-    Mask R-CNN, section 3 RoIAlign                 boxes.roi_align
+    Mask R-CNN, section 3 RoIAlign                 regions.roi_align
     FPN, section 4.2 second stage                  RoIHead, roi_losses
     detections                                     detect_regions
 
@@ -27,8 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from boxes import (at_least_float32, box_area, clip_boxes, decode_deltas, encode_deltas, nms,
-                   paired_giou, roi_align)
+from boxes import at_least_float32, box_area, paired_giou
+from heads.regions import clip_boxes, decode_deltas, encode_deltas, nms, roi_align
 from heads.anchors import (NINE_SIDES, Objects, Pyramid, assign_anchors, assign_by_iou,
                            assigned_objects, conv_norm_relu, delta_std, detections_after_nms,
                            grid_anchors, init_convolutions, sample)

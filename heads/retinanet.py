@@ -27,7 +27,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from boxes import clip_boxes, decode_deltas, paired_giou
+from boxes import paired_giou
+from heads.regions import clip_boxes, decode_deltas
 from heads.anchors import (IGNORED, NINE_SIDES, Objects, Pyramid, assign_anchors, assign_by_iou,
                            assigned_objects, by_anchor, conv_norm_relu, delta_std,
                            detections_after_nms, grid_anchors, init_convolutions)

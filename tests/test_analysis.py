@@ -210,8 +210,8 @@ def test_conflict_is_the_divergence_of_grad_cam_maps():
     S = torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]])
     average = analysis.conflict(["detr", "rcnn", "atss"], S)["average"]
     assert average == pytest.approx({"rcnn": 5, "atss": 5})
-    average = analysis.conflict(["detr", "rcnn"], S[:2, :2])["average"]
-    assert average == pytest.approx({"detr": 2, "rcnn": 2})
+    average = analysis.conflict(["detr", "atss"], S[:2, :2])["average"]
+    assert average == pytest.approx({"detr": 2, "atss": 2})
 
 
 def test_the_average_conflict_is_that_of_the_papers_figure_8():
@@ -222,7 +222,7 @@ def test_the_average_conflict_is_that_of_the_papers_figure_8():
 
 
 def test_the_floor_under_the_logarithm_sets_the_size_of_a_conflict():
-    """Two heads that depend on different tokens: the divergence is the floor's logarithm, 18.4."""
+    """Two heads that depend on different tokens: the divergence is the logarithm of the floor."""
     class Heads(torch.nn.Module):
         def confidences(self, memory):
             return {"detr": memory.tokens[:, 0, 0].sum(), "atss": memory.tokens[:, 1, 1].sum()}
@@ -230,6 +230,15 @@ def test_the_floor_under_the_logarithm_sets_the_size_of_a_conflict():
     memory = memory_of(torch.tensor([[[1.0, 0], [0, 1]]]), [(1, 2)])
     _, S = analysis.head_divergences(Heads(), memory)
     assert float(S[0, 0, 1]) == pytest.approx(np.log(1e8), rel=1e-4)
+
+
+def test_the_table_shows_conflicts_and_a_dash_for_the_head_that_has_none():
+    conflict = analysis.conflict(["detr", "rcnn", "atss"],
+                                 torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]]))
+    figures = {"ATD": 0.1, "ATD_small": -1.0, "k": 9, "coordinates": "xywh", "conflict": conflict}
+    table = analysis.analysis_table({"run": figures})
+    assert re.search(r"conflict of heads +5.0000\n", table)
+    assert re.search(r"detr +0.0000 +1.0000 +2.0000 +-\n", table)
 
 
 # ---- command line --------------------------------------------------------------------------------

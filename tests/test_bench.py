@@ -222,12 +222,12 @@ def test_the_box_encoder_stays_within_its_budget():
     """63.3 billion multiply-adds for 100 regions at the default sizes, with the sampling points of
     the attention."""
     cfg = mask_frozen_detr.Config()
-    sizes = mask_frozen_detr.Sizes(cfg.channel_dim, cfg.num_heads, 1, cfg.num_points,
-                                   cfg.box_ffn_dim)
+    sizes = mask_frozen_detr.BlockConfig(cfg.channel_dim, cfg.num_heads, 1, cfg.num_points,
+                                         cfg.box_ffn_dim)
     with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        layers = mask_frozen_detr.blocks(cfg.box_encoder, cfg.box_layers, sizes)
+        layers = mask_frozen_detr.build_blocks(cfg.box_encoder, cfg.box_layers, sizes)
         region = torch.randn(100, cfg.roi_size, cfg.roi_size, cfg.channel_dim)
-        mask_frozen_detr.encode(layers, mask_frozen_detr.as_memory(region))
+        mask_frozen_detr.encode(layers, mask_frozen_detr.region_memory(region))
     points = cfg.box_layers * 100 * cfg.roi_size ** 2 * cfg.num_points * 4 * cfg.channel_dim
     assert counter.get_total_flops() / 2 + points == pytest.approx(63.3e9, rel=1e-3)
 

@@ -58,9 +58,9 @@ def test_init_from_other_classes(tmp_path, capsys, model):
     assert "1 of 2 classes" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", ("detr", "os", "train", "../dino"))
+@pytest.mark.parametrize("name", ("detr.py", "os", "train", "../dino"))
 def test_an_unknown_model_lists_the_files_that_qualify(name):
-    with pytest.raises(ValueError, match="deformable_detr, dino"):
+    with pytest.raises(ValueError, match="deformable_detr, detr, dino"):
         train.parse(["--model", name])
 
 

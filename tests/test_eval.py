@@ -24,7 +24,9 @@ import data
 import dino
 import eval as evaluation
 import scenes
+import train
 from engine import checkpoints, class_rows, datasets, machine, models, scoring
+from engine.commands import open_detector
 from engine.errors import UserError
 
 
@@ -207,6 +209,19 @@ def test_the_thresholds_of_a_checkpoint_are_used_unless_one_is_given():
     assert evaluation.class_thresholds(meta, None) == [0.3, 0.6]
     assert evaluation.class_thresholds(meta, 0.0) == [0.0, 0.0]
     assert evaluation.class_thresholds({"class_names": ["cat"]}, None) == [0.3]
+
+
+def test_training_stores_the_thresholds_of_its_best_evaluation(tmp_path, monkeypatch):
+    monkeypatch.setattr(train.visualize, "predictions", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train.visualize, "curves", lambda *args, **kwargs: None)
+    monkeypatch.setattr(train, "thresholds", lambda record: {"circle": record["bbox"]["AP"]})
+    train.main(["--model", "dino", "--num_train", "8", "--num_val", "4", "--epochs", "1",
+                "--dim", "32", "--ffn_dim", "32", "--num_heads", "2", "--train_sizes", "64",
+                "--eval_size", "64", "--num_queries", "12", "--threads", "1", "--workers", "0",
+                "--device", "cpu", "--out", str(tmp_path / "run")])
+    line = json.loads((tmp_path / "run" / "log.jsonl").read_text().splitlines()[-1])
+    loaded = open_detector(tmp_path / "run")
+    assert loaded.meta["thresholds"] == {"circle": line["bbox"]["AP"]}
 
 
 def test_each_class_is_listed_from_its_own_threshold_on(checkpoint, tmp_path, capsys):
@@ -548,12 +563,33 @@ def test_ids_come_from_the_json_of_the_data_when_it_is_given(checkpoint, tmp_pat
     assert all(names[row["category_id"]] == row["category_name"] for row in rows)
 
     Image.new("RGB", (9, 9)).save(tmp_path / "c.png")
-    with pytest.raises(SystemExit, match="--json.*1 others: c.png"):
+    with pytest.raises(SystemExit, match="--json.*one entry for .*c.png among the 2.*got 0"):
         evaluate_checkpoint(checkpoint, *words, "--images", tmp_path / "c.png")
     listing["categories"].pop()
     (tmp_path / "data.json").write_text(json.dumps(listing))
     with pytest.raises(SystemExit, match=f"called {scenes.SCENE_CLASSES[-1]}"):
         evaluate_checkpoint(checkpoint, *words)
+
+
+def test_images_of_one_name_get_the_ids_of_their_folders():
+    listed = [{"id": 1, "file_name": "a/x.png"}, {"id": 2, "file_name": "b/x.png"}]
+    assert evaluation.image_ids([Path("photos/b/x.png"), Path("photos/a/x.png")], listed) == [2, 1]
+    with pytest.raises(UserError, match="one entry for photos/x.png among the 2.*got 0"):
+        evaluation.image_ids([Path("photos/x.png")], listed)
+
+
+def test_released_heads_detect_and_count_without_their_unused_classes(tmp_path):
+    path = write_checkpoint(tmp_path / "best.pt", class_names=class_rows.coco_columns())
+    state = checkpoints.load(path)
+    checkpoints.save(path, state | {"category_ids": list(range(91))})
+    Image.new("RGB", (40, 40)).save(tmp_path / "a.png")
+    evaluate_checkpoint(path, "--images", tmp_path / "a.png", "--out", tmp_path / "out",
+                        "--score_threshold", "0")
+    head = list(read_csv(tmp_path / "out" / "counts.csv")[0])
+    assert head == ["file", *class_rows.COCO_NAMES, "all"]
+    rows = json.loads((tmp_path / "out" / "detections.json").read_text())
+    names = dict(zip(class_rows.COCO_IDS, class_rows.COCO_NAMES))
+    assert all(names[row["category_id"]] == row["category_name"] for row in rows)
 
 
 def test_names_that_are_no_numbers_count_from_one(tmp_path):
@@ -686,7 +722,7 @@ def test_results_that_cannot_be_written_end_in_one_line(checkpoint, tmp_path, mo
     (tmp_path / "file").write_text("something")
     for out, message in (("file", "got the file"), ("file/deeper", "expected a folder"),
                          ("/proc/nowhere", "expected a folder")):
-        with pytest.raises(SystemExit, match="eval.py: --out.*" + message):
+        with pytest.raises(SystemExit, match="eval.py: .*--out.*" + message):
             evaluate_checkpoint(checkpoint, *words, "--out", tmp_path / out)
     assert (tmp_path / "file").read_text() == "something"
 
@@ -700,7 +736,7 @@ def test_a_full_disk_ends_in_one_line_and_leaves_no_half_file(checkpoint, tmp_pa
         raise OSError(28, "No space left on device", str(path))
 
     monkeypatch.setattr(Path, "write_text", full)
-    with pytest.raises(SystemExit, match="eval.py: No space left on device"):
+    with pytest.raises(SystemExit, match="eval.py: .*No space left on device"):
         evaluate_checkpoint(checkpoint, "--out", tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["eval.json"]
     assert (tmp_path / "eval.json").read_text() == "complete"
@@ -717,13 +753,13 @@ def test_a_model_that_is_not_finite_has_no_ap_and_writes_no_detections(tmp_path)
     path = write_checkpoint(tmp_path / "best.pt", change=damage)
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     for words in ((), ("--images", tmp_path / "a.png")):
-        with pytest.raises(SystemExit, match="eval.py: expected finite detections"):
+        with pytest.raises(SystemExit, match="eval.py: .*expected finite detections"):
             evaluate_checkpoint(path, *words, "--out", tmp_path / "out")
     assert not list((tmp_path / "out").iterdir())
 
 
 def test_a_folder_without_best_pt_is_no_checkpoint(tmp_path):
-    with pytest.raises(SystemExit, match="eval.py: --checkpoint.*best.pt"):
+    with pytest.raises(SystemExit, match="eval.py: .*--checkpoint.*best.pt"):
         evaluate_checkpoint(tmp_path)
 
 

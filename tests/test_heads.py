@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from boxes import box_iou, decode_deltas
+from boxes import box_iou
+from heads.regions import decode_deltas
 from head_recordings import levels, objects_of, pyramid_of, t
 from heads import anchors as anchors_module
 from heads import atss, fcos

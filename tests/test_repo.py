@@ -19,7 +19,8 @@ CITES = {   # a paper file imports the parts it builds on, and nothing else
     "dino": {"boxes", "backbones", "matcher", "deformable_detr"},
     "h_detr": {"backbones", "matcher", "deformable_detr"},
     "co_detr": {"boxes", "backbones", "matcher", "deformable_detr", "dino", "h_detr", "heads"},
-    "mask_frozen_detr": {"boxes", "backbones", "matcher", "deformable_detr"},   # wraps any checkpoint
+    "masks": set(),
+    "mask_frozen_detr": {"boxes", "masks", "backbones", "matcher", "deformable_detr", "heads"},
 }
 CHILDREN = {"detr": ("deformable", "h_detr", "dino", "co_detr", "mask_frozen"),
             "deformable_detr": ("h_detr", "dino", "co_detr", "mask_frozen"), "dino": ("co_detr", "mask_frozen"),

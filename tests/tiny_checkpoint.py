@@ -39,7 +39,8 @@ def two_checkpoints(folder):
 
 
 def damage(state):
-    """Make every box of the model NaN."""
+    """Make every box of the model NaN by weights that are finite, but as large as they can be."""
     for key, value in state.items():
-        if "bbox_embed" in key and key.endswith("bias"):
-            value.fill_(float("nan"))
+        if "bbox_embed" in key:
+            signs = torch.arange(value.numel()).view_as(value) % 2 * 2 - 1
+            value.copy_(3e38 * signs)

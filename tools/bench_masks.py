@@ -39,7 +39,7 @@ def mask_cost(device: Device = DEVICE, seconds: float = 2.0,
         size: Height and width of the image in pixels.
     """
     detector, _ = dino.build(dino.Config(), 80)
-    frozen = mask_frozen_detr.Frozen(detector, dino.detect)
+    frozen = mask_frozen_detr.FrozenDetector(detector, dino.detect)
     model = mask_frozen_detr.MaskFrozenDETR(frozen, mask_frozen_detr.Config()).to(device)
     images = torch.randn(1, 3, *size, device=device)
     padding = torch.zeros(1, *size, dtype=torch.bool, device=device)
@@ -83,11 +83,11 @@ def make_parts(model, memory, count) -> dict[str, Part]:
         return model.channel_mapper(fine).sum() + model.query_mapper(states).sum()
 
     def box_encoder():
-        tokens = mask_frozen_detr.as_memory(region)
+        tokens = mask_frozen_detr.region_memory(region)
         return mask_frozen_detr.encode(model.box_encoder, tokens).tokens
 
     def box_to_object():
-        return model.query_encoder.from_region(queries, mask_frozen_detr.as_memory(region))
+        return model.query_encoder.from_region(queries, mask_frozen_detr.region_memory(region))
 
     return {
         "neck": Part([model.neck], lambda: model.neck(map_of_stride_4)),
