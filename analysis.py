@@ -7,7 +7,7 @@
 ATD(k)               how far anchors start from their objects           DINO, section 3.3
 IoF-IoB              how well features tell objects from background     Co-DETR, Eq. 7-8
 conflict of heads    divergence of the heads' Grad-CAM maps             Co-DETR, Eq. 9-10
-instability          queries per image whose matched object changed     DN-DETR, section 4
+instability          queries per image whose matched object changed     DN-DETR, section 3, Eq. 2
 
 The figures are printed and written to analysis.json; `python visualize.py analysis` draws them.
 Symbols: B images, Nq queries, S tokens, M heads, L levels, K sampling points, C channels.
@@ -117,7 +117,7 @@ def atd(distances, k=100):
     return float(distances.topk(min(k, len(distances))).values.mean())
 
 
-# ---- DN-DETR, section 4: instability of the matching ---------------------------------------------
+# ---- DN-DETR, section 3, Eq. 2: instability of the matching --------------------------------------
 
 def assignments(model, criterion, dataset, device, **common):
     """The object that each query is matched to, -1 for none, in the first MATCHED_IMAGES images
@@ -225,7 +225,7 @@ def score_counts(scores, boxes, size):
     """Count the pixels of one image by score -> (2, SCORE_STEPS), background and foreground.
 
     scores (H, W) in [0, 1], boxes (n, 4) normalized cxcywh, size (h, w) without padding. OUR
-    CHOICE: foreground is the union of the boxes, and pixels are counted over the whole data set."""
+    CHOICE: foreground is the union of the boxes, and pixels are counted over the complete data set."""
     h, w = size
     foreground = torch.zeros(h, w, dtype=torch.bool, device=scores.device)
     for cx, cy, bw, bh in boxes.tolist():
@@ -238,7 +238,7 @@ def score_counts(scores, boxes, size):
 
 
 def iof_iob(counts):
-    """The IoF-IoB curve (Co-DETR, Eq. 8) from pixel counts (2, SCORE_STEPS) of a whole data set.
+    """The IoF-IoB curve (Co-DETR, Eq. 8) from pixel counts (2, SCORE_STEPS) of a complete data set.
 
     Above a threshold lies the share IoF of the foreground, below it the share IoB of the
     background. A curve further up and right separates them better; the area under it is the

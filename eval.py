@@ -49,7 +49,7 @@ __all__ = ["detect_image", "evaluate", "open_detector", "score"]
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # the kinds of figures and their names in short; segm_cls: masks ranked without their own score
 KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}
-DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint knows no better
+DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint has none
 SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 # data set -> its ground truth for pycocotools, made once: training evaluates after every epoch
 _TRUTHS = weakref.WeakKeyDictionary()
@@ -225,7 +225,7 @@ def threshold_table(metrics):
 def thresholds(metrics):
     """{class name: threshold with the best F1} for classes that were detected at all.
 
-    train.py stores it in best.pt, where --images looks for it."""
+    train.py stores it in best.pt, where --images finds it."""
     per_class = metrics["bbox"]["per_class"]
     return {name: row["threshold"] for name, row in per_class.items() if row["threshold"] > 0}
 

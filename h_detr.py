@@ -184,8 +184,8 @@ class HDETR(nn.Module):
         layers, states = [], []
         for layer, class_embed, bbox_embed in zip(self.decoder, self.class_embed, self.bbox_embed):
             content = layer(content, position, reference, memory, attn_mask)     # (B, Nq, C)
-            logits = in_float32(class_embed, content)                     # (B, Nq, num_classes)
-            offsets = in_float32(bbox_embed, content)                      # (B, Nq, 4)
+            logits = in_float32(class_embed, content)                    # (B, Nq, num_classes)
+            offsets = in_float32(bbox_embed, content)                    # (B, Nq, 4)
             boxes = offset_boxes(offsets, previous)                      # (B, Nq, 4)
             layers.append({"pred_logits": logits, "pred_boxes": boxes})
             states.append(content)

@@ -73,11 +73,11 @@ from torch import Tensor, nn
 import matcher
 from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy
-from heads.regions import roi_align
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention
 from deformable_detr import encoder_references, sine_positions
 from engine.errors import UserError
 from engine.recipe import SMALL_RECIPE, Recipe
+from heads.regions import roi_align
 from masks import dice_loss, grid_points, mask_iou, paste
 from masks import sample_maps, sample_true_masks, select_masks, uncertain_points
 from matcher import Matches, Weights, at_least_float32, count_boxes
@@ -285,10 +285,7 @@ class MaskFrozenDETR(nn.Module):
         tokens = memory.tokens                                           # (n, r r, C)
         queries = self.query_encoder.from_region(queries, memory)        # (n, C)
         logits = (queries.float()[:, None] * tokens.float()).sum(-1)     # (n, r r)
-
-        # RoIAlign samples nothing in a NaN box: its zeros must not pass for a region.
-        broken = pixels.isnan().any(-1)                                  # (n,)
-        logits = logits.masked_fill(broken[:, None], torch.nan).unflatten(1, (r, r))   # (n, r, r)
+        logits = logits.unflatten(1, (r, r))                             # (n, r, r)
         if not self.cfg.mask_scoring:
             return {"mask_logits": logits}
         ious = self.score_head(logits.sigmoid(), tokens.unflatten(1, (r, r)))    # (n,)

@@ -64,28 +64,28 @@ OVERFIT_AP = 0.95   # ends --overfit
 class Run:
     """What to train, on what data, on which machine."""
     model: str = "dino"              # paper file
-    data: str = ""                   # COCO-layout folder; default: generated scenes
-    preset: str = ""                 # paper or small; default: small on generated scenes
+    data: str = ""                   # COCO-layout folder; none: generated scenes
+    preset: str = ""                 # paper or small; with --data paper, else small
     variant: str = ""                # one of the paper file's VARIANTS
-    out: str = ""                    # run folder; default: runs/MODEL
+    out: str = ""                    # run folder; none: runs/MODEL
     resume: cli.OptionalText = ""    # continue the run in --out (no value needed) or in this folder
-    overfit: int = 0                 # train and evaluate on this many images, without augmentation
+    overfit: int = 0                 # learn this many images by heart, without augmentation; 0: all
     init: str = ""                   # start from a checkpoint; class rows are copied by class name
     detector: str = ""               # trained detector that a mask network builds on
     check_data: str = ""             # only examine this COCO-layout folder
     num_train: int = NUM_TRAIN       # generated scenes to train on
     num_val: int = NUM_VAL           # generated scenes to evaluate on
     seed: int = 0                    # same seed, same bytes
-    device: str = ""                 # cpu or cuda; default: cuda where there is a GPU
-    amp: bool | None = None          # bfloat16 autocast; default: if the hardware supports it
+    device: str = ""                 # cpu or cuda; none: cuda where there is a GPU
+    amp: bool | None = None          # bfloat16 autocast; auto: if the hardware supports it
     accum: int = 1                   # micro-batches per optimizer step: less memory, same gradients
     recompute: bool = False          # recompute activations in the backward pass: less memory
     compile: bool = False            # torch.compile layers and blocks
     deterministic: bool = False      # same bytes on a GPU too; slower
     workers: int = -1                # data-loading processes; -1: chosen from the number of cores
     threads: int = 0                 # PyTorch CPU threads; 0: OMP_NUM_THREADS, or one a core, max 8
-    eval_every: int = 1              # epochs
-    save_every: int = 1000           # steps; every epoch is saved too
+    eval_every: int = 1              # epochs between evaluations
+    save_every: int = 1000           # steps between saves; every epoch is saved too
 
 
 @dataclass
@@ -106,9 +106,8 @@ class Progress:
 
 
 def train(run: Run, cfg, recipe: Recipe) -> dict:
-    """Train one model. Returns the record of its last evaluation: {"AP", "bbox", "epoch", "step",
-    "best", ...}. FloatingPointError after three bad steps in a row; exits with 128 + signal number
-    when it is stopped."""
+    """Train one model -> the record of its last evaluation: {"AP", "bbox", "epoch", "step", ...}.
+    FloatingPointError after three bad steps in a row; exits with 128 + signal when stopped."""
     paper = load_paper(run.model)
     machine = set_up_machine(run)
     with RunFolder(run, machine) as folder:
@@ -184,7 +183,8 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
     net: the model, or its DistributedDataParallel. A step that is not finite changes nothing:
     parameters, optimizer, EMA and batch statistics stay as they were. The loss is the mean over all
     micro-batches of all ranks. Each divides by the mean number of objects of a micro-batch, so that
-    the gradient is that of one large batch, except where a criterion counts for itself (Co-DETR)."""
+    the gradient is that of one large batch, except where a criterion counts for itself
+    (Co-DETR)."""
     count = sum(len(t["labels"]) for *_, targets in micro_batches for t in targets)
     num_boxes = max(machine.sum(count), 1) / (machine.world * len(micro_batches))
     statistics = batch_statistics(model)
@@ -224,7 +224,7 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
 # ---- model and optimizer -------------------------------------------------------------------------
 
 def build_model(run: Run, paper, cfg, num_classes: int) -> tuple:
-    """The model with random weights, on a trained detector where it needs one, and its criterion."""
+    """The model with random weights, on a trained detector if it needs one, and its criterion."""
     if getattr(paper, "NEEDS_DETECTOR", False):
         return paper.build(cfg, num_classes, load_detector(run.detector))
     return paper.build(cfg, num_classes)

@@ -96,7 +96,7 @@ def placeholder(side):
 
 
 def ground_truth(dataset, index, image):
-    """The objects of an image as `draw_detections` takes them: labels, boxes xyxy px, masks (where
+    """The objects of an image in the form of detections: labels, boxes xyxy px, masks (where
     loaded)."""
     target = dataset.pixel_target(index, *image.size)
     return {key: torch.from_numpy(np.asarray(value)) for key, value in target.items()}

@@ -92,8 +92,8 @@ def load(path: str | Path, map_location="cpu") -> dict:
     """Read a checkpoint or a .safetensors file without running any code in it.
 
     Beside tensors and plain types only ALLOWED classes are made. The checksums that torch.save
-    writes are compared for our own files: about 1.3 s for each GB. UserError for a missing or broken
-    file, and for one that asks for anything else."""
+    writes are compared for our own files: about 1.3 s for each GB. UserError for a missing or
+    broken file, and for one that asks for anything else."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} "

@@ -111,7 +111,7 @@ def ask(argv, run, cfg, recipe, paper, description) -> tuple:
         make_settings(run, cfg, recipe), args=argv, default=Settings(run, cfg, recipe),
         prog="train.py", use_underscores=True, registry=registry,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-        description=f"{description}\n\nModels: {', '.join(paper_files())}. Variants of "
+        description=f"{description.strip()}\n\nModels: {', '.join(paper_files())}. Variants of "
                     f"{run.model}: {variants}. The defaults below are those of --model {run.model} "
                     f"--preset {run.preset}.")
     return settings.run, settings.architecture, settings.training

@@ -3,6 +3,7 @@
 A detection is a dictionary: scores (k,), labels (k,) in 0..N-1, boxes (k, 4) xyxy in pixels of the
 original image, query (k,), and where the model makes masks, masks (k, h, w) and mask_scores (k,).
 """
+import os
 from pathlib import Path
 
 import numpy as np
@@ -29,8 +30,9 @@ def predict(model, dataset, indices, device, batch_size=1, amp=False, workers=0)
     was_training = model.training
     model.eval()
     try:
-        # disable=None: no bar where standard error is not a terminal
-        with tqdm(total=len(indices), unit="image", leave=False, disable=None) as bar:
+        # one bar for all processes; None: no bar where standard error is not a terminal
+        hidden = True if int(os.environ.get("RANK", 0)) else None
+        with tqdm(total=len(indices), unit="image", leave=False, disable=hidden) as bar:
             for images, padding, targets in data.batches(dataset, chunks, workers):
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):
                     # only the mask network with --roi_box gt reads the targets here

@@ -23,18 +23,18 @@ def find_mistakes(detection, truth):
     """Mistakes of one image.
 
     detection: scores (k,), labels (k,), boxes (k, 4) xyxy px, best first; truth: labels (n,), boxes
-    (n, 4). As in COCO every detection, best first, takes the free object of its class with the
-    highest IoU of at least IOU. What is left takes free objects of other classes in the same way
-    ("wrong class"), or is a false alarm; objects that nothing took are missed."""
+    (n, 4). As in COCO every detection, best first, is assigned to the free object of its class
+    with the highest IoU of at least IOU. The others are assigned to free objects of other classes
+    in the same way ("wrong class"), or are false alarms; objects that remain free are missed."""
     boxes = detection["boxes"].float().cpu()                                   # (k, 4)
     objects = truth["boxes"].float()                                           # (n, 4)
     iou = box_iou(boxes, objects)[0]                                           # (k, n)
     same = detection["labels"].cpu()[:, None] == truth["labels"][None]         # (k, n)
     hits = assign(iou * same)
-    taken = set(hits.values())
+    hit_objects = set(hits.values())
     rest = iou * ~same
     rest[list(hits)] = 0
-    rest[:, list(taken)] = 0
+    rest[:, list(hit_objects)] = 0
     wrong = assign(rest)
 
     mistakes = []
@@ -46,7 +46,7 @@ def find_mistakes(detection, truth):
         elif i not in hits:
             mistakes.append(Mistake("false alarm", score, label, -1, boxes[i]))
     for j, label in enumerate(truth["labels"].tolist()):
-        if j not in taken and j not in wrong.values():
+        if j not in hit_objects and j not in wrong.values():
             area = float((objects[j, 2:] - objects[j, :2]).prod())
             mistakes.append(Mistake("missed", area, label, label, objects[j]))
     return mistakes

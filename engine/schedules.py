@@ -8,8 +8,8 @@ from engine.recipe import Recipe
 def other_length(paper, variant: str, recipe: Recipe, epochs: int) -> tuple[dict, str]:
     """What changes with another number of epochs than the recipe's, and a line that says so.
 
-    The published run of that length, which a paper file calls "<variant>_<epochs>_epochs" (without a
-    variant "<epochs>_epochs"), or else a learning rate that drops in proportion."""
+    The published run of that length, which a paper file calls "<variant>_<epochs>_epochs" (or, with
+    no variant, "<epochs>_epochs"), or else a learning rate that drops in proportion."""
     if epochs == recipe.epochs:
         return {}, ""
     name = f"{variant}_{epochs}_epochs" if variant else f"{epochs}_epochs"

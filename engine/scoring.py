@@ -6,10 +6,11 @@ With several processes each one matches its own images (`match_images`), the fir
 matches and makes the curves once (`figures`). The result is the one of a single process, bit for
 bit, because `accumulate` sees the same numbers in the same order.
 
-Two things that pycocotools leaves to its caller: its `summarize` knows no limit but 100 detections
+Two things that pycocotools leaves to its caller: its `summarize` has no limit but 100 detections
 per image, so the table is read from `eval["precision"]` here; and -1 means "no such object".
 """
 import contextlib
+import copy
 import io
 import math
 from typing import NamedTuple
@@ -118,17 +119,17 @@ def make_evaluation(gt, detections, iou_type, category_ids, max_dets):
 
 
 def accumulate(parts, category_ids, iou_type, max_dets):
-    """Matches of all ranks -> COCOeval with `eval`: precision (T, R, K, A, M), scores of the same
-    shape, recall (T, K, A, M).
+    """Matches of all ranks -> pycocotools' precision (T, R, K, A) and scores of the same shape,
+    recall (T, K, A), and {limit: recall (T, K)} for every limit of detections.
 
-    T IoU thresholds, R recall levels, K classes, A area ranges (all, small, medium, large), M
-    limits of detections; -1 where there are no objects."""
+    T IoU thresholds, R recall levels, K classes, A area ranges (all, small, medium, large); -1
+    where there are no objects."""
     evaluation = make_evaluation(None, None, iou_type, category_ids, max_dets)
     image_ids = sorted(set(np.concatenate([part.image_ids for part in parts]).tolist()))
     evaluation.params.imgIds = image_ids
     evaluation._paramsEval = evaluation.params
 
-    # back to one dictionary per entry, at the place where pycocotools looks for it
+    # back to one dictionary per entry, at the place where pycocotools expects it
     place = {image_id: position for position, image_id in enumerate(image_ids)}
     areas = len(evaluation.params.areaRng)
     evaluation.evalImgs = [None] * (len(category_ids) * areas * len(image_ids))
@@ -144,34 +145,43 @@ def accumulate(parts, category_ids, iou_type, max_dets):
                 "dtMatches": part.matched[:, d],
                 "dtIgnore": part.ignored[:, d],
                 "gtIgnore": part.gt_ignored[g]}
+    # lower limits matter to the recall of all sizes only: half the work of all combinations
+    everything = copy.deepcopy(evaluation.params)
+    everything.maxDets = [max_dets]
+    lower = copy.deepcopy(evaluation.params)
+    lower.areaRng = lower.areaRng[:1]
+    lower.maxDets = lower.maxDets[:-1]
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.accumulate()
-    return evaluation
+        evaluation.accumulate(lower)
+        recalls = np.moveaxis(evaluation.eval["recall"][:, :, 0], -1, 0)       # (M - 1, T, K)
+        evaluation.accumulate(everything)
+    precision, scores, recall = (evaluation.eval[name][..., 0]
+                                 for name in ("precision", "scores", "recall"))
+    by_limit = dict(zip(lower.maxDets, recalls)) | {max_dets: recall[:, :, 0]}
+    return precision, scores, recall, by_limit
 
 
 def figures(parts, categories, iou_type, max_dets):
     """The table of `score` from the Matches of all ranks."""
     category_ids = [category["id"] for category in categories]
-    evaluation = accumulate(parts, category_ids, iou_type, max_dets)
-    precision = evaluation.eval["precision"]
-    recall = evaluation.eval["recall"]
-    result = {"AP": mean(precision[:, :, :, 0, -1]),
-              "AP50": mean(precision[0, :, :, 0, -1]),
-              "AP75": mean(precision[5, :, :, 0, -1])}
+    precision, scores, recall, by_limit = accumulate(parts, category_ids, iou_type, max_dets)
+    result = {"AP": mean(precision[:, :, :, 0]),
+              "AP50": mean(precision[0, :, :, 0]),
+              "AP75": mean(precision[5, :, :, 0])}
     for area in (1, 2, 3):
-        result["AP" + AREAS[area]] = mean(precision[:, :, :, area, -1])
-        result["AR" + AREAS[area]] = mean(recall[:, :, area, -1])
-    for m, limit in enumerate(evaluation.params.maxDets):
-        result[f"AR{limit}"] = mean(recall[:, :, 0, m])
+        result["AP" + AREAS[area]] = mean(precision[:, :, :, area])
+        result["AR" + AREAS[area]] = mean(recall[:, :, area])
+    for limit, values in by_limit.items():
+        result[f"AR{limit}"] = mean(values)
     counts = count_objects(parts, len(categories))
     per_class = {}
     curves = {}
     for k, category in enumerate(categories):
-        curve = {"precision": precision[0, :, k, 0, -1].tolist(),              # (R,) at IoU 0.5
-                 "score": evaluation.eval["scores"][0, :, k, 0, -1].tolist()}
+        curve = {"precision": precision[0, :, k, 0].tolist(),                  # (R,) at IoU 0.5
+                 "score": scores[0, :, k, 0].tolist()}
         curves[category["name"]] = curve
-        per_class[category["name"]] = {"AP": mean(precision[:, :, k, 0, -1]),
-                                       "AP50": mean(precision[0, :, k, 0, -1]),
+        per_class[category["name"]] = {"AP": mean(precision[:, :, k, 0]),
+                                       "AP50": mean(precision[0, :, k, 0]),
                                        "objects": counts[k],
                                        **operating_point(**curve)}
     return {**result, "max_dets": max_dets, "per_class": per_class, "curves": curves}
@@ -213,8 +223,8 @@ def mean(values):
 def results_as_coco(gt, results, iou_type):
     """Results as the second COCO object of COCOeval.
 
-    `COCO.loadRes` cannot be used: it fails on an empty list, changes the caller's rows, and takes
-    the area of the box for that of the mask where a row has both."""
+    `COCO.loadRes` cannot be used: it fails on an empty list, changes the caller's rows, and uses
+    the area of the box in place of the mask's where a row has both."""
     for key, known in (("image_id", gt.imgs), ("category_id", gt.cats)):
         foreign = sorted({result[key] for result in results} - known.keys())
         if foreign:

@@ -17,6 +17,7 @@ Differences from the papers (all from the code of Co-DETR, which follows mmdetec
  1. Anchors are centered on the top left corners of cells, without half a cell's shift.
  2. An anchor of the padding is not assigned. Anchors that cross the border of the image are.
 """
+import math
 from typing import Callable, NamedTuple
 
 import torch
@@ -89,19 +90,22 @@ def grid_anchors(pyramid: Pyramid, sides: tuple) -> list[Tensor]:
     return anchors
 
 
-def valid_anchors(pyramid: Pyramid, sizes: Tensor, per_cell: int) -> list[Tensor]:
-    """Whether the cell of each anchor begins inside the image.
+def valid_anchors(pyramid: Pyramid, size: list, per_cell: int) -> list[Tensor]:
+    """Which anchors have cells that begin inside an image of `size` (height, width), in pixels.
 
-    sizes (B, 2) on the host: heights and widths, pixels -> per level (B, H W k) on the host."""
-    masks = []
+    -> per level their indices among the anchors of all levels."""
+    device = pyramid.image_sizes.device
+    height, width = size
+    in_cell = torch.arange(per_cell, device=device)
+    valid, start = [], 0
     for (H, W), stride in zip(pyramid.shapes, pyramid.strides):
-        y = torch.arange(H) * stride
-        x = torch.arange(W) * stride
-        rows = y < sizes[:, :1]                                                    # (B, H)
-        columns = x < sizes[:, 1:]                                                 # (B, W)
-        cells = (rows[:, :, None] & columns[:, None]).flatten(1)                   # (B, H W)
-        masks.append(cells.repeat_interleave(per_cell, 1))
-    return masks
+        rows = torch.arange(min(H, math.ceil(height / stride)), device=device)
+        columns = torch.arange(min(W, math.ceil(width / stride)), device=device)
+        cells = rows[:, None] * W + columns                                        # (rows, columns)
+        anchors = cells[..., None] * per_cell + in_cell                            # (..., k)
+        valid.append(start + anchors.flatten())
+        start += H * W * per_cell
+    return valid
 
 
 # ---- assignment
@@ -114,15 +118,16 @@ def assign_anchors(assign: Callable, pyramid: Pyramid, anchors: list[Tensor],
     assign(anchors (A, 4), anchors of each level, object boxes (n, 4)) -> assignment (A,)
     anchors: per level (A_l, 4) -> assignments (B, A)."""
     H, W = pyramid.shapes[0]
-    sizes = torch.stack([image.size for image in objects]).cpu()                   # (B, 2)
-    valid = valid_anchors(pyramid, sizes, len(anchors[0]) // (H * W))              # on the host
-    counts = torch.stack([level.sum(1) for level in valid], 1).tolist()            # [image][level]
-    valid = torch.cat(valid, 1)                                                    # (B, A)
+    per_cell = len(anchors[0]) // (H * W)
     anchors = torch.cat(anchors)                                                   # (A, 4)
-    assigned = torch.full(valid.shape, IGNORED, device=anchors.device)
+    shape = (len(objects), len(anchors))
+    assigned = torch.full(shape, IGNORED, device=anchors.device)
+    sizes = torch.stack([image.size for image in objects]).tolist()
     for b, image in enumerate(objects):
-        rows = copy_to_device(valid[b].nonzero()[:, 0], anchors.device)
-        assigned[b, rows] = assign(anchors[rows], counts[b], image.boxes)
+        levels = valid_anchors(pyramid, sizes[b], per_cell)
+        counts = [len(level) for level in levels]
+        rows = torch.cat(levels)
+        assigned[b, rows] = assign(anchors[rows], counts, image.boxes)
     return assigned
 
 

@@ -88,7 +88,7 @@ class FCOS(RetinaNet):
 
     def targets(self, pyramid: Pyramid, objects: list[Objects]) -> dict:
         """As in RetinaNet, but points of the padding are background (code)."""
-        everywhere = torch.full((2,), torch.inf)
+        everywhere = torch.tensor(pyramid.shapes[0]) * pyramid.strides[0]          # (2,)
         return super().targets(pyramid, [image._replace(size=everywhere) for image in objects])
 
     def confidence(self, outputs: dict) -> Tensor:

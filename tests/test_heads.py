@@ -53,9 +53,14 @@ def test_anchors_and_their_validity_equal_the_authors(recorded, name, sides):
     pyramid = pyramid_of(rec[f"{name}/sizes"], rec[f"{name}/strides"].tolist())
     for level, anchors in enumerate(grid_anchors(pyramid, sides)):
         close(anchors, rec[f"{name}/anchors{level}"], 1e-4, f"level {level}")
-    size = t(rec[f"{name}/pad_shape"])[None]
-    for level, valid in enumerate(valid_anchors(pyramid, size, len(sides))):
-        assert torch.equal(valid[0], t(rec[f"{name}/valid{level}"]))
+    counts = [len(anchors) for anchors in grid_anchors(pyramid, sides)]
+    start = 0
+    valid = valid_anchors(pyramid, rec[f"{name}/pad_shape"].tolist(), len(sides))
+    for level, (rows, count) in enumerate(zip(valid, counts)):
+        mask = torch.zeros(count, dtype=torch.bool)
+        mask[rows - start] = True
+        assert torch.equal(mask, t(rec[f"{name}/valid{level}"]))
+        start += count
 
 
 @pytest.mark.parametrize("case", ["random5", "random5b", "no_gt", "outside", "overlapping",
@@ -263,7 +268,8 @@ def test_ignored_and_invalid_anchors_have_no_loss():
     targets = head.targets(pyramid, objects)
     weights = targets["weights"][0]
     anchors = torch.cat(grid_anchors(pyramid, NINE_SIDES))
-    valid = torch.cat(valid_anchors(pyramid, objects[0].size[None], 9), 1)[0]
+    valid = torch.zeros(len(anchors), dtype=torch.bool)
+    valid[torch.cat(valid_anchors(pyramid, [40, 56], 9))] = True
     ignored = valid & ~weights
     iou = box_iou(anchors, boxes)[0].amax(1)
     assert ignored.any() and ((iou >= 0.4) & (iou < 0.5))[ignored].all()

@@ -22,13 +22,21 @@ MODELS = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def first_use():
+    """At its first use the attention kernel is checked, once in a process."""
+    _, model, _ = test_deformable_detr.small()
+    model(*batch((64, 96))[:2])
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_forward_matching_losses_and_backward_wait_for_the_cost_matrices_only(name):
     _, small, changes = MODELS[name]
     _, model, criterion = small(**changes)
     images, padding, targets = batch((64, 96), (48, 64), objects=(3, 1))
     num_boxes = torch.tensor(4.0)
-    with HostWaits([list(model.state_dict().values()), images, padding, targets, num_boxes]) as waits:
+    on_gpu = [list(model.state_dict().values()), images, padding, targets, num_boxes]
+    with HostWaits(on_gpu) as waits:
         outputs = model(images, padding, targets)
         losses = criterion(outputs, targets, num_boxes)
         sum(losses.values()).backward()

@@ -1,4 +1,4 @@
-"""engine/inference.py: what detect_image takes and refuses, boxes in pixels of the original, and
+"""engine/inference.py: what detect_image accepts and refuses, boxes in pixels of the original, and
 results that are not finite."""
 import importlib
 from dataclasses import replace

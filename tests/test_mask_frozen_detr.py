@@ -381,7 +381,7 @@ def test_the_score_head_gives_one_number_between_0_and_1_per_region():
 
 @pytest.mark.parametrize("name", ["pred_boxes", "queries"])
 def test_a_detector_that_returns_NaN_gives_a_loss_that_is_not_finite(name, monkeypatch):
-    """RoIAlign makes zeros of a NaN box: training would go on with masks of nothing."""
+    """RoIAlign makes zeros of a NaN box, but the true mask there is NaN: the step is skipped."""
     cfg, masks, criterion = network()
     images, padding, targets = two_images()
     outputs, tokens = masks.frozen(images, padding)

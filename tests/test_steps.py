@@ -45,9 +45,10 @@ MODELS = {
 def recorded_recipe(rec):
     """The authors' settings as a Recipe."""
     s = settings(rec)
+    offsets = s["lr"] * s.get("lr_linear_proj_mult", 1.0)
     return Recipe(lr=s["lr"], lr_backbone=s["lr_backbone"], clip=s["clip_max_norm"],
-                  lr_offsets=s["lr"] * s.get("lr_linear_proj_mult", 1.0), weight_decay=s["weight_decay"],
-                  epochs=2, schedule="step", lr_drop=s["lr_drop"], warmup=0.0)
+                  lr_offsets=offsets, weight_decay=s["weight_decay"], epochs=2,
+                  schedule="step", lr_drop=s["lr_drop"], warmup=0.0)
 
 
 @pytest.mark.parametrize("name", MODELS)

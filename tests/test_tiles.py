@@ -18,8 +18,8 @@ from engine.inference import detect_image
 @pytest.mark.parametrize("overlap", [0, 0.2, 0.5])
 def test_tiles_cover_the_image_and_neighbors_overlap(size, overlap):
     width, height = size
-    whole, *regions = tiles.tile_regions(width, height, 640, overlap)
-    assert whole == (0, 0, width, height)
+    first, *regions = tiles.tile_regions(width, height, 640, overlap)
+    assert first == (0, 0, width, height)
     if max(size) <= 640:
         assert not regions
         return
