@@ -95,7 +95,7 @@ class Progress:
     batch: int = 0                   # optimizer steps done in this epoch
     step: int = 0                    # optimizer steps done in total
     seconds: float = 0.0             # training time, without evaluations and saves
-    bad_steps: int = 0               # the last steps that were skipped, in a row
+    bad_steps: int = 0               # steps skipped in a row until now
     best: float = -1.0               # highest AP so far
 
     def count(self, finite: bool) -> None:
@@ -210,7 +210,7 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf, foreach=True)
 
-    # copy all numbers to the CPU at once: nothing else in a step waits for the GPU
+    # read all numbers from the GPU at once; a clip that is not finite makes a bad step, too
     numbers = torch.stack([*losses.values(), grad_norm]).tolist()
     finite = machine.all(all(math.isfinite(x) for x in [*numbers, clip]))
     if finite:
@@ -223,7 +223,7 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
     return dict(zip(losses, numbers)), numbers[-1], finite
 
 
-# ---- optimizer -----------------------------------------------------------------------------------
+# ---- optimizer and learning rate -----------------------------------------------------------------
 
 def make_optimizer(paper, model, recipe: Recipe, batch: BatchSizes) -> tuple:
     """-> AdamW; the learning rate of each group, which follows the batch size in proportion"""
@@ -233,22 +233,20 @@ def make_optimizer(paper, model, recipe: Recipe, batch: BatchSizes) -> tuple:
     return optimizer, [group["lr"] * scale for group in optimizer.param_groups]
 
 
-# ---- learning rate -------------------------------------------------------------------------------
-
 def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
     """Factor of every learning rate at this step, counted from 0. A linear warmup comes first; the
     schedule is step (x 0.1 after epoch lr_drop), drops (x 0.1 after each fraction of the run in
     lr_drops), cosine (from 1 to 0.01) or flat."""
     total = steps_per_epoch * recipe.epochs
-    rise = min(1.0, (step + 1) / max(1.0, recipe.warmup * total))
+    warmup = min(1.0, (step + 1) / max(1.0, recipe.warmup * total))
     if recipe.schedule == "step":
-        return rise * (0.1 if step >= recipe.lr_drop * steps_per_epoch else 1.0)
+        return warmup * (0.1 if step >= recipe.lr_drop * steps_per_epoch else 1.0)
     if recipe.schedule == "drops":
-        return rise * 0.1 ** sum(step >= round(part * total) for part in recipe.lr_drops)
+        return warmup * 0.1 ** sum(step >= round(part * total) for part in recipe.lr_drops)
     if recipe.schedule == "cosine":
-        return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
+        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
     if recipe.schedule == "flat":
-        return rise
+        return warmup
     raise UserError(f"expected --schedule step, drops, cosine or flat, got {recipe.schedule!r}")
 
 
