@@ -105,9 +105,9 @@ class Config:
     backbone_norm: str = "batch"        # batch or group norm without backbone_weights; else frozen
     drop_path: float = 0.0              # maximum stochastic depth rate of a Swin, ViT or FocalNet
     base: str = "dino"                  # base detector: dino, or h_detr without one-to-many queries
-    aux_heads: str = "atss,rcnn"        # auxiliary heads: none, or some of HEADS with commas
-    aux_queries: int = 300              # limit of the customized queries per head and image
-    aux_negatives: bool = True          # add negatives of the head up to this limit
+    aux_heads: str = "atss,rcnn"        # none, or any of rcnn, atss, retinanet, fcos, with commas
+    aux_queries: int = 300              # maximum of customized queries per head and image
+    aux_negatives: bool = True          # add negatives of the head up to aux_queries
     lambda_queries: float = 1.0         # weight of the customized queries' losses
     lambda_heads: float = 2.0           # weight of the heads' losses, once per decoder layer
     eval_head: str = "detr"             # head that detects at test time: detr or one of aux_heads

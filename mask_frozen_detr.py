@@ -99,11 +99,11 @@ class Config:
     neck: bool = True                    # 1x1 convolution and GroupNorm on C1
     image_encoder: str = "deformable"    # image encoder: none, deformable, swin or convnext
     image_layers: int = 2                # layers of the image encoder
-    image_ffn_dim: int = 1024            # hidden units of its feed-forward networks
+    image_ffn_dim: int = 1024            # hidden units of the image encoder's feed-forward networks
     channel_dim: int = 128               # channels after the channel mapper
     box_encoder: str = "deformable"      # box encoder: none, deformable, swin or convnext
     box_layers: int = 2                  # layers of the box encoder
-    box_ffn_dim: int = 1024              # hidden units of its feed-forward networks
+    box_ffn_dim: int = 1024              # hidden units of the box encoder's feed-forward networks
     query_encoder: str = "box2obj"       # query encoder: none, obj2obj, box2obj or both
     query_ffn: bool = False              # feed-forward network after the query encoder
     mask_scoring: bool = True            # rank masks by class score times predicted IoU

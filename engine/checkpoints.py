@@ -1,7 +1,7 @@
 """Save and load checkpoints safely, and the folder of a run.
 
 A checkpoint of a run is a dictionary: format, model_name, variant, config, recipe, run,
-class_names, category_ids, data, model, ema (weights), epoch, step, best; last.pt also
+class_names, category_ids, data, model, ema (EMA weights), epoch, step, best; last.pt also
 holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly.
 """
 import contextlib

@@ -234,7 +234,7 @@ class StopSignals:
                 if number[0] in self.handlers and (self.watched.received() or self.all_saved):
                     time.sleep(QUIT_SECONDS)
                     if self.active:
-                        os.write(2, b"\nsecond request to stop: quits without saving\n")
+                        os.write(2, b"\nstopped by a signal: quits without saving\n")
                         os._exit(128 + number[0])
 
     @contextlib.contextmanager

@@ -108,8 +108,8 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
     detector_classes = getattr(model, "class_names", class_names)
     if detector_classes != class_names:
         raise UserError(f"expected a detector of the classes of the data, in this order: "
-                        f"{class_names}, got {detector_classes}: train it on this data, or give --data what "
-                        "it was trained on")
+                        f"{class_names}, got {detector_classes}: train it on this data, or give "
+                        "--data what it was trained on")
     if run.resume:
         return [f"resumed from {run.resume}"]
     if not run.init:

@@ -15,7 +15,7 @@ class Recipe:
     clip: float = 0.1               # maximum norm of the gradient; 0: no limit
     batch_size: int = 16            # images per step, over all processes and micro-batches
     epochs: int = 12                # passes over the training set
-    schedule: str = "step"          # of the learning rate: step, drops, cosine or flat
+    schedule: str = "step"          # learning-rate schedule: step, drops, cosine or flat
     lr_drop: int = 11               # schedule step: lr x 0.1 after this epoch
     # schedule drops: lr x 0.1 after each of these fractions of the run
     lr_drops: tuple[float, ...] = (0.9, 0.95)
