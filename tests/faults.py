@@ -133,7 +133,7 @@ def tensor_value(rng):
                torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool),
                torch.zeros(shape, dtype=torch.complex64), torch.zeros(shape, dtype=torch.float16),
                torch.zeros((), dtype=torch.float64).expand(10 ** 6, 10 ** 6),
-               torch.sparse_coo_tensor(size=(4, 4)), torch.zeros(shape, device="meta"))
+               torch.sparse_coo_tensor(size=(4, 4), check_invariants=True), torch.zeros(shape, device="meta"))
     return rng.choice(tensors)
 
 
@@ -261,7 +261,10 @@ def containers(value):
 
 def change_entry(rng, content, new_value):
     """Replace, remove, double or rename an entry somewhere inside lists and dictionaries."""
-    place = rng.choice(containers(content))
+    places = containers(content)
+    if not places:
+        return "nothing left"
+    place = rng.choice(places)
     key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
     action = rng.choice(("replace", "replace", "replace", "remove", "double", "empty"))
     if action == "replace":
@@ -279,8 +282,7 @@ def change_entry(rng, content, new_value):
 
 def damage_json_values(rng, path):
     content = json.loads(path.read_text())
-    texts = [change_entry(rng, content, json_value) for _ in range(rng.choice((1, 1, 2, 3)))
-             if containers(content)]
+    texts = [change_entry(rng, content, json_value) for _ in range(rng.choice((1, 1, 2, 3)))]
     try:
         path.write_text(json.dumps(content))
     except RecursionError:      # json writes less depth than it reads
@@ -354,10 +356,14 @@ def checkpoint_value(rng):
     return rng.choice(numbers) if kind < 4 else any_value(rng)
 
 
+def read_state(path):
+    with torch.serialization.safe_globals(checkpoints.ALLOWED):
+        return torch.load(path, weights_only=True)
+
+
 def damage_checkpoint_values(rng, path):
     """Change entries of a checkpoint and save it again, so that its checksums are right."""
-    with torch.serialization.safe_globals(checkpoints.ALLOWED):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     texts = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         # Parts are drawn first: tensors by far outnumber settings.
@@ -370,8 +376,7 @@ def damage_checkpoint_values(rng, path):
 
 def damage_one_setting(rng, path):
     """Give one field of the saved Config, Recipe or Run another value."""
-    with torch.serialization.safe_globals(checkpoints.ALLOWED):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     settings = state.get(rng.choice(("config", "recipe", "run"))) or {}
     if not settings:
         return "nothing changed"
@@ -383,8 +388,7 @@ def damage_one_setting(rng, path):
 
 def damage_weights(rng, path):
     """Change one tensor: not finite, other shape, other type, missing."""
-    with torch.serialization.safe_globals(checkpoints.ALLOWED):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     weights = state["model"]
     name = rng.choice(list(weights))
     action = rng.choice(("replace", "remove", "transpose", "largest", "half", "rename"))
@@ -405,8 +409,7 @@ def damage_weights(rng, path):
 
 def hide_code(rng, path):
     """Put a pickled call into a checkpoint."""
-    with torch.serialization.safe_globals(checkpoints.ALLOWED):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     key = rng.choice(list(state))
     state[key] = Payload()
     torch.save(state, path, _use_new_zipfile_serialization=rng.random() < 0.5)
@@ -465,19 +468,17 @@ RUN_FILES = ("last.pt", "last.pt", "last.pt.prev", "best.pt", "log.jsonl", "log.
 def damage_run(rng, folder):
     """Damage one or two files of a run folder."""
     texts = []
-    for _ in range(rng.choice((1, 1, 2))):
-        path = folder / "runs/small" / rng.choice(RUN_FILES)
-        if not path.is_file():
-            continue
+    for name in sorted({rng.choice(RUN_FILES) for _ in range(rng.choice((1, 1, 2)))}):
+        path = folder / "runs/small" / name
         if path.suffix == ".jsonl" and rng.random() < 0.5:
             texts.append(damage_log_lines(rng, path))
-        elif path.suffix == ".json" and rng.random() < 0.5:
+        elif path.suffix == ".json":
             texts.append(damage_json(rng, path))
         elif path.suffix == ".jsonl":
             texts.append(rng.choice((damage_bytes, damage_bytes, damage_place))(rng, path))
         else:
             texts.append(damage_checkpoint(rng, path))
-    return "; ".join(texts) or "nothing left to damage"
+    return "; ".join(texts)
 
 
 def damage_log(rng, folder):
@@ -544,7 +545,7 @@ def nothing(rng, folder):
 # ---- commands ------------------------------------------------------------------------------------
 
 TRAIN = ("--model=deformable_detr", "--data=data", "--out=runs/new", *TINY, *HERE)
-CPU = "--device=cpu"
+CPU = ("--device=cpu", "--workers=0")
 
 
 def train_command(rng):
@@ -569,23 +570,23 @@ def check_command(rng):
 
 def eval_data_command(rng):
     more = rng.choice(([], ["--save_detections", "true"], ["--tile", "32"], ["--workers", "1"]))
-    return "eval.py", ["--checkpoint=runs/small", "--data=data", "--out=out", CPU, *more]
+    return "eval.py", ["--checkpoint=runs/small", "--data=data", "--out=out", *CPU, *more]
 
 
 def eval_json_command(rng):
     path = f"data/annotations/instances_{rng.choice(('train', 'val'))}2017.json"
     more = rng.choice(([], ["--images", "data/val2017"]))
-    return "eval.py", ["--checkpoint=runs/small", "--json", path, "--data=data", "--out=out", CPU,
+    return "eval.py", ["--checkpoint=runs/small", "--json", path, "--data=data", "--out=out", *CPU,
                        *more]
 
 
 def eval_masks_command(rng):
-    return "eval.py", ["--checkpoint=runs/masks", "--data=data", "--out=out", CPU]
+    return "eval.py", ["--checkpoint=runs/masks", "--data=data", "--out=out", *CPU]
 
 
 def eval_photos_command(rng):
     more = rng.choice(([], ["--tile=32"]))
-    return "eval.py", ["--checkpoint=runs/small", "--images", "photos", "--out=out", CPU, *more]
+    return "eval.py", ["--checkpoint=runs/small", "--images", "photos", "--out=out", *CPU, *more]
 
 
 def detections_command(rng):
@@ -600,10 +601,10 @@ def chosen_command(rng):
     photo = "photos/photo.jpg"
     out = "--out=out/picture.png"
     commands = (
-        ("eval.py", ["--checkpoint", path, "--images", photo, "--out=out", CPU]),
-        ("eval.py", ["--checkpoint", path, "--out=out", CPU]),
-        ("eval.py", ["--checkpoint", path, "--data=data", "--out=out", CPU]),
-        ("analysis.py", ["--checkpoint", path, "--data=data", "--out=out", CPU]),
+        ("eval.py", ["--checkpoint", path, "--images", photo, "--out=out", *CPU]),
+        ("eval.py", ["--checkpoint", path, "--out=out", *CPU]),
+        ("eval.py", ["--checkpoint", path, "--data=data", "--out=out", *CPU]),
+        ("analysis.py", ["--checkpoint", path, "--data=data", "--out=out", *CPU]),
         ("visualize.py", ["detections", "--checkpoint", path, "--image", photo, out]),
         ("visualize.py", ["anchors", "--checkpoint", path, "--image", photo, out]),
         ("visualize.py", ["sampling_points", "--checkpoint", path, "--image", photo, out]),
@@ -619,7 +620,7 @@ def chosen_command(rng):
 
 def safetensors_command(rng):
     return "eval.py", ["--checkpoint=weights/chosen.safetensors", "--images=photos/photo.jpg",
-                       "--out=out", CPU]
+                       "--out=out", *CPU]
 
 
 def resume_command(rng):
@@ -631,7 +632,7 @@ def resume_command(rng):
 
 def read_run_command(rng):
     commands = (
-        ("eval.py", ["--checkpoint=runs/small", "--out=out", CPU]),
+        ("eval.py", ["--checkpoint=runs/small", "--out=out", *CPU]),
         ("visualize.py", ["curves", "--run_dir=runs/small"]),
         ("visualize.py", ["compare_curves", "--run_dirs", "runs/small", "--out=out/c.png"]),
     )
@@ -699,12 +700,12 @@ def train_flags_command(rng):
 
 def eval_flags_command(rng):
     start = rng.choice((["--data=data"], ["--images", "photos/photo.jpg"]))
-    return "eval.py", ["--checkpoint=runs/small", "--out=out", CPU, *start,
+    return "eval.py", ["--checkpoint=runs/small", "--out=out", *CPU, *start,
                        *wrong_flags(rng, FLAGS_OF_EVAL)]
 
 
 def analysis_flags_command(rng):
-    return "analysis.py", ["--checkpoint=runs/small", "--data=data", "--out=out", CPU,
+    return "analysis.py", ["--checkpoint=runs/small", "--data=data", "--out=out", *CPU,
                            *wrong_flags(rng, FLAGS_OF_ANALYSIS)]
 
 

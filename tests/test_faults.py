@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -116,6 +117,7 @@ def run_case(seed, materials, folder) -> Result:
     shutil.copytree(materials, folder)
     damage, rng, program, words = faults.draw_case(seed)
     what = damage(rng, folder)
+    (folder / "temporary").mkdir()
     environment = folder / "environment.json"
     settings = json.loads(environment.read_text()) if environment.exists() else {}
     before = contents(folder)
@@ -196,6 +198,7 @@ def run_program(folder, settings, program, words):
     """In the child: one thread, a memory limit, a watch on what is written, then the program."""
     torch.set_num_threads(1)
     os.chdir(folder)
+    tempfile.tempdir = str(folder / "temporary")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     limit = settings.pop("file size", None)
@@ -217,9 +220,11 @@ def watch_writing(folder):
         if event == "open":
             path, mode, flags = details
             writes = (flags or 0) & WRITING if mode is None else set(mode) & set("wax+")
-        else:
+        elif event in CHANGING_EVENTS:
             path = details[1] if event == "os.rename" else details[0]
-            writes = event in CHANGING_EVENTS
+            writes = True
+        else:
+            return
         if not writes or isinstance(path, int):
             return
         location = os.path.realpath(os.path.dirname(os.fsdecode(path)) or ".")
