@@ -3,28 +3,29 @@
 The way of one image:  file -> Pillow image and boxes in pixels -> Transform -> collate -> batch
 
     image     float32 (3, h, w), RGB, normalized with ImageNet's mean and standard deviation
-    target    labels (n,) int64 in 0..N-1
+    target    labels (n,) int64 in 0..N-1, for N classes
               boxes (n, 4) float32, cxcywh, relative to the image without padding
               masks (n, h, w) bool, if asked for
-              image_id int; index int, place in the data set
-              size (2,), height and width fed to the model; orig_size (2,), of the original
-    padding   (B, H, W) bool, True where an image was enlarged to the size of its batch
+              image_id int, of the json; index int, position in the data set
+              size (2,), height and width of the image; orig_size (2,), of the original
+    padding   (B, H, W) bool, True on pixels added to bring the images of a batch to one size
 
-Classes: the `categories` of the json, sorted by id, become labels 0..N-1 here and nowhere else;
-`category_ids[label]` leads back.
+Classes: the `categories` of the json, sorted by id, become labels 0..N-1; `category_ids[label]`
+leads back. engine/class_labels.py gives a validation set the labels of its training set.
 
 Randomness: a training sample depends on (seed, epoch, index), the order of an epoch on (seed,
 epoch). The number of worker processes changes nothing.
 
-Reading and checking the json is in engine/coco_json.py, reading image files in engine/images.py,
-and the generated data set in scenes.py. `python -m tools.check_data DIR` reports every problem.
+engine/coco_json.py reads and checks the json, engine/images.py reads image files, scenes.py draws
+the generated data set. `python -m tools.check_data DIR` reports every problem.
 
 Differences from the papers' data pipeline (test_data.py compares both on recorded choices):
- 1. A resized mask takes the pixel that contains the center of the new one; the authors take the one
-    that contains its upper left corner, which shifts a mask by up to half a pixel. Masks of scenes,
-    resized from 160 to 128 px and back, have an IoU of 0.930 with theirs, 0.969 with ours.
- 2. Images more than 20 times as long as wide are never cropped.
- 3. `color_jitter` (off in the papers' recipes) changes colors as well.
+ 1. A pixel of a resized mask copies the old pixel that contains its center. In the authors' code it
+    copies the one that contains its upper left corner, which shifts a mask by up to half a pixel.
+    Scene masks resized from 160 to 128 px and back have an IoU of 0.969 with the original, 0.930
+    by the authors' rule.
+ 2. An image whose long side is more than 20 times its short side is never cropped.
+ 3. `color_jitter` (off in the papers' recipes) also changes colors.
 """
 import contextlib
 import copy
@@ -56,16 +57,16 @@ MEAN = np.array([0.485, 0.456, 0.406], np.float32)   # of ImageNet, RGB
 STD = np.array([0.229, 0.224, 0.225], np.float32)
 CROP_SHORT_SIDES = (400, 500, 600)   # px, short side of the image before it is cropped
 CROP_SIDES = (384, 600)              # px, limits of the sides of a crop
-MAX_CROP_RATIO = 20                  # longer images are not cropped: resized, they would be huge
+MAX_CROP_RATIO = 20                  # long side / short side; beyond it the resized image is huge
 JITTER_GAIN = 0.15                   # color jitter: largest relative change of values in [0, 1]
 JITTER_SHIFT = 0.08                  # largest shift of values in [0, 1]
 JITTER_INVERT = 0.15                 # probability of an inversion
-SMALL_AREA = 32 ** 2                 # px, borders of COCO's three size bands
-LARGE_AREA = 96 ** 2
-MAX_UNREADABLE = 0.01                # share of images, and at least one, that may be unreadable
-GRAY = (124, 116, 104)               # ImageNet's mean, stands in for an unreadable image
-MAX_GRAY_SIDE = 4096                 # px
-UNKNOWN_LONG_SIDE = 2000             # px, assumed where a transform has no limit
+SMALL_AREA = 32 ** 2                 # pixels; COCO's small objects are below,
+LARGE_AREA = 96 ** 2                 # its large objects above, its medium objects between
+MAX_UNREADABLE = 0.01                # share of images that may be unreadable; one image always may
+GRAY = (124, 116, 104)               # ImageNet's mean; fills the substitute of an unreadable image
+MAX_GRAY_SIDE = 4096                 # px; its limit, as a json may list a wrong size
+UNKNOWN_LONG_SIDE = 2000             # px, assumed for memory where a transform has no max_size
 
 
 def random_generator(purpose: str, *key: int) -> np.random.Generator:
@@ -83,9 +84,9 @@ class Objects(NamedTuple):
     """The annotated objects of one image, in pixels of the original."""
     boxes: np.ndarray            # (n, 4) float64 xywh
     labels: np.ndarray           # (n,) int64, 0..N-1
-    areas: np.ndarray            # (n,) float64
+    areas: np.ndarray            # (n,) float64, pixels
     crowd: np.ndarray            # (n,) bool: a region to ignore, not an object to learn
-    segmentations: list          # n json texts (bytes): polygons or RLE, empty where there is none
+    segmentations: list          # n json texts (bytes): polygons or RLE, b"" where there is none
 
 
 NO_OBJECTS = Objects(
@@ -98,9 +99,10 @@ NO_OBJECTS = Objects(
 
 
 class Annotations(NamedTuple):
-    """The objects of all images, end to end: image i owns rows start[i]:start[i + 1].
+    """The A objects of all images, end to end: image i owns rows start[i]:start[i + 1].
 
-    Flat arrays, not Python objects: a forked worker that reads them copies no memory page.
+    The segmentation of row a is text[text_start[a]:text_start[a + 1]]. Flat arrays, not Python
+    objects: a forked worker that reads them copies no memory page.
     """
     start: np.ndarray            # (images + 1,) int64
     boxes: np.ndarray            # (A, 4) float64 xywh
@@ -125,7 +127,7 @@ class Annotations(NamedTuple):
 def join_annotations(images: list[Objects]) -> Annotations:
     """Put the objects of images end to end."""
     texts = [text for objects in images for text in objects.segmentations]
-    parts = [NO_OBJECTS, *images]
+    parts = [NO_OBJECTS, *images]   # np.concatenate needs at least one
     return Annotations(
         start=offsets([len(objects.labels) for objects in images]),
         boxes=np.concatenate([objects.boxes for objects in parts]),
@@ -145,17 +147,17 @@ def offsets(lengths: list[int]) -> np.ndarray:
 # ----------------------------------------------------------------------------------- data sets
 
 class DetectionData(Dataset):
-    """What generated and recorded data sets share.
+    """Base class of CocoFolder and of scenes.Shapes.
 
     A subclass has
-        name, split, class_names (list of str), category_ids (list of int), image_ids (n,) int64,
-        annotations, has_masks, and degenerate (number of boxes dropped)
+        name, split, class_names (list of str), category_ids (list of int), image_ids (images,)
+        int64, transform, annotations, has_masks, and degenerate (number of boxes dropped)
     and defines
         objects(index) -> Objects
-        image(index) -> RGB original
+        image(index) -> the original, a Pillow image in RGB
         image_size(index) -> its (height, width) in px
         file_name(index) -> str
-        subset(rows) -> data set of these images
+        subset(indices) -> data set of these images
     """
     epoch = 0
     degenerate = 0
@@ -170,15 +172,14 @@ class DetectionData(Dataset):
         self.epoch = epoch
 
     def load_or_substitute(self, index: int) -> tuple[int, Image.Image]:
-        """Return the index and the image of a sample.
+        """Return (index, image) of a sample, or of its substitute if the image is unreadable.
 
-        A data set on disk returns something in place of an unreadable image. Everything that shows
-        or evaluates images reads them through this method.
+        Everything that shows or evaluates images reads them through this method.
         """
         return index, self.image(index)
 
     def is_readable(self, index: int) -> bool:
-        """Whether the image of a sample is its own, as far as is known."""
+        """Return False once reading the image has failed."""
         return True
 
     def prepare(self) -> None:
@@ -186,10 +187,12 @@ class DetectionData(Dataset):
 
     def first(self, count: int) -> "DetectionData":
         """Return a data set of the first `count` images that have objects."""
-        rows = (i for i in range(len(self)) if not self.objects(i).crowd.all())
-        return self.subset(list(itertools.islice(rows, count)))
+        # .all() is also True for an image without annotations.
+        indices = (i for i in range(len(self)) if not self.objects(i).crowd.all())
+        return self.subset(list(itertools.islice(indices, count)))
 
     def __getitem__(self, index):
+        """Return the transformed (image, target), as described at the top of this file."""
         index, image = self.load_or_substitute(int(index))
         width, height = image.size
         target = self.pixel_target(index, width, height)
@@ -200,7 +203,7 @@ class DetectionData(Dataset):
         return tensor, target
 
     def pixel_target(self, index: int, width: int, height: int) -> dict:
-        """Return what there is to learn in an image, without crowds.
+        """Return the objects of an image, without crowds, before any transform.
 
         labels (n,), boxes (n, 4) xyxy in px clipped to the image, and masks (n, h, w) uint8 if the
         data set loads them.
@@ -213,10 +216,12 @@ class DetectionData(Dataset):
         keep = np.flatnonzero(~objects.crowd & has_area(boxes))
         target = {"labels": objects.labels[keep], "boxes": boxes[keep]}
         if self.load_masks and self.has_masks:
-            target["masks"] = np.zeros((len(keep), height, width), np.uint8)
-            for mask, row in zip(target["masks"], keep):
-                if self.is_readable(index):
+            masks = np.zeros((len(keep), height, width), np.uint8)
+            # The gray substitute of an unreadable image may differ in size: its masks stay empty.
+            if self.is_readable(index):
+                for mask, row in zip(masks, keep):
                     mask[:] = decode_mask(json.loads(objects.segmentations[row]), height, width)
+            target["masks"] = masks
         return target
 
     def coco(self) -> COCO:
@@ -264,7 +269,7 @@ def class_counts(dataset: DetectionData) -> np.ndarray:
 def objects_per_image(dataset: DetectionData) -> np.ndarray:
     """Count the objects of each image, crowds excluded: (images,) int64."""
     annotations = dataset.annotations
-    before = offsets(~annotations.crowd)                                             # (A + 1,)
+    before = offsets(~annotations.crowd)   # (A + 1,), number of objects before each row
     return np.diff(before[annotations.start])
 
 
@@ -273,6 +278,7 @@ class CocoFolder(DetectionData):
 
     root: the folder, also in other usual layouts (engine/coco_json.py lists them)
     split: train, val or test
+    load_masks: samples have masks, unless the json has none (then `has_masks` is False)
     annotations, images: explicit paths of the json and of the image folder
 
     Crowds are never learned and are regions to ignore in coco(). Boxes without width or height
@@ -280,10 +286,10 @@ class CocoFolder(DetectionData):
     rotation is applied unless the json has the size of the unrotated pixels.
 
     An unreadable training image is replaced by the next readable one, an unreadable evaluation
-    image by plain gray, so that its objects count as missed. Either prints a warning. More than
-    max(1, 1 %) unreadable images raise UserError.
+    image by plain gray, so that its objects count as missed. Either prints a warning.
 
-    Raises UserError if json or images are missing or unusable.
+    Raises UserError if json or images are missing or unusable. Reading a sample raises it if more
+    than one image, and more than 1 % of them, turned out to be unreadable.
     """
 
     def __init__(self, root, split="train", transform=None, load_masks=False,
@@ -296,7 +302,7 @@ class CocoFolder(DetectionData):
         self.path = Path(annotations or coco_json.json_path(root, split))
         content = coco_json.read_json(self.path, root, split)
         if split == "test":
-            content.setdefault("annotations", [])     # a test server keeps its annotations
+            content.setdefault("annotations", [])   # those of a test set are often not public
         self.problems = coco_json.json_problems(content)
         coco_json.refuse_fatal(self.path, self.problems)
         self.folder = Path(images or coco_json.images_folder(root, split, content))
@@ -309,16 +315,16 @@ class CocoFolder(DetectionData):
         self.files = np.array([image["file_name"] for image in entries])
         # (images, 2) width and height, 0 = not given
         self.sizes = np.array([coco_json.listed_size(image) for image in entries])
-        # Unreadable images, known to every worker.
+        # True for images that could not be read. In shared memory, so that every worker knows.
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         texts = self._segmentation_texts(content)
         self._flatten(content["annotations"], texts)
 
     def _segmentation_texts(self, content):
-        """Return the segmentations as json texts, empty where there is none or a malformed one."""
+        """Return the segmentations as json texts, b"" for missing and malformed ones."""
         rows = content["annotations"]
         given = [bool(row.get("segmentation")) for row in rows]
-        # Training without masks never reads them.
+        # Training without masks never decodes segmentations, so they are not checked either.
         if self.split == "train" and not self.load_masks:
             self.has_masks = bool(rows) and all(given)
             return [b""] * len(rows)
@@ -335,21 +341,21 @@ class CocoFolder(DetectionData):
                 for k, row in enumerate(rows)]
 
     def _flatten(self, rows, texts):
-        """Set self.annotations: ordered by image, without degenerate boxes."""
-        place = {image_id: index for index, image_id in enumerate(self.image_ids.tolist())}
-        label = {category_id: index for index, category_id in enumerate(self.category_ids)}
-        image = np.array([place[row["image_id"]] for row in rows], np.int64)         # (A,)
+        """Set self.annotations: the rows ordered by image, without degenerate boxes."""
+        index_of = {image_id: index for index, image_id in enumerate(self.image_ids.tolist())}
+        label_of = {category_id: label for label, category_id in enumerate(self.category_ids)}
+        indices = np.array([index_of[row["image_id"]] for row in rows], np.int64)    # (A,)
         boxes = np.array([row["bbox"] for row in rows], np.float64).reshape(-1, 4)
-        degenerate = coco_json.degenerate_boxes(boxes, self.sizes[image])
+        degenerate = coco_json.degenerate_boxes(boxes, self.sizes[indices])
         self.degenerate = int(degenerate.sum())
         order = np.flatnonzero(~degenerate)
-        order = order[np.argsort(image[order], kind="stable")]
+        order = order[np.argsort(indices[order], kind="stable")]
         rows = [rows[k] for k in order]
         texts = [texts[k] for k in order]
         self.annotations = Annotations(
-            start=np.searchsorted(image[order], np.arange(len(self) + 1)),
+            start=np.searchsorted(indices[order], np.arange(len(self) + 1)),
             boxes=boxes[order],
-            labels=np.array([label[row["category_id"]] for row in rows], np.int64),
+            labels=np.array([label_of[row["category_id"]] for row in rows], np.int64),
             areas=np.array([coco_json.listed_area(row) for row in rows], np.float64),
             crowd=np.array([row.get("iscrowd", 0) for row in rows], bool),
             text=np.frombuffer(b"".join(texts), np.uint8),
@@ -371,11 +377,11 @@ class CocoFolder(DetectionData):
             header = read_header(self.folder / self.files[index])
             (width, height), _ = upright_size(header, (width, height))
         except UnreadableImage:
-            pass   # the size in the json must do
+            pass   # keep the size in the json
         return height, width
 
     def load_or_substitute(self, index):
-        # In training the next readable image, in evaluation only this one.
+        # In training, the images after this one may replace it; in evaluation, none may.
         candidates = [index]
         if self.split == "train":
             candidates = itertools.chain(range(index, len(self)), range(index))
@@ -389,7 +395,7 @@ class CocoFolder(DetectionData):
         if self.split == "train":
             raise UserError(
                 f"{self.folder}: expected a readable image, got none of {len(self)}; "
-                "python -m tools.check_data DIR")
+                "python -m tools.check_data DIR says why")
         size = self.sizes[index].clip(1, MAX_GRAY_SIDE)
         return index, Image.new("RGB", tuple(size.tolist()), GRAY)
 
@@ -412,13 +418,13 @@ class CocoFolder(DetectionData):
                 f"{count} ({one_line(names)}); repair or remove them, "
                 "python -m tools.check_data DIR lists all")
 
-    def subset(self, rows):
+    def subset(self, indices):
         part = copy.copy(self)
-        part.image_ids = self.image_ids[rows]
-        part.files = self.files[rows]
-        part.sizes = self.sizes[rows]
-        part.unreadable = self.unreadable[rows].share_memory_()
-        part.annotations = join_annotations([self.objects(row) for row in rows])
+        part.image_ids = self.image_ids[indices]
+        part.files = self.files[indices]
+        part.sizes = self.sizes[indices]
+        part.unreadable = self.unreadable[indices].share_memory_()
+        part.annotations = join_annotations([self.objects(index) for index in indices])
         return part
 
 
@@ -429,19 +435,19 @@ def has_area(boxes: np.ndarray) -> np.ndarray:
     return (boxes[:, 2:] > boxes[:, :2]).all(1)
 
 
-def resized(width: int, height: int, short_side: int,
-            max_size: int | None = None) -> tuple[int, int]:
-    """Return (width, height) after the papers' rule.
+def resized_size(width: int, height: int, short_side: int,
+                 max_size: int | None = None) -> tuple[int, int]:
+    """Return the (width, height) in px to which the papers resize an image of this size.
 
     The shorter side becomes `short_side`, less where the longer side would exceed max_size.
     """
-    low = min(width, height)
-    high = max(width, height)
-    if max_size is not None and high / low * short_side > max_size:
-        short_side = max(1, int(round(max_size * low / high)))
-    if low == short_side:
+    short = min(width, height)
+    long = max(width, height)
+    if max_size is not None and long / short * short_side > max_size:
+        short_side = max(1, int(round(max_size * short / long)))
+    if short == short_side:
         return width, height
-    long_side = int(short_side * high / low)
+    long_side = int(short_side * long / short)
     return (short_side, long_side) if width < height else (long_side, short_side)
 
 
@@ -452,7 +458,7 @@ def nearest_pixels(new: int, old: int) -> np.ndarray:
 
 def resize(image: Image.Image, target: dict,
            size: tuple[int, int]) -> tuple[Image.Image, dict]:
-    """Resize an image and its target to size (width, height)."""
+    """Resize an image and its target, as of pixel_target, to (width, height) in px."""
     if image.size == size:
         return image, target
     scale_x = size[0] / image.width
@@ -476,7 +482,7 @@ def flip(image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
 
 
 class Crop(NamedTuple):
-    """Resize the short side to `short_side`, then cut out a window; all in px."""
+    """Resize the short side to `short_side`, then cut out a window of the result; all in px."""
     short_side: int
     left: int
     top: int
@@ -486,7 +492,7 @@ class Crop(NamedTuple):
 
 def crop(image: Image.Image, target: dict, window: Crop) -> tuple[Image.Image, dict]:
     """Resize an image and its target and cut out a window; objects outside of it are dropped."""
-    size = resized(*image.size, window.short_side)
+    size = resized_size(*image.size, window.short_side)
     image, target = resize(image, target, size)
     left, top, width, height = window[1:]
     right = left + width
@@ -501,17 +507,17 @@ def crop(image: Image.Image, target: dict, window: Crop) -> tuple[Image.Image, d
 
 
 class Colors(NamedTuple):
-    """A change of colors: channel c comes from channels[c]; then inversion, gain and shift."""
-    channels: tuple = (0, 1, 2)
-    gain: float = 1.0
+    """A change of colors, in this order; values are in [0, 1]."""
+    channels: tuple = (0, 1, 2)    # new channel c is old channel channels[c]
+    invert: bool = False           # value -> 1 - value
+    gain: float = 1.0              # value -> value * gain + shift, limited to [0, 1]
     shift: float = 0.0
-    invert: bool = False
 
 
 def normalize(image: Image.Image, colors: Colors = Colors()) -> Tensor:
     """Turn an RGB image into a normalized float32 tensor (3, h, w).
 
-    One table of 256 values a channel does it all. Changes of colors apply to values in [0, 1].
+    A table with one result for each channel and each of its 256 values replaces the arithmetic.
     """
     levels = np.arange(256, dtype=np.float32) / 255
     if colors.invert:
@@ -538,11 +544,11 @@ class Augmentation(NamedTuple):
 class Transform:
     """(RGB image, pixel target) -> (float32 (3, h, w), model target). Default: normalization only.
 
-    sizes: short sides to choose from in px, () keeps the size
+    sizes: short sides in px; without augment the first is used, () keeps the size
     max_size: limit of the long side in px
-    augment: a random size, and a horizontal flip with probability 1/2
-    crop: crop first, with probability 1/2
-    color_jitter: change colors, too
+    augment: choose one of `sizes` at random, and flip horizontally with probability 1/2
+    crop: if augment, crop before resizing with probability 1/2
+    color_jitter: if augment, change colors
     """
     sizes: tuple = ()
     max_size: int | None = None
@@ -577,15 +583,15 @@ class Transform:
         if choices.crop:
             image, target = crop(image, target, choices.crop)
         if choices.short_side:
-            size = resized(*image.size, choices.short_side, self.max_size)
+            size = resized_size(*image.size, choices.short_side, self.max_size)
             image, target = resize(image, target, size)
         return normalize(image, choices.colors), model_target(target, *image.size)
 
 
 def draw_crop(size: tuple[int, int], rng: np.random.Generator) -> Crop:
-    """Draw the short side before the crop and a window in the resized image of (width, height)."""
+    """Draw a crop for an image of this (width, height) in px."""
     short_side = int(rng.choice(CROP_SHORT_SIDES))
-    size = resized(*size, short_side)
+    size = resized_size(*size, short_side)
     low, high = CROP_SIDES
     width, height = (int(rng.integers(low, min(side, high) + 1)) for side in size)
     left = int(rng.integers(0, size[0] - width + 1))
@@ -663,10 +669,9 @@ def to_device(targets: list[dict], device) -> list[dict]:
 
 def batches(dataset: DetectionData, indices: list[list[int]], workers: int = 0,
             pin_memory: bool = False) -> Iterator[tuple[Tensor, Tensor, list[dict]]]:
-    """Yield (images, padding, targets), see collate, for each list of places in the data set.
+    """Yield (images, padding, targets), see collate: one batch for each list of indices.
 
-    Leaves the global random state alone; the order of an epoch is chosen by the caller. Raises
-    UserError if workers fail or do not answer in time.
+    The global random state is left alone. Raises UserError if workers fail or answer too late.
     """
     if workers:
         dataset.prepare()
@@ -686,7 +691,7 @@ def batches(dataset: DetectionData, indices: list[list[int]], workers: int = 0,
 
 
 def batch_bytes(dataset: DetectionData, batch_size: int) -> int:
-    """Return an upper bound of the memory of one batch."""
+    """Estimate the memory of one batch, in bytes, from above."""
     transform = getattr(dataset, "transform", Transform())
     side = transform.max_size or UNKNOWN_LONG_SIDE
     bytes_per_pixel = 3 * 4 + 1                                # image and padding

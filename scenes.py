@@ -2,8 +2,8 @@
 
     python scenes.py --write DIR      writes the scenes as a COCO-layout folder
 
-A scene depends on (seed, split, index) alone. It has a textured background and 0 to 8 objects that
-overlap, reach over the border, and cast a shadow.
+A scene depends on (seed, split, index) alone. It has a textured background and 0 to 8 objects,
+which may overlap, reach over the border, and cast shadows.
 """
 import colorsys
 import copy
@@ -38,21 +38,21 @@ MAX_SIDE = 78
 LARGE_SHARE = 0.36         # share of scenes with one object above LARGE_AREA
 LARGE_SIDES = (118, 150)   # px, its longer side
 MAX_ROTATION = 0.45        # rad, either way
-MIN_CONTRAST = 130         # sum over RGB of |object - whatever lies behind it|, of 765
+MIN_CONTRAST = 130         # sum over RGB of |object - whatever lies behind it|, at most 765
 MIN_VISIBLE = 0.6          # share of every object that later objects leave visible
 MAX_OUTSIDE = 0.15         # share of an object's side that may lie outside the image
 ATTEMPTS = 12              # places tried for an object before it is left out
 RING_HOLE = 0.56           # inner radius of a ring over its outer radius
-LIGHT = 14                 # brightness of an object's upper left corner over its center
+LIGHT = 14                 # of 255: brightness from center to left edge, and to upper edge
 
 
 def polar(angles, radii=1.0):
-    """Points at angles and radii around the origin: (n, 2)"""
+    """Return the points at angles (n,), in rad, and radii (n,) around the origin: (n, 2)."""
     return np.stack([np.cos(angles) * radii, np.sin(angles) * radii], 1)
 
 
 def unit_size(points):
-    """Center a polygon and scale its longer side to 2."""
+    """Center a polygon (points, 2) on the origin and scale its longer side to 2."""
     low = points.min(0)
     high = points.max(0)
     return (points - (low + high) / 2) * 2 / (high - low).max()
@@ -86,7 +86,7 @@ def make_outlines() -> dict:
 
 
 def filled_share(name: str, points: np.ndarray) -> float:
-    """Return the share of its square that a shape fills, by the shoelace formula."""
+    """Return the share of the square [-1, 1]^2 that a shape fills, by the shoelace formula."""
     x, y = points.T
     share = abs(np.sum(x * np.roll(y, -1) - y * np.roll(x, -1))) / 8
     return share * (1 - RING_HOLE ** 2) if name == "ring" else share
@@ -104,27 +104,33 @@ class SceneObject(NamedTuple):
     angle: float                 # rad
     color: np.ndarray            # (3,) RGB 0..255
     contrast: float              # smallest sum over RGB of |color - color behind it|
-    pixels: int                  # in the image, before occlusion
+    pixels: int                  # number of its pixels in the image, before occlusion
 
 
 def random_color(rng, saturation, value) -> np.ndarray:
-    """Draw a color of any hue, saturation and value uniform in ranges: (3,) float32 RGB 0..255"""
+    """Draw a color: (3,) float32, RGB in 0..255.
+
+    saturation, value: (low, high) of the HSV color, in [0, 1]; the hue is any
+    """
     hue = rng.random()
     hsv = (hue, rng.uniform(*saturation), rng.uniform(*value))
     return 255 * np.array(colorsys.hsv_to_rgb(*hsv), np.float32)
 
 
 def rotate(x, y, angle):
-    """Return coordinates along and across a direction. Keeps float32 arrays float32."""
+    """Return coordinates along and across a direction, given by its angle in rad.
+
+    Python floats for cos and sin keep float32 arrays float32.
+    """
     cos = math.cos(angle)
     sin = math.sin(angle)
     return cos * x + sin * y, cos * y - sin * x
 
 
 def draw_background(rng, size):
-    """Mix two related colors by a gradient, smooth noise and a pattern; add strokes and discs.
+    """Mix two similar colors by a gradient, smooth noise and a pattern; add strokes and discs.
 
-    Returns the canvas (size, size, 3) float32 and its mean color (3,).
+    Returns the canvas (size, size, 3) float32 and the mean of the two colors (3,).
     """
     first = random_color(rng, (0.05, 0.45), (0.3, 0.95))
     second = np.clip(first + rng.uniform(-38, 38, 3), 0, 255).astype(np.float32)
@@ -132,6 +138,7 @@ def draw_background(rng, size):
     frequency = rng.uniform(12, 40)
     depth = rng.uniform(0.1, 0.4)
     cells = int(rng.integers(4, 14))
+    # `size` points from -1 to 1 a side: NumPy reads an imaginary step as a number of points.
     y, x = np.mgrid[-1:1:size * 1j, -1:1:size * 1j].astype(np.float32)
     along, across = rotate(x, y, angle)
     noise = Image.fromarray(rng.random((cells, cells), np.float32))
@@ -174,6 +181,7 @@ def draw_clutter(rng, size):
 def draw_silhouette(label, side, angle, cx, cy, size):
     """Draw how much of each pixel an object covers, in the window that holds it and its shadow.
 
+    label: class; side: longer side in px; angle: rad; cx, cy: center in px; size: of the image
     Returns alpha (h, w) float32 in [0, 1], and the window as (slice of rows, slice of columns).
     """
     x, y = OUTLINES[SCENE_CLASSES[label]].T
@@ -195,7 +203,7 @@ def draw_silhouette(label, side, angle, cx, cy, size):
 
 
 def draw_surface(rng, thing, cx, cy, window):
-    """Draw color, pattern and light of an object in its window: (h, w, 3) float32"""
+    """Draw color, pattern and light of an object in its window: (h, w, 3) float32."""
     y, x = np.mgrid[window].astype(np.float32)
     x = (x - cx) * (2 / thing.side)                                        # -1..1 over the object
     y = (y - cy) * (2 / thing.side)
@@ -236,12 +244,12 @@ def draw_shadow(canvas, alpha, window):
 def draw_scene(rng, size=SCENE_SIZE):
     """Draw a scene, large objects first.
 
-    A place is used only if it leaves MIN_VISIBLE of every earlier object visible. Returns
+    An object may cover earlier ones as long as MIN_VISIBLE of each stays visible. Returns
         pixels (size, size, 3) uint8
         owner (size, size) uint8: 0 background, k where object k - 1 is visible
         list of SceneObject
     """
-    canvas, ground = draw_background(rng, size)
+    canvas, ground_color = draw_background(rng, size)
     owner = np.zeros((size, size), np.uint8)
     sides = rng.uniform(MIN_SIDE, MAX_SIDE, rng.choice(len(COUNT_SHARES), p=COUNT_SHARES))
     if len(sides) and rng.random() < LARGE_SHARE / (1 - COUNT_SHARES[0]):
@@ -252,25 +260,26 @@ def draw_scene(rng, size=SCENE_SIZE):
         is_large = side > MAX_SIDE
         labels = np.arange(len(SCENE_CLASSES))
         if is_large:
+            # Only shapes that fill enough of their square for COCO's large objects.
             labels = np.flatnonzero(FILL * side ** 2 > 1.08 * LARGE_AREA)
         label = int(rng.choice(labels))
         angle = rng.uniform(-MAX_ROTATION, MAX_ROTATION)
         side = side * size / SCENE_SIZE
         margin = side * (0.5 if is_large else 0.5 - MAX_OUTSIDE)
-        least = MIN_VISIBLE * np.array([thing.pixels for thing in things])
+        must_stay = MIN_VISIBLE * np.array([thing.pixels for thing in things])
         for _ in range(ATTEMPTS):
             cx, cy = rng.uniform(min(margin, size / 2), max(size - margin, size / 2), 2)
             alpha, window = draw_silhouette(label, side, angle, cx, cy, size)
             mask = alpha > 0.5
             hidden = np.bincount(owner[window][mask], minlength=len(things) + 1)
             hidden = hidden[1:]                                            # px each object loses
-            if (visible - hidden >= least).all():
+            if (visible - hidden >= must_stay).all():
                 break
         else:
-            continue
+            continue   # no attempt found a place: leave this object out
 
-        # A color unlike the ground and every object behind.
-        behind = [ground] + [thing.color for thing, px in zip(things, hidden) if px]
+        # A color unlike the background's and that of every object behind.
+        behind = [ground_color] + [thing.color for thing, px in zip(things, hidden) if px]
         contrast = 0
         while contrast < MIN_CONTRAST:
             color = random_color(rng, (0.45, 0.95), (0.35, 1.0))
@@ -287,7 +296,10 @@ def draw_scene(rng, size=SCENE_SIZE):
 
 
 def visible_objects(owner: np.ndarray, things: list[SceneObject]) -> Objects:
-    """Return exact annotations of a scene: boxes, areas and masks of what is visible."""
+    """Return exact boxes, areas and masks of what is visible in a scene.
+
+    owner, things: as draw_scene returns them
+    """
     boxes = np.zeros((len(things), 4))
     areas = np.zeros(len(things))
     texts = []
@@ -310,10 +322,10 @@ class Shapes(DetectionData):
     """Generated scenes of eight shapes with exact masks of what is visible; needs no files.
 
     split: train or val
-    num_images, seed: scene i depends on (seed, split, i) alone
+    num_images: NUM_TRAIN or NUM_VAL if None; scene i depends on (seed, split, i) alone
     size: side of the square images in px
 
-    Scenes are drawn when first asked for and stored as uint8, so later epochs only augment them.
+    A scene is drawn when it is first needed, then stored as uint8.
     """
     name = "generated scenes"
     has_masks = True
@@ -332,23 +344,23 @@ class Shapes(DetectionData):
         self.load_masks = load_masks
         self.image_ids = np.arange(num_images)
         self.transform = transform or Transform()
-        self.pixels = np.zeros((len(self), size, size, 3), np.uint8)       # of drawn scenes
-        self.scenes = [None] * len(self)                                   # Objects of drawn scenes
+        self.pixels = np.zeros((len(self), size, size, 3), np.uint8)
+        self.drawn = [None] * len(self)                # Objects of a scene, None before it is drawn
 
     def draw(self, index):
-        """Draw scene `index`: pixels, owner, list of SceneObject, see draw_scene."""
+        """Draw scene `index` anew and return what draw_scene returns."""
         split = ("train", "val").index(self.split)
         rng = random_generator("scene", self.seed, split, int(self.image_ids[index]))
         return draw_scene(rng, self.size)
 
     def objects(self, index):
-        if self.scenes[index] is None:
+        if self.drawn[index] is None:
             self.pixels[index], owner, things = self.draw(index)
-            self.scenes[index] = visible_objects(owner, things)
-        return self.scenes[index]
+            self.drawn[index] = visible_objects(owner, things)
+        return self.drawn[index]
 
     def image(self, index):
-        self.objects(index)
+        self.objects(index)   # draws the scene
         return Image.fromarray(self.pixels[index])
 
     def image_size(self, index):
@@ -359,20 +371,20 @@ class Shapes(DetectionData):
 
     @functools.cached_property
     def annotations(self):
-        """All objects; draws every scene that has not been drawn yet."""
-        if sum(scene is None for scene in self.scenes) > 1000:
+        """The objects of all scenes, as Annotations. Draws the scenes that are not drawn yet."""
+        if self.drawn.count(None) > 1000:
             print(f"drawing {len(self)} scenes, once ...", file=sys.stderr)
         return join_annotations([self.objects(index) for index in range(len(self))])
 
     def prepare(self):
         return self.annotations
 
-    def subset(self, rows):
+    def subset(self, indices):
         part = copy.copy(self)
-        part.__dict__.pop("annotations", None)
-        part.image_ids = self.image_ids[rows]
-        part.pixels = self.pixels[rows]
-        part.scenes = [self.scenes[row] for row in rows]
+        part.__dict__.pop("annotations", None)   # cached, of all scenes
+        part.image_ids = self.image_ids[indices]
+        part.pixels = self.pixels[indices]
+        part.drawn = [self.drawn[index] for index in indices]
         return part
 
 
@@ -386,7 +398,13 @@ class Options:
 
 
 def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEED) -> None:
-    """Write the generated scenes as a COCO-layout folder. Raises UserError if there is one."""
+    """Write the generated scenes as a COCO-layout folder.
+
+    Raises UserError if the folder already has annotations, or if a split would be empty.
+    """
+    if min(num_train, num_val) < 1:
+        raise UserError(
+            f"--num_train, --num_val: expected at least 1 scene each, got {num_train}, {num_val}")
     for split in ("train", "val"):
         if json_path(directory, split).exists():
             raise UserError(

@@ -1,4 +1,8 @@
-"""How an epoch is cut into optimizer steps and micro-batches."""
+"""How an epoch is divided into optimizer steps and micro-batches.
+
+One step trains on `total` images: each of the ranks (processes) runs `accum` micro-batches forward
+and backward before the optimizer moves. data.batches loads the micro-batches.
+"""
 import math
 
 import numpy as np
@@ -6,15 +10,24 @@ import numpy as np
 import data
 from engine.errors import UserError
 
-OVERFIT_STEPS = 100   # of one epoch of --overfit
+OVERFIT_STEPS = 100   # steps in one epoch of --overfit
 
 
 class BatchSizes:
-    """How an epoch is cut: `total` images per optimizer step = `micro` x accum x ranks. A training
-    set smaller than the batch gets a smaller batch, and that is said once."""
+    """Sizes of batches and epochs.
+
+    total: images per optimizer step = micro x accum x ranks
+    micro: images per micro-batch
+    repeats: passes over the images in one epoch
+    steps: optimizer steps in one epoch
+
+    wanted is --batch_size, images the size of the training set. If the set is smaller than the
+    batch, the batch shrinks and a message says so. Raises UserError if `wanted` cannot be divided
+    or if there are fewer images than micro-batches in a step.
+    """
 
     def __init__(self, wanted: int, run, machine, images: int):
-        parts = run.accum * machine.world
+        parts = run.accum * machine.world   # micro-batches per step
         if wanted % parts:
             raise UserError(f"expected --batch_size divisible by accum x processes = {parts}, got "
                             f"{wanted}")
@@ -25,22 +38,24 @@ class BatchSizes:
         self.total = self.micro * parts
         if self.total < wanted:
             machine.say(f"{images} training images: batch {self.total} instead of {wanted}")
-        self.repeats = 1    # passes over the images in an epoch
+        self.repeats = 1
         if run.overfit:
             self.repeats = math.ceil(OVERFIT_STEPS * self.total / images)
         self.steps = images * self.repeats // self.total
 
 
 def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: int):
-    """Yield this rank's micro-batches for every optimizer step of the epoch from number `start` on.
+    """Yield this rank's `accum` micro-batches, a list, for each step from step `start` on.
 
-    The order depends on (seed, epoch) and a sample on (seed, epoch, index), so neither workers, nor
-    ranks, nor a restart change what is trained on. Images that do not fill the last batch wait for
-    another epoch."""
+    The order depends on (seed, epoch) and a sample on (seed, epoch, index). Therefore neither the
+    number of workers or ranks nor a restart changes what is trained on. Images that would not fill
+    the last batch are left out of this epoch.
+    """
     rng = data.random_generator("order", run.seed, epoch)
     order = np.concatenate([rng.permutation(len(dataset)) for _ in range(batch.repeats)])
     micro_batches = order[:batch.steps * batch.total].reshape(-1, batch.micro)
     first = start * run.accum * machine.world
+    # The ranks take turns, one micro-batch each.
     mine = micro_batches[first:][machine.rank::machine.world].tolist()
     dataset.set_epoch(epoch)
     pin_memory = machine.device.type == "cuda"

@@ -1,7 +1,9 @@
 """COCO annotation files: find them, read them, and report every entry that is wrong.
 
-The checks look at the json alone; tools/check_data.py adds those that open image files. Every value
-is checked for its type and range before NumPy or pycocotools sees it.
+The json alone is checked here; tools/check_data.py also opens the image files. The type and range
+of every value are checked before NumPy or pycocotools sees it.
+
+"Listed" means: as the json says, such as the listed size of an image.
 """
 import json
 import os
@@ -13,17 +15,17 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.images import MAX_PIXELS
-from engine.notices import one_line
+from engine.notices import one_line, quoted
 from engine.segmentations import segmentation_fault
 
-# Where the json of a split may lie, relative to the data folder. The first is COCO's own place.
+# Where the json and the images of a split may be, relative to the data folder. COCO's place first.
 JSON_PLACES = (
     "annotations/instances_{split}2017.json",
     "annotations/instances_{split}.json",
     "{split}/_annotations.coco.json",      # as Roboflow exports it
 )
 IMAGE_PLACES = ("{split}2017", "images/{split}2017", "{split}", "images/{split}", "images", "")
-OTHER_NAMES = {"val": ("val", "valid")}    # of a split, in file and folder names
+SPLIT_NAMES = {"val": ("val", "valid")}    # where files and folders have several names for a split
 
 # Files that show another layout, relative to the data folder.
 FOREIGN_LAYOUTS = {
@@ -31,6 +33,7 @@ FOREIGN_LAYOUTS = {
     "voc": ("Annotations/*.xml", "*/Annotations/*.xml", "*.xml", "*/*.xml"),
 }
 
+# The lists of a json, and the fields that every entry must have.
 FIELDS = {
     "images": ("id", "file_name"),
     "annotations": ("image_id", "category_id", "bbox"),
@@ -40,34 +43,34 @@ MAX_ID = 2 ** 63            # ids are 64-bit integers
 MAX_COORDINATE = 1e6        # px; a box beyond it is a mistake
 MAX_NAME_BYTES = 255        # of one part of a path, the limit of common file systems
 MAX_PATH_BYTES = 1000
-NORMALIZED_SHARE = 0.5      # share of boxes within [0, 1] from which all are taken as normalized
-XYXY_SHARES = (0.1, 0.95)   # boxes that leave their image; boxes that fit when read as corners
+# If a larger share of the boxes lies within [0, 1], the json is refused as normalized.
+NORMALIZED_SHARE = 0.5
+# If this share of the boxes leaves the image, and a larger share than the second would fit as
+# [x1, y1, x2, y2], the json is refused.
+XYXY_LEAVE_SHARE = 0.1
+XYXY_FIT_SHARE = 0.95
 
 
 class Problem(NamedTuple):
-    """One thing that is wrong with a data set.
-
-    level: "fatal", the data set cannot be used; "error", training tolerates it, the data set check
-    fails; "warning", it is handled.
-    """
-    level: str
-    kind: str
-    where: str
+    """One thing that is wrong with a data set."""
+    level: str    # fatal: training refuses the data; error: results may suffer; warning: handled
+    kind: str     # heading under which the check lists it
+    where: str    # the entry or file, and what is wrong there
 
 
 # ---------------------------------------------------------------------------- files and folders
 
 def json_path(root: str | Path, split: str) -> Path:
-    """Return where the json of a split is: the first existing of JSON_PLACES, else the first."""
-    names = OTHER_NAMES.get(split, (split,))
+    """Return the first of JSON_PLACES that exists for a split; if none does, COCO's own place."""
+    names = SPLIT_NAMES.get(split, (split,))
     places = [Path(root) / place.format(split=name) for place in JSON_PLACES for name in names]
-    return next((path for path in places if is_file(path)), places[0])
+    return next((path for path in places if os.path.isfile(path)), places[0])
 
 
 def images_folder(root: str | Path, split: str, content: dict) -> Path:
     """Return the folder that holds the images of a json. Raises UserError if none does."""
     files = [image["file_name"] for image in content["images"][:20]]
-    names = OTHER_NAMES.get(split, (split,))
+    names = SPLIT_NAMES.get(split, (split,))
     places = [Path(root) / place.format(split=name) for place in IMAGE_PLACES for name in names]
     for place in places:
         if any(os.path.exists(place / file) for file in files):
@@ -79,33 +82,39 @@ def images_folder(root: str | Path, split: str, content: dict) -> Path:
 
 
 def read_json(path: str | Path, root: str | Path = "", split: str = "") -> dict:
-    """Read a COCO json. Raises UserError if the file is missing or holds something else.
+    """Read a COCO json. Raises UserError if the file is missing or is not a JSON object.
 
-    root, split: the data folder and the split, to say what lies there instead.
+    root, split: data folder and split, which the error message about a missing file examines
     """
     path = Path(path)
-    if not is_file(path):
+    if not os.path.isfile(path):
         raise UserError(missing_json(path, Path(root), split))
     try:
         content = json.loads(path.read_bytes())
     except (ValueError, OSError, RecursionError) as error:
         reason = one_line(str(error))
-        raise UserError(f"{path}: expected JSON, got {reason}; write the file anew") from error
+        raise UserError(
+            f"{path}: expected JSON, got a file that cannot be parsed ({reason}); write it anew"
+        ) from error
     if not isinstance(content, dict):
         raise UserError(
             f"{path}: expected a JSON object with images, annotations and categories, got a "
-            f"{type(content).__name__}; this looks like a results file, give the ground truth")
+            f"{type(content).__name__}; a list is often a results file: give the ground truth")
     return content
 
 
 def missing_json(path: Path, root: Path, split: str) -> str:
-    """Say that there is no json, and what to do with the layout that is there."""
+    """Return the error message for a missing json, with advice for what is in the folder."""
+    if split and not os.path.isdir(root):
+        got = "a file" if os.path.isfile(root) else "no such folder"
+        return (f"{root}: expected a data folder with a COCO json, got {got}; correct the path "
+                "(python scenes.py --write DIR makes an example)")
     layout = foreign_layout(root) if split else None
     if layout:
         return (f"{root}: expected a COCO json, got a folder in {layout.upper()} layout; convert "
                 f"it: python -m tools.convert --from {layout} {root} OUT")
     other = {"train": "val", "val": "train"}.get(split)
-    if other and is_file(json_path(root, other)):
+    if other and os.path.isfile(json_path(root, other)):
         return (f"{path}: expected a COCO json there, got no such file, though "
                 f"{json_path(root, other)} exists; divide the images into train and val")
     return (f"{path}: expected a COCO json there, got no such file; a data folder holds "
@@ -123,30 +132,22 @@ def foreign_layout(root: Path) -> str | None:
     return None
 
 
-def is_file(path: Path) -> bool:
-    """Whether a regular file is there. Paths that cannot exist are no files."""
-    try:
-        return path.is_file()
-    except OSError:
-        return False
-
-
 # ------------------------------------------------------------------------------ values of entries
 
 def is_number(value, limit: float = MAX_COORDINATE) -> bool:
-    """Whether a json value is a finite number of at most this absolute value; true is none."""
+    """Whether a json value is a number, not true or false, with an absolute value up to `limit`."""
     return type(value) in (int, float) and abs(value) <= limit   # False for NaN
 
 
 def listed_size(image: dict) -> tuple[int, int]:
-    """Return (width, height) of a json image, 0 where it is not given or no positive number."""
+    """Return (width, height) in px of a json image; 0 for a side without a positive number."""
     width, height = image.get("width"), image.get("height")
     return (int(width) if is_number(width) and width > 0 else 0,
             int(height) if is_number(height) and height > 0 else 0)
 
 
 def listed_area(row: dict) -> float:
-    """Return the area of a json annotation in px, that of its box where none is usable."""
+    """Return the area of a json annotation in pixels, that of its box if no usable one is given."""
     area = row.get("area")
     if is_number(area, MAX_COORDINATE ** 2) and area > 0:
         return float(area)
@@ -154,9 +155,9 @@ def listed_area(row: dict) -> float:
 
 
 def degenerate_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
-    """Find boxes of which nothing lies in the image: (n,) bool.
+    """Find boxes whose part inside the image has no width or no height: (n,) bool.
 
-    boxes: (n, 4) xywh; sizes: (n, 2) width and height of their images, 0 = unknown
+    boxes: (n, 4) xywh in px; sizes: (n, 2) width and height of their images, 0 = unknown
     """
     limits = np.where(sizes > 0, sizes, np.inf).reshape(-1, 2)
     low = np.clip(boxes[:, :2], 0, limits)
@@ -169,7 +170,7 @@ def degenerate_boxes(boxes: np.ndarray, sizes: np.ndarray) -> np.ndarray:
 def json_problems(content: dict) -> list[Problem]:
     """Report what is wrong with a json, except for its segmentations.
 
-    Entries that lack fields or have unusable ids hide all other problems.
+    If entries lack fields or have unusable ids, only these are reported.
     """
     problems = [problem for part in FIELDS for problem in entry_problems(content, part)]
     if any(problem.level == "fatal" for problem in problems):
@@ -196,11 +197,15 @@ def plural(count: int, noun: str) -> str:
 
 
 def entry_problems(content, part):
-    """Yield problems of a list of entries: missing list, missing fields, unusable ids."""
+    """Yield problems of one list of the json: missing list, missing fields, unusable ids.
+
+    part: images, annotations or categories
+    """
     entries = content.get(part)
     if not isinstance(entries, list) or (not entries and part != "annotations"):
-        text = f"expected a list '{part}' in the json, got {one_line(entries, 40)}"
-        yield Problem("fatal", f"no {part}", text)
+        got = quoted(entries, 40) if part in content else "nothing"
+        least = "a list" if part == "annotations" else "a list with at least one entry"
+        yield Problem("fatal", f"no {part}", f"expected '{part}' to be {least}, got {got}")
         return
     id_fields = [field for field in FIELDS[part] if field.endswith("id")]
     for place, entry in enumerate(entries):
@@ -216,7 +221,7 @@ def entry_problems(content, part):
         if not all(type(number) is int and abs(number) < MAX_ID for number in ids):
             yield Problem("fatal", "ids that are not 64-bit integers",
                           f"{where}: expected integer ids, got {one_line(ids, 60)}")
-    # Annotation ids are numbered anew for the evaluation.
+    # Annotation ids may repeat: the evaluation numbers annotations anew.
     level = "warning" if part == "annotations" else "fatal"
     ids = Counter(entry.get("id") for entry in entries
                   if isinstance(entry, dict) and type(entry.get("id")) is int)
@@ -227,21 +232,21 @@ def entry_problems(content, part):
 
 
 def category_problems(content):
-    """Yield problems of class names: no text, one name for two classes, classes without objects."""
+    """Yield problems of class names: no text, or one name for several categories."""
     categories = content["categories"]
     for category in categories:
         name = category["name"]
         if type(name) not in (str, int) or name == "":
             yield Problem("fatal", "class names that are no text",
-                          f"category {category['id']}: expected a name, got {one_line(name, 40)}")
-    boxes = Counter(row["category_id"] for row in content["annotations"])
+                          f"category {category['id']}: expected a name, got {quoted(name, 40)}")
+    objects = Counter(row["category_id"] for row in content["annotations"])
     names = Counter(str(category["name"]) for category in categories)
     for name, count in names.items():
         if count == 1:
             continue
         ids = [category["id"] for category in categories if str(category["name"]) == name]
-        ambiguous = sum(boxes[number] > 0 for number in ids) > 1
-        yield Problem("error" if ambiguous else "warning", "class name used twice",
+        with_objects = [number for number in ids if objects[number]]
+        yield Problem("error" if len(with_objects) > 1 else "warning", "class name used twice",
                       f"{one_line(name)!r} has ids {one_line(ids, 60)}: rename one or merge them")
 
 
@@ -259,7 +264,7 @@ def image_problems(content):
             value = image.get(side)
             if value is not None and not (is_number(value) and value > 0):
                 yield Problem("error", "wrong width or height",
-                              f"{where}: expected a positive {side}, got {one_line(value, 40)}")
+                              f"{where}: expected a positive {side}, got {quoted(value, 40)}")
         width, height = listed_size(image)
         if width * height > MAX_PIXELS:
             yield Problem("error", "image too large",
@@ -272,35 +277,37 @@ def image_problems(content):
 
 
 def file_name_fault(name) -> str | None:
-    """Say why a value cannot be the name of a file, or return None."""
+    """Return why a value cannot be the name of a file, or None if it can."""
     if not isinstance(name, str) or not name or "\0" in name:
-        return f"expected text, got {one_line(name, 60)}"
+        return f"expected text, got {quoted(name)}"
     try:
         encoded = os.fsencode(name)
     except UnicodeEncodeError:
         return f"expected valid Unicode, got {one_line(name, 60)}"
     longest = max(len(part) for part in encoded.split(b"/"))
     if longest > MAX_NAME_BYTES or len(encoded) > MAX_PATH_BYTES:
-        return f"expected at most {MAX_NAME_BYTES} bytes, got {len(encoded)}: {one_line(name, 60)}"
+        return (f"expected at most {MAX_NAME_BYTES} bytes between slashes and {MAX_PATH_BYTES} in "
+                f"all, got {len(encoded)} in all: {one_line(name, 60)}")
     return None
 
 
 def annotation_problems(content):
-    """Yield problems of annotations, the boxes' last."""
+    """Yield problems of annotations one by one, then those of the usable boxes together."""
     images = {image["id"]: image for image in content["images"]}
     category_ids = {category["id"] for category in content["categories"]}
     usable = []
     seen = set()
     for row in content["annotations"]:
-        kind, fault = annotation_fault(row, images, category_ids)
+        fault = annotation_fault(row, images, category_ids)
         if fault:
-            yield Problem("fatal", kind, f"{describe(row, images)}: {fault}")
+            kind, text = fault
+            yield Problem("fatal", kind, f"{describe(row, images)}: {text}")
             continue
         usable.append(row)
         area = row.get("area")
         if area is not None and not (is_number(area, MAX_COORDINATE ** 2) and area >= 0):
             yield Problem("warning", "unusable area (that of the box is used)",
-                          f"{describe(row, images)}: got {one_line(area, 40)}")
+                          f"{describe(row, images)}: got {quoted(area, 40)}")
         key = (row["image_id"], row["category_id"], *row["bbox"])
         if key in seen:
             yield Problem("warning", "duplicate annotation",
@@ -311,31 +318,31 @@ def annotation_problems(content):
 
 
 def describe(row, images) -> str:
-    """Name an annotation: its id, its image and the file."""
+    """Return the id, the image id and the file name of an annotation, for messages."""
     image = images.get(row["image_id"])
     file = one_line(image["file_name"]) if image else "not listed"
     return f"annotation {one_line(row.get('id', '?'), 40)} (image {row['image_id']}, {file})"
 
 
-def annotation_fault(row, images, category_ids) -> tuple[str, str | None]:
-    """Return what makes an annotation unusable: (kind, text), text None if nothing does."""
+def annotation_fault(row, images, category_ids) -> tuple[str, str] | None:
+    """Return what makes an annotation unusable, (kind, text), or None if it is usable."""
     box = row["bbox"]
     crowd = row.get("iscrowd", 0)
     if row["image_id"] not in images:
-        return "unknown image id", "expected an id from images"
+        return "unknown image id", f"expected an id from images, got {row['image_id']}"
     if row["category_id"] not in category_ids:
-        text = f"got category {row['category_id']}, expected an id from categories"
+        text = f"expected an id from categories, got category {row['category_id']}"
         return "unknown category id", text
     if not isinstance(box, list) or len(box) != 4 or not all(is_number(value) for value in box):
-        text = f"got {one_line(box, 60)}, expected finite [x, y, width, height]"
+        text = f"expected [x, y, width, height], four numbers in px, got {quoted(box)}"
         return "malformed box", text
     if crowd not in (0, 1):
-        return "malformed iscrowd", f"got {one_line(crowd, 40)}, expected 0 or 1"
-    return "", None
+        return "malformed iscrowd", f"expected 0 or 1, got {quoted(crowd, 40)}"
+    return None
 
 
 def box_problems(rows, images):
-    """Yield problems of boxes: normalized ones, corners in place of sizes, degenerate, outside."""
+    """Yield problems of boxes: normalized to [0, 1], xyxy instead of xywh, degenerate, outside."""
     boxes = np.array([row["bbox"] for row in rows], np.float64)                        # (n, 4)
     sizes = np.array([listed_size(images[row["image_id"]]) for row in rows])           # (n, 2)
     limits = np.where(sizes > 0, sizes, np.inf)
@@ -347,27 +354,30 @@ def box_problems(rows, images):
         yield Problem(
             "fatal", "boxes look normalized",
             f"{normalized.sum()} of {len(boxes)} boxes lie within [0, 1]; COCO wants [x, y, width, "
-            f"height] in pixels. First: {describe(first, images)}: {first['bbox']}")
+            "height] in pixels: multiply them by the width and height of their image. "
+            f"First: {describe(first, images)}: {first['bbox']}")
         return
     for place in np.flatnonzero(normalized):
         yield Problem("warning", "box within [0, 1] (normalized?)",
                       f"{describe(rows[place], images)}: {rows[place]['bbox']}")
 
-    # Corners read as width and height overshoot wherever x1 + x2 > width; true widths are rarely
-    # all greater than their x.
-    degenerate = degenerate_boxes(boxes, sizes)
+    # Boxes beyond the right or lower border. If [x1, y1, x2, y2] is read as [x, y, width, height],
+    # every box with x1 + x2 > image width is one of them, and x2 > x1 makes every width greater
+    # than its x, which real boxes rarely have all at once. 1 px is tolerated.
     beyond = (boxes[:, :2] + boxes[:, 2:] > limits + 1).any(1)
-    outside = ~degenerate & (beyond | (boxes[:, :2] < -1).any(1))
-    fits_as_corners = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= limits + 1).all(1)
-    overshooting = beyond.sum() >= max(1, XYXY_SHARES[0] * len(boxes))
-    if overshooting and fits_as_corners.mean() > XYXY_SHARES[1]:
+    fits_as_xyxy = (boxes[:, 2:] > boxes[:, :2]).all(1) & (boxes[:, 2:] <= limits + 1).all(1)
+    many_leave = beyond.sum() >= max(1, XYXY_LEAVE_SHARE * len(boxes))
+    if many_leave and fits_as_xyxy.mean() > XYXY_FIT_SHARE:
         first = rows[np.argmax(beyond)]
         yield Problem(
             "fatal", "boxes look like xyxy",
             f"{beyond.sum()} of {len(boxes)} boxes leave their image as [x, y, width, height], "
-            f"{fits_as_corners.sum()} fit as [x1, y1, x2, y2]; COCO wants the former. "
-            f"First: {describe(first, images)}")
+            f"{fits_as_xyxy.sum()} fit as [x1, y1, x2, y2]; COCO wants the former: subtract x1, y1 "
+            f"from x2, y2. First: {describe(first, images)}: {first['bbox']}")
+        return
 
+    degenerate = degenerate_boxes(boxes, sizes)
+    outside = beyond | (boxes[:, :2] < -1).any(1)
     for place in np.flatnonzero(degenerate | outside):
         kind = "box leaves the image (clipped)"
         if degenerate[place]:
@@ -378,7 +388,10 @@ def box_problems(rows, images):
 
 
 def segmentation_problems(content: dict) -> dict[int, Problem]:
-    """Report malformed segmentations of a json without fatal problems, by place in annotations."""
+    """Return {position in annotations: problem} of malformed segmentations.
+
+    content: a json without fatal problems
+    """
     images = {image["id"]: image for image in content["images"]}
     problems = {}
     for place, row in enumerate(content["annotations"]):

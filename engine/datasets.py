@@ -9,11 +9,12 @@ from scenes import NUM_TRAIN, NUM_VAL, Shapes
 
 def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NUM_TRAIN,
                    num_val=NUM_VAL):
-    """Build the training and the validation set.
+    """Return the training set and the validation set.
 
-    data: a COCO-layout folder, or empty for num_train and num_val generated scenes, which are the
-    same for every seed. seed: of the augmentation. overfit N: both are the first N training images
-    with objects, without augmentation."""
+    data: a COCO-layout folder; empty: num_train and num_val generated scenes
+    seed: of the augmentation; the generated scenes are the same for every seed
+    overfit: if not 0, both are the first `overfit` training images with objects, not augmented
+    """
     train = open_split(data, "train", num_train, load_masks)
     if overfit:
         train = train.first(overfit)
@@ -27,20 +28,25 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
 
 
 def open_split(data, split, count, load_masks):
+    """Return one split of a folder, or `count` generated scenes if data is empty."""
     if data:
         return CocoFolder(data, split, load_masks=load_masks)
     return Shapes(split, count, load_masks=load_masks)
 
 
 def validation_set(folder, loaded):
-    """What a checkpoint is evaluated on: the val split of `folder`, or else the data of its own run
-    (the very images of an --overfit run). UserError for released weights, which name no data.
+    """Return the data set on which a checkpoint is evaluated.
 
-    loaded: what engine.models.load_model returned."""
+    folder: its val split is used; empty: the validation set of the checkpoint's own run, for an
+    --overfit run the images on which it was trained
+    loaded: what engine.models.load_model returned
+
+    Raises UserError without a folder for released weights, which do not name their data.
+    """
     run = loaded.meta.get("run")
     if not folder and not run:
-        raise UserError("expected --data DIR: released weights do not say which data they belong "
-                        "to")
+        raise UserError("expected --data DIR, got none: released weights do not say which data "
+                        "they belong to")
     masks = getattr(loaded.paper, "NEEDS_MASKS", False)
     if not folder and run["overfit"]:
         return build_datasets(run["data"], loaded.recipe, run["seed"], masks, run["overfit"],
@@ -50,6 +56,7 @@ def validation_set(folder, loaded):
     if folder:
         dataset = CocoFolder(folder, "val", transform, masks)
         names = list(loaded.meta["class_names"])
+        # Other classes stay as they are: the caller compares them by name.
         if sorted(names) == sorted(dataset.class_names):
             match_classes(dataset, names)
         return dataset

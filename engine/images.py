@@ -24,7 +24,7 @@ class Header(NamedTuple):
     size: tuple[int, int]      # (width, height) as stored, before EXIF rotation
     orientation: int           # EXIF orientation, 1 = upright
     mode: str                  # Pillow's mode, such as RGB, L, I;16
-    pages: bool                # the file holds more than one picture
+    several_pages: bool        # the file holds more than one picture
 
 
 def read_header(path: str | Path) -> Header:
@@ -35,11 +35,12 @@ def read_header(path: str | Path) -> Header:
 def read_image(path: str | Path, listed: tuple[int, int] | None = None) -> Image.Image:
     """Read an image file as RGB, rotated as its EXIF tag says.
 
-    listed: (width, height) in the annotation file. If only the unrotated pixels have this size, the
-    boxes were drawn on those, and the tag is ignored.
-    Gray, palette and CMYK images become RGB, transparency is dropped, 16-bit values are scaled from
-    the image's own range, and of several pages the first is read; the last two print one notice.
-    Raises UnreadableImage.
+    listed: (width, height) in the json. If only the unrotated pixels have this size, the boxes were
+    drawn on those, and the tag is ignored.
+
+    Gray, palette and CMYK images become RGB, and transparency is dropped. Gray values of 16 bits
+    are scaled from the image's own range, RGB values of 16 bits lose their lower 8 bits, and of
+    several pages the first is read: a notice says so once for all images. Raises UnreadableImage.
     """
     return open_and(lambda image: _upright_rgb(image, path, listed), path)
 
@@ -58,13 +59,12 @@ def open_and(function, path: str | Path):
 
 
 def upright_size(header: Header, listed: tuple[int, int] | None) -> tuple[tuple[int, int], bool]:
-    """Return (width, height) of the image that read_image gives, and whether EXIF rotates it."""
-    rotated = header.size
-    if header.orientation in SWAPS_SIDES:
-        rotated = header.size[::-1]
-    drawn_unrotated = listed == header.size and listed != rotated
-    rotate = header.orientation != 1 and not drawn_unrotated
-    return (rotated if rotate else header.size), rotate
+    """Return ((width, height), rotate): the size that read_image gives, and if it rotates."""
+    size = header.size
+    rotated_size = size[::-1] if header.orientation in SWAPS_SIDES else size
+    boxes_fit_unrotated = listed == size and listed != rotated_size
+    rotate = header.orientation != 1 and not boxes_fit_unrotated
+    return (rotated_size if rotate else size), rotate
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -89,18 +89,20 @@ def scale_to_8_bits(image: Image.Image) -> Image.Image:
 
 
 def _header(image):
-    # A multi-picture JPEG (MPO) of a camera holds previews, not pages.
-    pages = getattr(image, "is_animated", False) and image.format != "MPO"
-    return Header(image.size, image.getexif().get(ORIENTATION, 1), image.mode, pages)
+    # The further pictures in a camera's multi-picture JPEG (MPO) are previews.
+    several_pages = getattr(image, "is_animated", False) and image.format != "MPO"
+    return Header(image.size, image.getexif().get(ORIENTATION, 1), image.mode, several_pages)
 
 
 def _upright_rgb(image, path, listed):
     header = _header(image)
-    if header.pages:
+    if header.several_pages:
         notice_once("pages", f"{path}: of a file with several pages only the first is read")
+    # Pillow's mode does not tell 16-bit color; the format of the stored pixels, as RGB;16B, does.
     if image.mode == "RGB" and ";16" in str(image.tile):
         notice_once("16-bit color", f"{path}: 16-bit color images keep the upper 8 bits")
     image.load()
-    if upright_size(header, listed)[1]:
+    _, rotate = upright_size(header, listed)
+    if rotate:
         image = ImageOps.exif_transpose(image)
     return to_rgb(image)

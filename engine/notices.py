@@ -21,6 +21,11 @@ def forget_notices() -> None:
     printed[:] = bytes(len(KINDS))
 
 
+def quoted(value, limit: int = 60) -> str:
+    """Return a value as one_line does, but text in quotation marks: "640" is not 640."""
+    return one_line(reprlib.repr(value), limit)
+
+
 def one_line(value, limit: int = 200) -> str:
     """Return a value as at most `limit` printable characters, safe to print on a terminal."""
     text = value if isinstance(value, str) else reprlib.repr(value)

@@ -4,10 +4,10 @@ from pycocotools import mask as coco_mask
 
 from engine.errors import UserError
 from engine.images import MAX_PIXELS
-from engine.notices import one_line
+from engine.notices import quoted
 
-MAX_COORDINATE = 1e5    # px
-MAX_OUTLINE = 1e6       # px; pycocotools' memory grows with the length of a polygon's outline
+MAX_POLYGON_COORDINATE = 1e5   # px
+MAX_OUTLINE = 1e6              # px; memory of pycocotools grows with the length of an outline
 
 
 def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarray:
@@ -29,9 +29,9 @@ def decode_mask(segmentation: list | dict, height: int, width: int) -> np.ndarra
 
 
 def segmentation_fault(segmentation, size: tuple[int, int]) -> str | None:
-    """Say what is wrong with a segmentation, or return None. Nothing at all is not a fault.
+    """Return what is wrong with a segmentation, or None. A missing or empty one is not a fault.
 
-    size: (width, height) of the image, 0 = unknown.
+    size: (width, height) of the image in px, 0 = unknown
     """
     if segmentation is None or segmentation == [] or segmentation == {}:
         return None
@@ -41,18 +41,18 @@ def segmentation_fault(segmentation, size: tuple[int, int]) -> str | None:
         return polygons_fault(segmentation)
     if isinstance(segmentation, dict) and {"counts", "size"} <= segmentation.keys():
         return rle_fault(segmentation, size)
-    return f"expected polygons or RLE {{size, counts}}, got {one_line(segmentation, 60)}"
+    return f"expected polygons or RLE {{size, counts}}, got {quoted(segmentation)}"
 
 
 def polygons_fault(polygons: list) -> str | None:
-    """Say what is wrong with [[x, y, x, y, ...], ...], or return None."""
+    """Return what is wrong with [[x, y, x, y, ...], ...], or None."""
     for points in polygons:
         if not isinstance(points, list) or len(points) < 6 or len(points) % 2:
             return "expected polygons [x, y, x, y, x, y, ...] of at least three points"
         for value in points:
-            if type(value) not in (int, float) or not abs(value) <= MAX_COORDINATE:
-                return f"expected finite coordinates in px, got {one_line(value, 40)}"
-        # An upper bound first: hardly any polygon needs the exact length.
+            if type(value) not in (int, float) or not abs(value) <= MAX_POLYGON_COORDINATE:
+                return f"expected finite coordinates in px, got {quoted(value, 40)}"
+        # The length is needed only where this upper bound is too large, in hardly any polygon.
         if len(points) * max(map(abs, points)) > MAX_OUTLINE:
             corners = np.array(points, np.float64).reshape(-1, 2)                       # (n, 2)
             outline = np.abs(corners - np.roll(corners, 1, 0)).max(1).sum()
@@ -62,12 +62,12 @@ def polygons_fault(polygons: list) -> str | None:
 
 
 def rle_fault(rle: dict, size: tuple[int, int]) -> str | None:
-    """Say what is wrong with {"size": [height, width], "counts": text or list}, or return None."""
+    """Return what is wrong with {"size": [height, width], "counts": text or list}, or None."""
     sides = rle["size"]
     if not isinstance(sides, list) or len(sides) != 2:
-        return f"expected RLE size [height, width], got {one_line(sides, 60)}"
+        return f"expected RLE size [height, width], got {quoted(sides)}"
     if not all(type(side) is int and 0 < side <= MAX_PIXELS for side in sides):
-        return f"expected RLE size of two positive integers, got {one_line(sides, 60)}"
+        return f"expected RLE size of two positive integers, got {quoted(sides)}"
     if 0 not in size and sides != [size[1], size[0]]:
         return f"expected RLE size [height, width] = {[size[1], size[0]]}, got {sides}"
     pixels = sides[0] * sides[1]
@@ -78,11 +78,11 @@ def rle_fault(rle: dict, size: tuple[int, int]) -> str | None:
     if isinstance(counts, str):
         counts = decode_counts(counts)
         if counts is None:
-            return f"expected compressed RLE counts, got {one_line(rle['counts'], 40)}"
+            return f"expected compressed RLE counts, got {quoted(rle['counts'], 40)}"
     elif not isinstance(counts, list):
-        return f"expected RLE counts as text or a list, got {one_line(counts, 40)}"
+        return f"expected RLE counts as text or a list, got {quoted(counts, 40)}"
     elif not all(type(count) is int and 0 <= count <= pixels for count in counts):
-        return "expected RLE counts of at least 0 that are integers"
+        return f"expected RLE counts that are integers, at least 0 and at most {pixels}"
     if len(counts) and min(counts) < 0:
         return f"expected RLE counts of at least 0, got {min(counts)}"
     if sum(counts) != pixels:
@@ -91,11 +91,11 @@ def rle_fault(rle: dict, size: tuple[int, int]) -> str | None:
 
 
 def decode_counts(text: str) -> list[int] | None:
-    """Decode COCO's compressed RLE counts; None if the text is none or is cut short.
+    """Decode COCO's compressed RLE counts; None if the text is malformed or cut short.
 
-    Each count is a number of 5-bit groups, lowest first, one character (48 + group) each: bit 32
-    says that another group follows, bit 16 of the last group is the sign. From the fourth count on,
-    the difference to the count before the last is stored.
+    A number consists of groups of 5 bits, lowest first. A character stores a group as 48 + group,
+    plus 32 if another group follows; 16 in the last group is the sign. The first three numbers are
+    counts; each later one is the difference to the count two places before.
     """
     counts = []
     value = 0

@@ -16,14 +16,14 @@ TIMEOUT = 600   # seconds to wait for a batch
 def affordable_workers(workers: int, batch_bytes: int) -> int:
     """Return how many workers the shared memory is large enough for, at most `workers`.
 
-    Batches travel from the workers through /dev/shm, each worker has up to two on their way. Where
-    it is full, a worker would never answer; containers often have 64 MB.
+    Workers hand over batches in /dev/shm, each up to two at a time, and the training process holds
+    one more. A worker that finds it full never answers; containers often have only 64 MB.
     """
     if not os.path.isdir("/dev/shm"):
         return workers
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
     free = shutil.disk_usage("/dev/shm").free / processes
-    affordable = int((free / batch_bytes - 1) / 2)
+    affordable = int((free / batch_bytes - 1) / 2)   # solves free = needed, below
     if affordable >= workers:
         return workers
     affordable = max(affordable, 0)
@@ -36,7 +36,7 @@ def affordable_workers(workers: int, batch_bytes: int) -> int:
 
 
 def one_line_errors(loader) -> Iterator:
-    """Iterate over a DataLoader. Raises UserError, one line, if workers fail or do not answer."""
+    """Iterate over a DataLoader. Raises a one-line UserError if workers fail or do not answer."""
     try:
         yield from loader
     except UserError as error:
@@ -47,15 +47,15 @@ def one_line_errors(loader) -> Iterator:
             raise
         raise UserError(
             f"expected a batch from {loader.num_workers} workers, got: {one_line(str(error))}; "
-            "slow storage or too little memory (df -h /dev/shm): try fewer --workers, with 0 the "
-            "training process reads") from None
+            "slow storage or too little memory (df -h /dev/shm): try fewer --workers; with 0 the "
+            "training process reads the images") from None
 
 
 def start_worker(number: int) -> None:
     """Prepare a worker process.
 
-    It ignores the signals that Ctrl-C, schedulers and torchrun send to the whole process group: the
-    training process still needs its workers to finish a step and save, and ends them itself.
+    It ignores the signals that Ctrl-C, schedulers and torchrun send to the whole process group. The
+    training process still needs its workers to finish a step and save; it ends them itself.
     The garbage collector passes over inherited objects: visiting them would copy their memory.
     """
     gc.freeze()

@@ -564,7 +564,7 @@ def overfit_command(rng):
 def check_command(rng):
     if rng.random() < 0.5:
         return "train.py", ["--check_data=data"]
-    return "check_data.py", ["data"]
+    return "tools.check_data", ["data"]
 
 
 def eval_data_command(rng):
@@ -726,7 +726,7 @@ def scenes_flags_command(rng):
 
 
 def check_flags_command(rng):
-    return "check_data.py", [rng.choice(WORDS) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
+    return "tools.check_data", [rng.choice(WORDS) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
 
 
 def change_environment(rng, folder):

@@ -3,7 +3,6 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ import data
 from coco_folders import (POLYGON, annotation, category, edit_json, image_entry, json_file,
                           truncate, write_folder)
 from engine.errors import UserError
+from engine.recipe import Recipe
 from engine.segmentations import decode_counts, segmentation_fault
 from tools import check_data
 
@@ -39,8 +39,9 @@ REFUSED = {
     "images no list": (lambda content: content.update(images={"id": 1}), "no images"),
     "entry no object": (lambda content: content["images"].append(3), "incomplete images"),
     "unknown category": (annotation(category_id=5),
-                         "unknown category id.*annotation 0.*got category 5"),
-    "unknown image": (annotation(image_id=99), "unknown image id.*annotation 0.*99"),
+                         "unknown category id.*annotation 0.*from categories, got category 5"),
+    "unknown image": (annotation(image_id=99),
+                      "unknown image id.*annotation 0.*from images, got 99"),
     "box of three": (annotation(bbox=[1, 2, 3]), "malformed box.*annotation 0"),
     "box with NaN": (annotation(bbox=[1, 2, NAN, 3]), "malformed box"),
     "box with infinity": (annotation(bbox=[1, 2, INFINITY, 3]), "malformed box"),
@@ -53,7 +54,7 @@ REFUSED = {
     "boxes normalized": (annotation(bbox=[0.1, 0.2, 0.3, 0.4]),
                          "boxes look normalized.*1 of 1 boxes.*annotation 0.*pixels|"
                          "boxes look normalized.*1 of 1 boxes.*pixels.*annotation 0"),
-    "iscrowd as text": (annotation(iscrowd="0"), "malformed iscrowd.*got 0, expected 0 or 1"),
+    "iscrowd as text": (annotation(iscrowd="0"), "malformed iscrowd.*expected 0 or 1, got '0'"),
     "iscrowd null": (annotation(iscrowd=None), "malformed iscrowd.*got None"),
     "iscrowd 2": (annotation(iscrowd=2), "malformed iscrowd.*got 2"),
     "text ids": (image_entry(id="a"), "expected integer ids"),
@@ -85,6 +86,24 @@ def test_an_unusable_json_is_refused_and_the_check_names_the_entry(change, messa
     assert "\n" not in str(error.value) and len(str(error.value)) < 1000
     assert check_data.check(root) > 0
     assert "fatal" in capsys.readouterr().out
+
+
+def test_a_path_that_is_no_folder_is_reported_as_such(tmp_path, capsys):
+    root = write_folder(tmp_path / "data")
+    for path, got in ((tmp_path / "dta", "no such folder"), (json_file(root), "a file")):
+        with pytest.raises(UserError, match=f"expected a data folder.*got {got}; correct"):
+            data.CocoFolder(path)
+        assert check_data.check(path) == 2 and got in capsys.readouterr().out
+
+
+def test_a_missing_list_and_an_empty_one_are_told_apart(tmp_path, capsys):
+    for change, got in ((drop("images"), "nothing"),
+                        (lambda content: content.update(images=[]), "[]")):
+        root = write_folder(tmp_path)
+        edit_json(root, change)
+        check_data.check(root)
+        text = capsys.readouterr().out
+        assert f"expected 'images' to be a list with at least one entry, got {got}" in text
 
 
 # ------------------------------------------------------------- reported: errors and warnings
@@ -214,7 +233,7 @@ FOUND = {
     "area negative": (annotation(area=-5), "warning: unusable area", "got -5"),
     "area NaN": (annotation(area=NAN), "warning: unusable area", "got nan"),
     "area infinite": (annotation(area=INFINITY), "warning: unusable area", "got inf"),
-    "area text": (annotation(area="80"), "warning: unusable area", "got 80"),
+    "area text": (annotation(area="80"), "warning: unusable area", "got '80'"),
     "area huge": (annotation(area=10 ** 400), "warning: unusable area", "annotation 0"),
 }
 
@@ -290,7 +309,9 @@ def test_xyxy_boxes_are_detected_and_stop_training(tmp_path, capsys):
 
     edit_json(root, to_corners)
     assert check_data.check(root) == 1
-    assert "boxes look like xyxy" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "boxes look like xyxy" in text and "subtract x1, y1" in text
+    assert "leaves the image" not in text              # not each of them once more
     with pytest.raises(UserError, match="boxes look like xyxy.*COCO wants"):
         data.CocoFolder(root)
 
@@ -335,7 +356,8 @@ def test_zero_annotations_refused(tmp_path, capsys):
             check_data.quick_check(data.CocoFolder(root))
         check_data.quick_check(data.CocoFolder(root, "val"), training=False)
         assert check_data.check(root) == 1
-        assert "no usable box in the training set" in capsys.readouterr().out
+        text = capsys.readouterr().out
+        assert "fatal: nothing to learn" in text and "no usable box in the training set" in text
 
 
 def test_an_error_that_does_not_stop_training_is_printed_as_a_warning(tmp_path, capsys):
@@ -365,7 +387,7 @@ def test_the_nuclei_have_more_objects_than_forty_queries(shared):
 def test_the_shrinking_of_images_is_stated(tmp_path):
     root = write_folder(tmp_path, [(400, 300)], [(0, 1, (5, 6, 40, 40))])
     dataset = data.CocoFolder(root)
-    recipe = SimpleNamespace(train_sizes=(96, 100), max_size=200, crop=False, color_jitter=False)
+    recipe = Recipe(train_sizes=(96, 100), max_size=200, crop=False, color_jitter=False)
     dataset.transform = data.train_transform(recipe)
     note = check_data.size_note(dataset)
     assert note.startswith("images of 400 x 300 px (median) are resized to 133 x 100 px")

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -24,15 +25,14 @@ from coco_folders import (POLYGON, annotation, average_precision, edit_json, epo
 from engine import datasets, notices, workers
 from engine.class_labels import match_classes
 from engine.errors import UserError
+from engine.recipe import Recipe
 from tools import check_data
 
-SMALL = SimpleNamespace(train_sizes=(128,), max_size=200, crop=False, color_jitter=True,
-                        eval_size=128)
-PAPER = SimpleNamespace(train_sizes=tuple(range(480, 801, 32)), max_size=1333, crop=True,
-                        color_jitter=False, eval_size=800)
-JITTER = SimpleNamespace(**{**vars(PAPER), "color_jitter": True})
-FULL = SimpleNamespace(train_sizes=(64,), max_size=1333, crop=False, color_jitter=False,
-                       eval_size=64)
+SMALL = Recipe(train_sizes=(128,), max_size=200, crop=False, color_jitter=True, eval_size=128)
+PAPER = Recipe(train_sizes=tuple(range(480, 801, 32)), max_size=1333, crop=True,
+               color_jitter=False, eval_size=800)
+JITTER = replace(PAPER, color_jitter=True)
+FULL = Recipe(train_sizes=(64,), max_size=1333, crop=False, color_jitter=False, eval_size=64)
 
 
 @pytest.fixture(autouse=True)
@@ -61,16 +61,16 @@ def test_resize_follows_the_published_rule():
         width, height = rng.randint(50, 2000), rng.randint(50, 2000)
         size, limit = rng.choice(range(480, 801, 32)), rng.choice([1333, None])
         expected = official_size(width, height, size, limit)
-        assert data.resized(width, height, size, limit) == expected
-    assert data.resized(640, 480, 800, 1333) == (1066, 800)
-    assert data.resized(480, 640, 800, 1333) == (800, 1066)
-    assert data.resized(1000, 300, 800, 1333) == (1333, 400)
+        assert data.resized_size(width, height, size, limit) == expected
+    assert data.resized_size(640, 480, 800, 1333) == (1066, 800)
+    assert data.resized_size(480, 640, 800, 1333) == (800, 1066)
+    assert data.resized_size(1000, 300, 800, 1333) == (1333, 400)
 
 
 def test_resize_equals_the_recorded_sizes_of_the_authors(golden):
     rows = golden("15_transforms_deformable_detr")["resize_rule"]
     for width, height, size, limit, new_height, new_width in rows.tolist():
-        assert data.resized(width, height, size, limit or None) == (new_width, new_height)
+        assert data.resized_size(width, height, size, limit or None) == (new_width, new_height)
 
 
 def sha256(array):
@@ -532,7 +532,7 @@ def test_objects_are_counted_by_image_and_class_without_crowds(tmp_path):
 
 
 def test_missing_folder_and_json_are_named_with_the_remedy(tmp_path):
-    with pytest.raises(UserError, match="nowhere.*expected a COCO json.*--write"):
+    with pytest.raises(UserError, match="nowhere: expected a data folder.*no such.*--write"):
         data.CocoFolder(tmp_path / "nowhere")
     root = write_folder(tmp_path)
     (root / "train2017" / "0.jpg").unlink()
@@ -649,7 +649,7 @@ def test_classes_that_val_does_not_list_get_ids_of_their_own(tmp_path):
     assert val.class_names == ["cow", "cat", "dog"]
     assert val.category_ids[1] == 1 and len(set(val.category_ids)) == 3
     assert labels_by_place(val) == {5: "cat"}
-    assert "not listed here: ['cow', 'dog']" in val.problems[-1].where
+    assert "missing in this split: ['cow', 'dog']" in val.problems[-1].where
 
 
 def test_a_class_of_val_that_training_does_not_know_is_refused(tmp_path, capsys):

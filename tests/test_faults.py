@@ -47,7 +47,7 @@ VERDICTS = ("ok", "one line", "unclear", "traceback", "hang", "crash", "ran code
             "wrote outside", "lost or half a file")
 PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "analysis.py": analysis.main,
             "visualize.py": visualize.main, "scenes.py": scenes.main,
-            "check_data.py": check_data.main}
+            "tools.check_data": check_data.main}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGING_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink",
                    "os.truncate")
@@ -257,7 +257,7 @@ def judge(program, code, text, fault) -> tuple:
     if code == 0:
         return "ok", ""
     lines = text.strip().splitlines() or [""]
-    if program in ("check_data.py", "train.py") and lines[-1].endswith("warnings"):
+    if program in ("tools.check_data", "train.py") and lines[-1].endswith("warnings"):
         return "ok", ""       # the check reports errors by its exit code
     if not lines[-1].startswith(f"{program}: ") or len(lines[-1]) > LONGEST_LINE:
         return "unclear", f"exit code {code}\n{text}"

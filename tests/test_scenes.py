@@ -106,13 +106,21 @@ def test_the_split_of_scenes_is_train_or_val():
         scenes.Shapes("test")
 
 
+def test_scenes_are_not_written_without_images(tmp_path):
+    for counts in ((0, 5), (5, -1)):
+        with pytest.raises(UserError, match="at least 1 scene each"):
+            scenes.write_scenes(tmp_path / "new", *counts)
+    assert not (tmp_path / "new").exists()
+
+
 def test_the_command_writes_into_a_new_folder_only(tmp_path, monkeypatch, capsys):
     assert check_data.check(tmp_path) > 0
     write = ["--write", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["scenes.py", *write, "--num-train", "2", "--num_val", "1"])
     scenes.main()
     assert check_data.check(tmp_path) == 0
-    for argv in (write, ["--wirte", str(tmp_path)]):
+    (tmp_path / "file").touch()
+    for argv in (write, ["--wirte", str(tmp_path)], ["--write", str(tmp_path / "file" / "x")]):
         monkeypatch.setattr("sys.argv", ["scenes.py", *argv])
         with pytest.raises(SystemExit) as end:
             scenes.main()

@@ -2,8 +2,9 @@
 
     python -m tools.check_data DIR      exit code 1 if there are errors
 
-Three levels of problems: "fatal", training refuses the data set; "error", training tolerates it,
-but results may suffer; "warning", it is handled.
+Three levels of problems: "fatal", training refuses the data set; "error", training runs, but
+results may suffer; "warning", the program handles it, and nothing has to be done. Fatal problems
+count as errors.
 """
 import os
 import sys
@@ -14,7 +15,7 @@ import numpy as np
 import tyro
 
 from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_counts,
-                  objects_per_image, resized)
+                  objects_per_image, resized_size)
 from engine import coco_json
 from engine.class_labels import match_classes
 from engine.coco_json import Problem, plural
@@ -24,15 +25,16 @@ from engine.images import UnreadableImage, read_header, read_image, upright_size
 from engine.machine import user_errors
 from engine.notices import one_line
 
-HEADERS_AT_START = 500   # image files whose header the check at every start opens
-LINES_AT_START = 3       # lines it prints for a kind of problem
+# The quick check at the start of a run:
+HEADERS_AT_START = 500   # image files that it opens at most, to read the header
+LINES_AT_START = 3       # lines that it prints at most for each kind of problem
 LEVELS = ("fatal", "error", "warning")
 
 
 def file_problems(folder: Path, images: list[dict], decode: bool) -> list[Problem]:
     """Report missing and unreadable files, wrong sizes, and EXIF rotation.
 
-    images: entries of a json; decode: read every pixel, else only the headers.
+    images: entries of a json; decode: read every pixel, else only the headers
     """
     problems = []
 
@@ -56,28 +58,30 @@ def file_problems(folder: Path, images: list[dict], decode: bool) -> list[Proble
         (width, height), rotate = upright_size(header, listed)
         if listed != (width, height):
             text = f"json says {listed[0]}x{listed[1]}, the file has {width}x{height}"
+            if 0 in listed:
+                text = f"the json lists no usable size, the file has {width}x{height}"
             add("error", "wrong width or height", f"{where}: {text}")
         if header.orientation != 1:
             action = "not applied, the json fits the unrotated pixels"
             if rotate:
                 action = "the pixels are rotated by it"
             add("warning", "EXIF rotation", f"{where}: orientation {header.orientation}, {action}")
-        if decode and header.pages:
+        if decode and header.several_pages:
             add("warning", "several pages (only the first is read)", where)
         if decode and header.mode.startswith("I"):
             add("warning", "16-bit image (scaled by its own range)", where)
     return problems
 
 
-def report(problems: list[Problem], limit: int, stopping: bool = True) -> None:
+def report(problems: list[Problem], limit: int, errors_as_warnings: bool = False) -> None:
     """Print problems by kind, worst first, at most `limit` lines a kind.
 
-    stopping: whether errors stop the program; if not, they are called warnings.
+    errors_as_warnings: print the level "error" as "warning", where the program goes on
     """
     kinds = {problem[:2] for problem in problems}
     for level, kind in sorted(kinds, key=lambda pair: (LEVELS.index(pair[0]), pair[1])):
         lines = [problem.where for problem in problems if problem[:2] == (level, kind)]
-        title = "warning" if level == "error" and not stopping else level
+        title = "warning" if level == "error" and errors_as_warnings else level
         print(f"  {title}: {kind} ({len(lines)})")
         for line in lines[:limit]:
             print(f"      {line}")
@@ -86,7 +90,7 @@ def report(problems: list[Problem], limit: int, stopping: bool = True) -> None:
 
 
 def print_table(content: dict) -> None:
-    """Print images, boxes and size bands of each class, crowds excluded."""
+    """Print a table: images, boxes, and boxes of each of COCO's sizes, by class, without crowds."""
     rows = [row for row in content["annotations"] if not row.get("iscrowd")]
     areas = np.array([coco_json.listed_area(row) for row in rows])
     classes = np.array([row["category_id"] for row in rows])
@@ -120,7 +124,7 @@ def check_split(directory: Path, split: str, decode: bool) -> list[Problem]:
 def check(directory: str | Path, full: bool = True) -> int:
     """Print a table and every problem of both splits, and return the number of errors.
 
-    full: decode every image, else only the headers. Warnings do not count.
+    full: decode every image, else only the headers. Fatal problems count, warnings do not.
     """
     directory = Path(directory)
     errors = 0
@@ -141,14 +145,14 @@ def check(directory: str | Path, full: bool = True) -> int:
 
 
 def check_as_loaded(directory, split):
-    """Return what shows only once a usable data set is loaded: no objects, other classes."""
+    """Return problems that need a loaded data set: no objects, classes of val unlike train's."""
     try:
         train = CocoFolder(directory, "train")
     except UserError:
-        return []   # its own check says why
+        return []   # check_split has reported why
     if split == "train":
         if not class_counts(train).any():
-            return [Problem("error", "nothing to learn", "no usable box in the training set")]
+            return [Problem("fatal", "nothing to learn", "no usable box in the training set")]
         return unused_classes(train)
     val = CocoFolder(directory, "val")
     before = len(val.problems)
@@ -157,23 +161,23 @@ def check_as_loaded(directory, split):
 
 
 def quick_check(dataset: DetectionData, training: bool = True) -> list[Problem]:
-    """Check a data set at the start of a run: what the json and some image headers show.
+    """Check a data set at the start of a run, by its json and some of its image headers.
 
     Prints and returns the problems. Raises UserError for a training set without one usable box.
     """
     problems = list(dataset.problems)
     if isinstance(dataset, CocoFolder):
         count = min(len(dataset), HEADERS_AT_START)
-        some = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
+        sampled = np.unique(np.linspace(0, len(dataset) - 1, count).astype(int))
         entries = []
-        for k in some:
+        for k in sampled:
             width, height = dataset.sizes[k].tolist()
             entries.append({"id": int(dataset.image_ids[k]), "file_name": dataset.file_name(k),
                             "width": width, "height": height})
         problems += file_problems(dataset.folder, entries, decode=False)
         if training:
             problems += unused_classes(dataset)
-    report(problems, LINES_AT_START, stopping=False)
+    report(problems, LINES_AT_START, errors_as_warnings=True)
     if training and not class_counts(dataset).any():
         raise UserError(
             f"{dataset.name}: expected at least one usable box to learn from, got none in "
@@ -210,7 +214,7 @@ def size_note(dataset: CocoFolder) -> str:
     if not (len(sizes) and transform.sizes):
         return ""
     width, height = np.median(sizes, 0).astype(int).tolist()
-    new_width, new_height = resized(width, height, max(transform.sizes), transform.max_size)
+    new_width, new_height = resized_size(width, height, max(transform.sizes), transform.max_size)
     scale = new_width / width
     if scale >= 1:
         return ""
@@ -224,13 +228,16 @@ def size_note(dataset: CocoFolder) -> str:
 
 @dataclass
 class Options:
-    """Check a COCO-layout data set. Ends with exit code 1 if there are errors."""
-    directory: tyro.conf.Positional[str]   # folder with annotations/ and images
+    """Check a COCO-layout data set: a table of its classes, and every problem by file and id.
+
+    fatal: training refuses the data set. error: training runs, but results may suffer. warning: the
+    program handles it. Ends with exit code 1 if there are fatal problems or errors."""
+    directory: tyro.conf.Positional[str]   # data folder, with annotations/ and images
 
 
 def main(argv: list[str] | None = None) -> None:
-    with user_errors("check_data.py"):
-        with one_line_usage("check_data.py"):
+    with user_errors("tools.check_data"):
+        with one_line_usage("python -m tools.check_data"):
             options = tyro.cli(Options, args=argv, prog="python -m tools.check_data")
         sys.exit(1 if check(options.directory) else 0)
 

@@ -1,0 +1,217 @@
+"""tools/ablations.py and tools/reduce_log.py: tables from finished runs, and what is trained."""
+import json
+
+import pytest
+import torch
+
+import train
+from engine import checkpoints
+from engine.errors import UserError
+from tools import ablations
+from tools.ablations import LADDER, MASKS, Compare, Ladder, Masks
+from tools.reduce_log import reduce_log
+
+
+@pytest.fixture(autouse=True)
+def empty_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def write_run(folder, ap, epoch=2, **settings):
+    """A finished run. Steps 1 to 2 and 4 to 5 took 0.1 s each, the others 1.95 s each."""
+    folder.mkdir(parents=True)
+    lines = []
+    for step, seconds in ((1, 5), (2, 5.1), (4, 9), (5, 9.1)):
+        lines.append({"kind": "step", "step": step, "train_seconds": seconds})
+    sizes = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APl"), ap)
+    record = {"kind": "eval", "epoch": epoch, "bbox": sizes}
+    if settings.get("model") == "mask_frozen_detr":
+        record |= {"bbox": {**sizes, "AP": 0.8}, "segm": sizes, "segm_cls": {"AP": ap - 0.1}}
+    lines.append(record)
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "log.jsonl").write_text(text)
+    settings = {"seed": int(folder.name[-1]), "epochs": epoch, **settings}
+    (folder / "config.json").write_text(json.dumps({"run": settings}))
+
+
+def rows_of(text):
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines]
+
+
+def words_of(flags):
+    return [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", LADDER)
+def test_every_row_of_the_ladder_is_a_training_run(name):
+    """train.py knows the flags, and what a row changes is not what the small preset does anyway."""
+    row = LADDER[name]
+    run, *settings = train.parse(["--model", row.model, *words_of(row.flags)])
+    default = train.parse(["--model", row.model])[1:]
+    assert run.preset == "small"
+    if row.flags and name != "co_dino_atss_rcnn":
+        assert tuple(settings) != default
+    assert row.baseline in ("", *LADDER)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_every_row_of_the_mask_table_is_a_training_run(name):
+    row = MASKS[name]
+    cfg = train.parse(["--model", row.model, *words_of(row.flags)])[1]
+    default = train.parse(["--model", row.model])[1]
+    assert (cfg == default) == (name == "default")
+
+
+def test_every_choice_of_dino_has_a_row():
+    """Options without a row would have no reason to exist."""
+    rows = [row.flags for row in LADDER.values() if row.model == "dino"]
+    for name in ("none", "plain"):
+        assert {"denoising": name} in rows
+    for name in ("static", "pure"):
+        assert {"query_selection": name} in rows
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+def test_the_ladder_reads_finished_runs_and_compares_means_over_seeds(tmp_path, capsys):
+    """DINO 0.6 with a spread of 0.2, static 0.35 (larger difference), once 0.55 (smaller)."""
+    static = {"model": "dino", "query_selection": "static"}
+    once = {"model": "dino", "look_forward_twice": False}
+    for seed, ap in enumerate((0.5, 0.7)):
+        write_run(tmp_path / f"dino_{seed}", ap, model="dino")
+    for seed, ap in enumerate((0.3, 0.4)):
+        write_run(tmp_path / f"dino_with_static_queries_{seed}", ap, **static)
+    for seed, ap in enumerate((0.55, 0.55)):
+        write_run(tmp_path / f"dino_looking_forward_once_{seed}", ap, **once)
+    rows = ("dino", "dino_with_static_queries", "dino_looking_forward_once")
+    Ladder(out=tmp_path, rows=rows, seeds=2, jobs=2).run()
+    head, dino, static, once = rows_of(capsys.readouterr().out)
+    assert head[0] == "1000 steps, 2 seeds"
+    assert dino == ["DINO", "0.600", "0.200", "", "", "", "0.600", "0.600", "0.600", "100"]
+    assert static[1:6] == ["0.350", "0.100", "DINO", "-0.250", "yes"]
+    assert once[1:6] == ["0.550", "0.000", "DINO", "-0.050", "no"]
+    assert (tmp_path / "ladder.png").stat().st_size > 5000
+
+
+def test_one_seed_has_no_spread_to_compare_with(tmp_path, capsys):
+    write_run(tmp_path / "dino_0", 0.5, model="dino")
+    write_run(tmp_path / "h_detr_0", 0.9, model="h_detr")
+    Compare(out=tmp_path, models=("dino", "h_detr"), seeds=1).run()
+    assert rows_of(capsys.readouterr().out)[2][3:6] == ["dino", "+0.400", "one seed"]
+
+
+def test_the_mask_table_reads_finished_runs(tmp_path, capsys):
+    flags = {"model": "mask_frozen_detr", "detector": "d"}
+    write_run(tmp_path / "default_0", 0.5, epoch=1, **flags)
+    write_run(tmp_path / "roi_8_0", 0.4, epoch=1, roi_size=8, **flags)
+    weights = {"a": torch.zeros(30_000), "_extra_state": torch.zeros(32)}
+    for name in ("default_0", "roi_8_0"):
+        checkpoints.save(tmp_path / name / "best.pt", {"model": weights})
+    Masks(out=tmp_path, rows=("default", "roi_8"), detector="d").run()
+    _, default, roi_8 = rows_of(capsys.readouterr().out)
+    assert default[:3] == ["default", "0.500", "0.000"]
+    assert default[6:] == ["0.500", "0.500", "0.500", "0.400", "0.800", "0.03", "100"]
+    assert roi_8[:5] == ["region of 8 cells", "0.400", "0.000", "default", "-0.100"]
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+def test_what_is_missing_is_trained_and_its_output_stays(tmp_path, monkeypatch, capsys):
+    """From nothing to a table, with a stand-in for the process that trains."""
+    def training(words, stdout, stderr):
+        flags = dict(zip(words[2::2], words[3::2]))
+        assert flags == {"--out": "runs/co_dino_atss_0", "--threads": "3", "--eval_every": "2",
+                         "--model": "co_detr", "--seed": "0", "--epochs": "2",
+                         "--aux_heads": "atss"}
+        folder = tmp_path / flags["--out"]
+        write_run(tmp_path / "made_0", 0.25, model="co_detr", aux_heads="atss")
+        for file in (tmp_path / "made_0").iterdir():
+            file.rename(folder / file.name)
+        stdout.write("trained")
+        return ablations.subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(ablations.subprocess, "run", training)
+    Ladder(out=ablations.Path("runs"), rows=("co_dino_atss",), seeds=1, threads=3).run()
+    assert "| Co-DINO, heads: atss | 0.250 | 0.000 |" in capsys.readouterr().out
+    folder = tmp_path / "runs" / "co_dino_atss_0"
+    assert (folder / "output.txt").read_text() == "trained"
+    assert (tmp_path / "runs" / "logs" / "co_dino_atss_0.jsonl").exists()
+
+
+def test_a_run_that_was_broken_off_is_continued(tmp_path, monkeypatch):
+    write_run(tmp_path / "dino_0", 0.1, model="dino", epoch=2)
+    log = tmp_path / "dino_0" / "log.jsonl"
+    complete = log.read_text()
+    log.write_text("".join(line + "\n" for line in complete.splitlines()[:-1]))
+    (tmp_path / "dino_0" / "last.pt").touch()
+
+    def training(words, stdout, stderr):
+        assert words[-2:] == ["--resume", str(tmp_path / "dino_0")]
+        assert "--model" not in words
+        log.write_text(complete)
+        return ablations.subprocess.CompletedProcess(words, 0)
+
+    monkeypatch.setattr(ablations.subprocess, "run", training)
+    Ladder(out=tmp_path, rows=("dino",), seeds=1).run()
+
+
+def test_a_run_that_fails_ends_the_table_with_the_place_of_its_output(tmp_path, monkeypatch):
+    def training(words, stdout, stderr):
+        return ablations.subprocess.CompletedProcess(words, 1)
+
+    monkeypatch.setattr(ablations.subprocess, "run", training)
+    with pytest.raises(UserError, match="exit code 1: see .*dino_0/output.txt"):
+        Ladder(out=tmp_path, rows=("dino",), seeds=1).run()
+
+
+def test_a_run_with_other_settings_is_refused(tmp_path):
+    """Its figures would stand in the table under another name."""
+    write_run(tmp_path / "dino_0", 0.5, epoch=1, model="dino")
+    with pytest.raises(UserError, match="--epochs 2, got one with 1"):
+        Ladder(out=tmp_path, rows=("dino",), seeds=1).run()
+
+
+def test_steps_that_are_no_complete_epochs_are_refused(tmp_path):
+    with pytest.raises(UserError, match="divisible by the 500 steps of an epoch"):
+        Compare(out=tmp_path, models=("dino",), steps=700).run()
+
+
+def test_models_are_compared_without_the_name_of_the_command(monkeypatch, capsys):
+    started = []
+    monkeypatch.setattr(Compare, "run", lambda self: started.append(self))
+    ablations.main(["--models", "dino", "h_detr", "--seeds", "2", "--steps", "500"])
+    assert started == [Compare(models=("dino", "h_detr"), seeds=2, steps=500)]
+
+
+def test_an_unknown_row_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        ablations.main(["ladder", "--rows", "dyno"])
+    assert "dino_with_pure_queries" in capsys.readouterr().err
+
+
+# ---- logs ----------------------------------------------------------------------------------------
+
+def test_a_reduced_log_has_settings_evaluations_and_every_50th_step(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    records = [{"kind": "step", "step": step, "loss": 1 / 3} for step in range(10, 130, 10)]
+    figures = {"AP": 2 / 3, "per_class": {"ring": {"AP": 1.0}}}
+    records.append({"kind": "eval", "step": 125, "bbox": figures})
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (run / "log.jsonl").write_text(text)
+    (run / "config.json").write_text('{"run": {"seed": 3}}')
+    reduce_log(run, tmp_path / "logs" / "run.jsonl")
+    lines = (tmp_path / "logs" / "run.jsonl").read_text().splitlines()
+    settings, *records = [json.loads(line) for line in lines]
+    assert settings == {"kind": "settings", "torch": torch.__version__, "run": {"seed": 3}}
+    assert records == [{"kind": "step", "step": 50, "loss": 0.33333},
+                       {"kind": "step", "step": 100, "loss": 0.33333},
+                       {"kind": "eval", "step": 125, "bbox": {"AP": 0.66667}}]
+
+
+def test_a_folder_without_a_log_is_refused(tmp_path):
+    with pytest.raises(UserError, match="run folder with log.jsonl"):
+        reduce_log(tmp_path, tmp_path / "run.jsonl")

@@ -1,0 +1,192 @@
+"""What README.md, GUIDE.md and RESULTS.md say is true: commands, files, names of tests."""
+import ast
+import functools
+import importlib
+import re
+import shlex
+
+import pytest
+import tyro
+
+import analysis
+import eval as evaluation
+import scenes
+import train
+import visualize
+from source_files import MODULES, PAPERS, ROOT
+from test_repo import GRAPH, parts_of
+from tools import ablations, bench, check_data, reduce_log
+
+PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
+README = PAGES["README.md"]
+README_LINES = 250
+LAUNCHERS = r"python -m |python \w+\.py|torchrun "
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+def commands():
+    """Every line of a shell block and every text in backticks that runs one of our programs."""
+    found = []
+    for page in PAGES.values():
+        blocks = re.findall(r"```(?:bash|sh)\n(.*?)```", page, re.S)
+        lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+        inline = re.findall(r"`([^`\n]+)`", re.sub(r"```.*?```", "", page, flags=re.S))
+        for text in [*lines, *inline]:
+            found += [part.strip() for part in re.split(r"&&|: ", text)]
+    ours = [text for text in found if re.match(LAUNCHERS, text) and "..." not in text]
+    return list(dict.fromkeys(ours))
+
+
+def program_and_arguments(command):
+    """train, [--model, dino, ...]"""
+    words = shlex.split(command)
+    if words[1] == "-m":
+        return words[2], words[3:]
+    place = next(place for place, word in enumerate(words) if word.endswith(".py"))
+    return words[place].removesuffix(".py"), words[place + 1:]
+
+
+def parse_train(arguments):
+    if "--resume" in arguments:
+        arguments = [word for word in arguments if word != "--resume"]   # it would read a file
+    train.parse(["dino" if word == "mine" else word for word in arguments])
+
+
+def parse_options(options, arguments):
+    tyro.cli(options, args=arguments, use_underscores=True)
+
+
+def parse_function(function, arguments):
+    """Parse without calling the function."""
+    @functools.wraps(function)
+    def nothing(*args, **options):
+        pass
+    tyro.cli(nothing, args=arguments, use_underscores=True)
+
+
+def parse_table(functions, arguments):
+    name, *rest = arguments
+    parse_function(functions[name], rest)
+
+
+def parse_bench(arguments):
+    if arguments:
+        parse_table(bench.TABLES, arguments)
+
+
+def parse_ablations(arguments):
+    if arguments[0].startswith("--"):
+        arguments = ["compare", *arguments]
+    parse_options(ablations.COMMANDS[arguments[0]], arguments[1:])
+
+
+def parse_pytest(arguments):
+    for word in arguments:
+        assert word.startswith("-") or (ROOT / word).exists(), word
+
+
+def parse_nothing(arguments):
+    assert not arguments
+
+
+PROGRAMS = {
+    "train": parse_train,
+    "eval": functools.partial(parse_options, evaluation.Options),
+    "analysis": functools.partial(parse_options, analysis.Options),
+    "scenes": functools.partial(parse_options, scenes.Options),
+    "visualize": functools.partial(parse_table, visualize.COMMANDS),
+    "deformable_attn": parse_nothing,
+    "tools.bench": parse_bench,
+    "tools.ablations": parse_ablations,
+    "tools.check_data": functools.partial(parse_function, check_data.main),
+    "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
+    "pytest": parse_pytest}
+
+
+def test_the_pages_show_commands():
+    assert len(commands()) > 10
+
+
+@pytest.mark.parametrize("command", commands())
+def test_every_command_parses(command):
+    program, arguments = program_and_arguments(command)
+    if "--help" in arguments:
+        with pytest.raises(SystemExit, match="0"):
+            PROGRAMS[program](arguments)
+    else:
+        PROGRAMS[program](arguments)
+
+
+def test_python_examples_import_what_exists():
+    for page in PAGES.values():
+        for block in re.findall(r"```python\n(.*?)```", page, re.S):
+            for node in ast.parse(block).body:
+                if isinstance(node, ast.ImportFrom):
+                    module = importlib.import_module(node.module)
+                    assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+# ---- the README ----------------------------------------------------------------------------------
+
+def test_the_readme_has_at_most_250_lines():
+    assert len(README.splitlines()) <= README_LINES
+
+
+def test_the_line_counts_of_the_readme_are_current():
+    rows = re.findall(r"^\|\s*`([\w/]+\.(?:py|cu|cpp))`.*\|\s*(\d+)\s*\|", README, re.M)
+    assert rows, "the README lists files with their lines"
+    for name, lines in rows:
+        actual = len((ROOT / name).read_text().splitlines())
+        near = abs(actual - int(lines)) <= max(5, actual // 20)
+        assert near, f"{name} has {actual} lines, the README says {lines}"
+
+
+def test_the_readme_lists_every_file_at_the_top_level():
+    rows = set(re.findall(r"^\|\s*`([\w/]+(?:\.py|/))`", README, re.M))
+    there = {f"{name}.py" for name in MODULES if "." not in name} - {"backbones.py", "heads.py"}
+    assert there <= rows, there - rows
+
+
+def graph_edges(text):
+    """`child --> parent` of a mermaid block, by module name."""
+    edges = set()
+    for line in text.splitlines():
+        nodes = [node.strip() for node in line.split("-->")]
+        names = [re.sub(r"[\[(].*", "", node) for node in nodes]
+        edges |= set(zip(names, names[1:]))
+    return edges
+
+
+def test_the_import_graph_of_the_readme_is_what_the_files_import():
+    """Every paper file is in it. Files that all papers use may be left out altogether."""
+    block = re.search(r"```mermaid\nflowchart BT\n(.*?)```", README, re.S)
+    assert block, "the README has a mermaid block that begins with: flowchart BT"
+    edges = graph_edges(block[1])
+    nodes = {name for edge in edges for name in edge}
+    assert set(PAPERS) <= nodes
+    expected = set()
+    for name in nodes:
+        imported = set().union(*(GRAPH[part] for part in parts_of(name)))
+        parents = {module.partition(".")[0] for module in imported} & nodes - {name}
+        expected |= {(name, parent) for parent in parents}
+    lines = "\n".join(f"    {child} --> {parent}" for child, parent in sorted(expected))
+    assert edges == expected, f"expected\n{lines}"
+
+
+# ---- names ---------------------------------------------------------------------------------------
+
+def test_every_test_that_a_page_names_exists():
+    texts = "".join(path.read_text() for path in (ROOT / "tests").glob("*.py"))
+    tests = set(re.findall(r"def (test_\w+)\(", texts))
+    for name, page in PAGES.items():
+        named = set(re.findall(r"`(test_\w+)`", page))
+        assert named <= tests, f"{name}: {sorted(named - tests)}"
+
+
+def test_every_file_that_a_page_names_exists():
+    for name, page in PAGES.items():
+        files = re.findall(r"`((?:tests|engine|tools|heads|backbones|assets)/[\w./]*)`", page)
+        files += re.findall(r"\]\((assets/[^)]*)\)", page)
+        missing = [file for file in files if not (ROOT / file).exists()]
+        assert not missing, f"{name}: {missing}"

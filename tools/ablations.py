@@ -1,0 +1,362 @@
+"""Train models with and without a part, and compare their AP.
+
+    python -m tools.ablations ladder     what each part of each paper brings
+    python -m tools.ablations masks      what each part of the mask network brings
+    python -m tools.ablations --models dino mine --seeds 3 --steps 1000     your model beside DINO
+
+All runs of a table train the small preset on generated scenes for the same number of steps, with
+seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the smallest. The last word
+of a row says whether its difference exceeds the spreads of both rows that it compares. Runs that
+are in the folder already are read, those that were broken off are continued. Every run leaves a
+reduced log (tools/reduce_log.py).
+"""
+import json
+import statistics
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal
+
+import tyro
+
+from engine import checkpoints
+from engine.errors import UserError
+from engine.machine import user_errors
+from engine.models import load_paper
+from engine.plots import ladder as plot_ladder
+from engine.plots import read_log
+from engine.recipe import configure, preset_values
+from scenes import NUM_TRAIN
+from tools.reduce_log import reduce_log
+from tools.timing import DEVICE, write_table
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Row:
+    """One row of a table: a paper file, with what changes in its small preset."""
+    title: str
+    model: str
+    flags: dict = field(default_factory=dict)
+    baseline: str = ""     # the row that it is compared with
+
+
+# ---- rows ----------------------------------------------------------------------------------------
+
+REFINED = {"with_box_refine": True}
+TWO_STAGE = {"with_box_refine": True, "two_stage": True}
+CO_DEFORMABLE = {"variant": "co_deformable_small"}
+
+LADDER = {
+    "deformable_detr": Row("Deformable DETR", "deformable_detr"),
+    "iterative_refinement": Row(
+        "+ iterative refinement", "deformable_detr", REFINED, "deformable_detr"),
+    "two_stage": Row("+ two-stage", "deformable_detr", TWO_STAGE, "iterative_refinement"),
+    "h_detr_baseline": Row(
+        "H-DETR without one-to-many queries", "h_detr", {"num_queries_one2many": 0}, "two_stage"),
+    "h_detr": Row("H-DETR", "h_detr", {}, "h_detr_baseline"),
+    "dino": Row("DINO", "dino"),
+    "dino_without_denoising": Row(
+        "DINO without denoising", "dino", {"denoising": "none"}, "dino"),
+    "dino_with_plain_denoising": Row(
+        "DINO with plain denoising", "dino", {"denoising": "plain"}, "dino"),
+    "dino_with_static_queries": Row(
+        "DINO with static queries", "dino", {"query_selection": "static"}, "dino"),
+    "dino_with_pure_queries": Row(
+        "DINO with pure query selection", "dino", {"query_selection": "pure"}, "dino"),
+    "dino_looking_forward_once": Row(
+        "DINO looking forward once", "dino", {"look_forward_twice": False}, "dino")}
+
+
+def co_detr_rows(name, title, flags) -> dict[str, Row]:
+    """Co-DETR without auxiliary heads, and with one, two and three; each beside the one before."""
+    rows, last = {}, ""
+    for heads in ("none", "atss", "atss,rcnn", "atss,rcnn,retinanet"):
+        key = f"{name}_{heads.replace(',', '_')}"
+        changes = {**flags, "aux_heads": heads}
+        rows[key] = Row(f"{title}, heads: {heads}", "co_detr", changes, last)
+        last = key
+    return rows
+
+
+LADDER |= co_detr_rows("co_deformable", "Co-Deformable-DETR", CO_DEFORMABLE)
+LADDER |= co_detr_rows("co_dino", "Co-DINO", {})
+
+
+def mask_row(title, **flags) -> Row:
+    return Row(title, "mask_frozen_detr", flags, "default")
+
+
+# Left out: what a small detector with one encoder layer cannot vary (which layer is read, no neck),
+# and the paper's rows about schedule, batch size, jitter and fine-tuning.
+MASKS = {
+    "default": Row("default", "mask_frozen_detr"),
+    "image_baseline": mask_row("image-level baseline", variant="image_baseline"),
+    "box_baseline": mask_row("box-level baseline", variant="box_baseline"),
+    "gt_boxes": mask_row("regions from the true boxes", roi_box="gt"),
+    "roi_8": mask_row("region of 8 cells", roi_size=8),
+    "roi_32": mask_row("region of 32 cells", roi_size=32),
+    "image_none": mask_row("image encoder: none", image_encoder="none"),
+    "image_swin": mask_row("image encoder: Swin", image_encoder="swin"),
+    "image_convnext": mask_row("image encoder: ConvNeXt", image_encoder="convnext"),
+    "image_2_layers": mask_row("image encoder: two layers", image_layers=2),
+    "box_none": mask_row("box encoder: none", box_encoder="none"),
+    "box_swin": mask_row("box encoder: Swin", box_encoder="swin"),
+    "box_convnext": mask_row("box encoder: ConvNeXt", box_encoder="convnext"),
+    "box_1_layer": mask_row("box encoder: one layer", box_layers=1),
+    "width_32": mask_row("channel mapper: 32", channel_dim=32),
+    "width_128": mask_row("channel mapper: 128", channel_dim=128),
+    "query_none": mask_row("query encoder: none", query_encoder="none"),
+    "query_obj2obj": mask_row("query encoder: object to object", query_encoder="obj2obj"),
+    "query_both": mask_row("query encoder: both", query_encoder="both"),
+    "query_both_ffn": mask_row(
+        "query encoder: both and FFN", query_encoder="both", query_ffn=True),
+    "dense_loss": mask_row("loss at every cell", point_loss=False),
+    "no_mask_scoring": mask_row("without mask scoring", mask_scoring=False)}
+
+
+# ---- commands ------------------------------------------------------------------------------------
+
+@dataclass
+class Training:
+    """What all commands share."""
+    out: Path                # folder of the runs, one folder each
+    steps: int = 1000        # optimizer steps of every run
+    seeds: int = 3           # runs of every row
+    jobs: int = 1            # runs at the same time
+    threads: int = 1         # CPU threads of each run
+    logs: str = ""           # folder for the reduced logs; default: logs/ in --out
+
+    def check(self) -> None:
+        for name in ("steps", "seeds", "jobs", "threads"):
+            value = getattr(self, name)
+            if value < 1:
+                raise UserError(f"expected --{name} of at least 1, got {value}")
+
+
+@dataclass
+class Ladder(Training):
+    """Measure what each part of each paper brings, and draw a bar for every row."""
+    out: Path = Path("runs/ladder")   # folder of the runs, one folder each
+    rows: tuple[Literal[tuple(LADDER)], ...] = tuple(LADDER)   # rows of the table
+
+    def run(self) -> None:
+        rows = {name: LADDER[name] for name in self.rows}
+        runs = train_rows(rows, self)
+        box_table("ladder", rows, runs, self)
+        scores = {rows[name].title: [ap(run) for run in runs[name]] for name in rows}
+        print(f"written to {plot_ladder(scores, self.out / 'ladder.png')}")
+
+
+@dataclass
+class Masks(Training):
+    """Measure what each part of the mask network brings, on one frozen detector."""
+    out: Path = Path("runs/masks")    # folder of the runs, one folder each
+    steps: int = 500                  # optimizer steps of every run
+    seeds: int = 1                    # runs of every row
+    detector: str = "runs/dino/best.pt"   # small detector that all rows share
+    rows: tuple[Literal[tuple(MASKS)], ...] = tuple(MASKS)   # rows of the table
+
+    def run(self) -> None:
+        rows = {}
+        for name in self.rows:
+            flags = {**MASKS[name].flags, "detector": self.detector}
+            rows[name] = replace(MASKS[name], flags=flags)
+        mask_table(rows, train_rows(rows, self), self)
+
+
+@dataclass
+class Compare(Training):
+    """Compare paper files with the first one. The name of this command can be left out."""
+    out: Path = Path("runs/compare")    # folder of the runs, one folder each
+    models: tuple[str, ...] = ("deformable_detr", "dino")   # paper files
+
+    def run(self) -> None:
+        first, *others = self.models
+        rows = {first: Row(first, first)}
+        for name in others:
+            rows[name] = Row(name, name, {}, baseline=first)
+        box_table("compare", rows, train_rows(rows, self), self)
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+def train_rows(rows: dict[str, Row], options: Training) -> dict[str, list[dict]]:
+    """Train every row with every seed -> {row: [record of the last evaluation of each seed]}"""
+    options.check()
+    epochs = {name: count_epochs(row, options.steps) for name, row in rows.items()}
+    jobs = [(name, seed) for seed in range(options.seeds) for name in rows]
+
+    def run(job):
+        name, seed = job
+        return train_one(name, rows[name], seed, epochs[name], options)
+
+    pool = ThreadPoolExecutor(options.jobs)
+    try:
+        records = dict(zip(jobs, pool.map(run, jobs)))
+    finally:
+        pool.shutdown(cancel_futures=True)   # after an error no further run begins
+    return {name: [records[name, seed] for seed in range(options.seeds)] for name in rows}
+
+
+def count_epochs(row: Row, steps: int) -> int:
+    """Epochs of a run of that many steps. UserError unless they are complete."""
+    paper = load_paper(row.model)
+    _, recipe = configure(paper, preset_values(paper, "small", row.flags.get("variant", "")))
+    steps_per_epoch = NUM_TRAIN // recipe.batch_size
+    if steps % steps_per_epoch:
+        raise UserError(f"expected --steps divisible by the {steps_per_epoch} steps of an epoch of "
+                        f"{row.model}, got {steps}")
+    return steps // steps_per_epoch
+
+
+def train_one(name: str, row: Row, seed: int, epochs: int, options: Training) -> dict:
+    """Train in a process of its own, unless the run is there already, and keep its log.
+
+    -> the record of its last evaluation, with `step_ms`, the median time of a step"""
+    out = options.out / f"{name}_{seed}"
+    flags = {"model": row.model, "seed": seed, "epochs": epochs, **row.flags}
+    check_settings(out, flags)
+    if not is_complete(out, epochs):
+        words = {"out": out, "threads": options.threads}
+        if (out / "last.pt").exists():
+            words["resume"] = out
+        else:
+            words |= {"eval_every": epochs, **flags}
+        run_train(out, words)
+    steps, evaluations = read_log(out)
+    record = evaluations[-1]
+    print(f"{out.name}: AP {ap(record):.3f}", file=sys.stderr)
+    logs = Path(options.logs or options.out / "logs")
+    reduce_log(out, logs / f"{out.name}.jsonl")
+    return {**record, "step_ms": step_ms(steps), "out": out}
+
+
+def check_settings(out: Path, flags: dict) -> None:
+    """UserError if the folder holds a run with other settings."""
+    path = out / "config.json"
+    if not path.exists():
+        return
+    parts = json.loads(path.read_text())
+    saved = {name: x for part in parts.values() for name, x in part.items()}
+    for name, value in flags.items():
+        if saved.get(name) != value:
+            raise UserError(f"{out}: expected a run with --{name} {value}, got one with "
+                            f"{saved.get(name)}; give another --out, or remove it")
+
+
+def is_complete(out: Path, epochs: int) -> bool:
+    if not (out / "log.jsonl").exists():
+        return False
+    _, evaluations = read_log(out)
+    return bool(evaluations) and evaluations[-1]["epoch"] == epochs
+
+
+def run_train(out: Path, flags: dict) -> None:
+    """Run train.py; what it prints goes to output.txt in the run folder."""
+    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "a") as output:
+        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words], stdout=output,
+                              stderr=output)
+    if done.returncode:
+        raise UserError(f"train.py ended with exit code {done.returncode}: see {output.name}")
+
+
+def step_ms(steps: list[dict]) -> float:
+    """Median time of a training step between two lines of a log."""
+    times = []
+    for first, second in zip(steps, steps[1:]):
+        seconds = second["train_seconds"] - first["train_seconds"]
+        times.append(1e3 * seconds / (second["step"] - first["step"]))
+    return statistics.median(times)
+
+
+# ---- tables --------------------------------------------------------------------------------------
+
+def ap(record: dict) -> float:
+    """AP of masks where the model makes them, else of boxes."""
+    return record.get("segm", record["bbox"])["AP"]
+
+
+def mean(records, kind, name) -> str:
+    return f"{statistics.mean(record[kind][name] for record in records):.3f}"
+
+
+def comparison(rows, runs, name) -> list[str]:
+    """Cells: AP, spread, baseline, difference to it, whether it is larger than the spread."""
+    mine = [ap(record) for record in runs[name]]
+    cells = [f"{statistics.mean(mine):.3f}", f"{max(mine) - min(mine):.3f}"]
+    baseline = rows[name].baseline
+    if baseline not in runs:
+        return [*cells, "", "", ""]
+    other = [ap(record) for record in runs[baseline]]
+    difference = statistics.mean(mine) - statistics.mean(other)
+    spread = max(max(mine) - min(mine), max(other) - min(other))
+    verdict = "yes" if abs(difference) > spread else "no"
+    if len(mine) == 1:
+        verdict = "one seed"
+    return [*cells, rows[baseline].title, f"{difference:+.3f}", verdict]
+
+
+COMPARISON = ("AP", "spread", "compared with", "difference", "larger than the spread")
+
+
+def box_table(name, rows, runs, options) -> None:
+    cells = []
+    for key, row in rows.items():
+        records = runs[key]
+        sizes = [mean(records, "bbox", column) for column in ("AP50", "APs", "APl")]
+        ms = statistics.median(record["step_ms"] for record in records)
+        cells.append([row.title, *comparison(rows, runs, key), *sizes, f"{ms:.0f}"])
+    columns = (heading(options), *COMPARISON, "AP50", "AP small", "AP large", "ms a step")
+    write_table(name, DEVICE, columns, cells)
+
+
+def mask_table(rows, runs, options) -> None:
+    cells = []
+    for key, row in rows.items():
+        records = runs[key]
+        scores = [mean(records, "segm", column) for column in ("AP75", "APs", "APl")]
+        scores += [mean(records, "segm_cls", "AP"), mean(records, "bbox", "AP")]
+        millions = count_parameters(records[0]["out"] / "best.pt") / 1e6
+        ms = statistics.median(record["step_ms"] for record in records)
+        cells.append([row.title, *comparison(rows, runs, key), *scores, f"{millions:.2f}",
+                      f"{ms:.0f}"])
+    columns = (heading(options), *COMPARISON, "AP75", "AP small", "AP large", "by class score",
+               "box AP", "M parameters", "ms a step")
+    write_table("masks", DEVICE, columns, cells)
+
+
+def heading(options: Training) -> str:
+    seeds = "seed" if options.seeds == 1 else "seeds"
+    return f"{options.steps} steps, {options.seeds} {seeds}"
+
+
+def count_parameters(path: Path) -> int:
+    """Numbers in a checkpoint of a mask network, without its frozen detector."""
+    weights = checkpoints.load(path)["model"]
+    return sum(value.numel() for key, value in weights.items() if key != "_extra_state")
+
+
+# ---- command line --------------------------------------------------------------------------------
+
+COMMANDS = {"ladder": Ladder, "masks": Masks, "compare": Compare}
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    if argv and argv[0].startswith("--") and argv[0] != "--help":
+        argv = ["compare", *argv]
+    with user_errors("tools.ablations"):
+        command = tyro.extras.subcommand_cli_from_dict(
+            COMMANDS, args=argv, prog="python -m tools.ablations", use_underscores=True,
+            description=__doc__.partition("\n\n")[0])
+        command.run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Two-stage Deformable DETR beside the one of the package `transformers`: the same weights, images
+and losses."""
+import importlib.util
+from functools import partial
+
+import torch
+
+import deformable_detr
+from engine import authors_names
+from engine.errors import UserError
+from engine.machine import prepare_cpu
+from tools.bench_models import TrainingStep, random_batch
+from tools.timing import DEVICE, Device, median_ms, show_progress, write_table
+
+CLASSES = 91
+
+
+def transformers(device: Device = DEVICE, seconds: float = 1.0,
+                 batch: int = 2 if DEVICE == "cuda" else 1,
+                 types: tuple[str, ...] = ("float32", "bfloat16"),
+                 size: tuple[int, int] = (800, 1199)):
+    """Time our Deformable DETR beside the one of the package transformers.
+
+    Args:
+        device: Where to run.
+        seconds: How long each figure is measured; the median is reported.
+        batch: Images of a training step.
+        types: float32, bfloat16 (autocast), or both.
+        size: Height and width of the images in pixels.
+    """
+    if not installed():
+        raise UserError("expected the package transformers, got none: "
+                        "pip install -r tests/requirements.txt")
+    theirs, ours = make_models()
+    inputs = random_batch(size, batch)
+    difference = compare_logits(theirs, ours, inputs)
+    passes = {
+        "transformers": their_passes(theirs, inputs, device),
+        "ours": our_passes(ours, inputs, device)}
+    # our settings of a CPU hold for the whole process: the package is timed before and after
+    order = [("transformers", ""), ("ours", "")]
+    if device == "cpu":
+        order = [("transformers", "no"), ("transformers", "yes"), ("ours", "yes")]
+    rows, first = [], {}
+    for name, settings in order:
+        if settings == "yes":
+            prepare_cpu()
+        for what, function in passes[name].items():
+            for dtype in types:
+                call = partial(function, dtype == "bfloat16")
+                cells = time_pass(call, seconds, first, (what, dtype))
+                rows.append([what, dtype, name, settings, *cells])
+                show_progress(rows[-1])
+    rows.sort(key=lambda row: row[:2])
+    columns = (f"{size[0]}x{size[1]}", "autocast", "implementation", "CPU settings", "ms", "ratio")
+    notes = [f"Largest difference of the logits: {difference:.1e}. Ratio: to the first row of its "
+             "kind. CPU settings: those of `engine.machine.prepare_cpu`, for the whole process."]
+    write_table("transformers", device, columns, rows, notes)
+
+
+def installed() -> bool:
+    return importlib.util.find_spec("transformers") is not None
+
+
+def time_pass(call, seconds, first, kind) -> list[str]:
+    """Time, and ratio to the first time of this kind, which is stored in `first`."""
+    try:
+        ms = median_ms(call, seconds)
+    except RuntimeError as error:   # the package, with half precision on a CPU
+        return [f"failed: {str(error)[:60]}", ""]
+    first.setdefault(kind, ms)
+    return [f"{ms:.0f}", f"{first[kind] / ms:.2f}"]
+
+
+# ---- models --------------------------------------------------------------------------------------
+
+def make_models() -> tuple:
+    """Their model with random weights; our model with the same, and its criterion."""
+    import transformers as package
+    stages = package.ResNetConfig(
+        embedding_size=64, hidden_sizes=[256, 512, 1024, 2048], depths=[3, 4, 6, 3],
+        out_features=["stage2", "stage3", "stage4"])
+    torch.manual_seed(0)
+    theirs = package.DeformableDetrForObjectDetection(package.DeformableDetrConfig(
+        use_timm_backbone=False, backbone_config=stages, num_labels=CLASSES, with_box_refine=True,
+        two_stage=True, auxiliary_loss=True, disable_custom_kernels=True))
+    cfg = deformable_detr.Config(**deformable_detr.VARIANTS["two_stage"])
+    model, criterion = deformable_detr.build(cfg, CLASSES)
+    weights = authors_names.from_transformers(theirs.state_dict())
+    weights = authors_names.from_authors(weights, "deformable_detr_two_stage")
+    model.load_state_dict(weights)
+    return theirs, (model, criterion)
+
+
+@torch.no_grad()
+def compare_logits(theirs, ours, inputs) -> float:
+    """Largest difference of the logits for the first image."""
+    images, padding, _ = inputs
+    their_logits = theirs.eval()(images[:1], ~padding[:1]).logits
+    our_logits = ours[0].eval()(images[:1], padding[:1])["pred_logits"]
+    return (their_logits - our_logits).abs().max().item()
+
+
+# ---- passes --------------------------------------------------------------------------------------
+
+def trainable(model) -> list:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@torch.inference_mode()
+def detect(model, images, mask, amp):
+    with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
+        model.eval()(images, mask)
+
+
+def their_passes(model, inputs, device) -> dict:
+    """name -> function of amp"""
+    images, padding, targets = inputs
+    model.to(device)
+    images = images.to(device)
+    valid = ~padding.to(device)
+    labels = []
+    for target in targets:
+        labels.append({"class_labels": target["labels"].to(device),
+                       "boxes": target["boxes"].to(device)})
+    optimizer = torch.optim.AdamW(trainable(model), lr=1e-5, fused=True)
+
+    def training_step(amp):
+        optimizer.zero_grad()
+        with torch.autocast(device, torch.bfloat16, enabled=amp):
+            loss = model.train()(images, valid, labels=labels).loss
+        loss.backward()
+        parameters = [p for p in model.parameters() if p.grad is not None]
+        torch.nn.utils.clip_grad_norm_(parameters, deformable_detr.RECIPE.clip, foreach=True)
+        optimizer.step()
+
+    return {"inference, 1 image": partial(detect, model, images[:1], valid[:1]),
+            f"training step, {len(images)}": training_step}
+
+
+def our_passes(ours, inputs, device) -> dict:
+    """name -> function of amp"""
+    model, criterion = ours
+    images, padding, _ = inputs
+    training = TrainingStep(model, criterion, trainable(model), deformable_detr.RECIPE, device)
+    one_image = (images[:1].to(device), padding[:1].to(device))
+
+    def training_step(amp):
+        model.train()
+        training(inputs, amp)
+
+    return {"inference, 1 image": partial(detect, model, *one_image),
+            f"training step, {len(images)}": training_step}

@@ -1,0 +1,59 @@
+"""Reduce the log of a run to what is kept with a result.
+
+    python -m tools.reduce_log runs/dino assets/logs/dino.jsonl
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+import tyro
+
+from engine.errors import UserError
+from engine.machine import user_errors
+
+EVERY = 50     # steps between lines
+DIGITS = 5     # significant digits of numbers
+
+
+def reduce_log(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path]):
+    """Write the evaluation lines and every 50th step line of a run's log.jsonl.
+
+    The first line holds the settings of the run and the version of PyTorch. Scores of single
+    classes are left out.
+
+    Args:
+        run: Run folder.
+        out: File to write.
+    """
+    log = run / "log.jsonl"
+    if not log.exists():
+        raise UserError(f"expected a run folder with log.jsonl, got {run}")
+    settings = json.loads((run / "config.json").read_text())
+    records = [{"kind": "settings", "torch": torch.__version__, **settings}]
+    for line in log.read_text().splitlines():
+        record = json.loads(line)
+        if record["kind"] == "eval" or record["step"] % EVERY == 0:
+            records.append(shorten(record))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("".join(json.dumps(record) + "\n" for record in records))
+    print(f"{out}: {len(records)} lines")
+
+
+def shorten(value):
+    """Round all numbers, and leave out `per_class`."""
+    if isinstance(value, dict):
+        return {name: shorten(x) for name, x in value.items() if name != "per_class"}
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}")
+    return value
+
+
+def main(argv=None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    with user_errors("tools.reduce_log"):
+        tyro.cli(reduce_log, args=argv, prog="python -m tools.reduce_log")
+
+
+if __name__ == "__main__":
+    main()
