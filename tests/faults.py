@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from PIL import Image
 
+import eval as evaluation
 import hashed
 import train
+import visualize
 from coco_folders import POLYGON
 from engine import authors_names
 from engine import checkpoints
@@ -59,14 +61,14 @@ def make_materials(folder):
                 "--detector", "runs/small/best.pt", "--preset=small", "--batch_size=2",
                 "--epochs=1", *HERE])
 
+    evaluation.main(["--checkpoint=runs/small", *CPU])
+    visualize.main(["curves", "--run_dir=runs/small"])
     (folder / "results").mkdir()
-    curve = {"recall": [0, 1], "precision": [1, 0.5], "threshold": 0.3}
     conflict = {"heads": ["a", "b"], "S": [[0, 1], [1, 0]], "average": {"a": 1, "b": 1}}
     area = {"IoB": [0, 1], "IoF": [1, 0], "area": 0.5}
     analysis = {"run": {"checkpoint": "weights/dino.pt", "ATD": 0.1, "k": 100, "encoder": area,
                         "decoder": area, "conflict": conflict}}
     (folder / "results/analysis.json").write_text(json.dumps(analysis))
-    (folder / "results/curve.json").write_text(json.dumps(curve))
 
 
 def add_segmentations(content):
@@ -133,7 +135,7 @@ def tensor_value(rng):
                torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool),
                torch.zeros(shape, dtype=torch.complex64), torch.zeros(shape, dtype=torch.float16),
                torch.zeros((), dtype=torch.float64).expand(10 ** 6, 10 ** 6),
-               torch.sparse_coo_tensor(size=(4, 4)), torch.zeros(shape, device="meta"))
+               torch.sparse_coo_tensor(size=(4, 4), check_invariants=True), torch.zeros(shape, device="meta"))
     return rng.choice(tensors)
 
 
@@ -261,7 +263,10 @@ def containers(value):
 
 def change_entry(rng, content, new_value):
     """Replace, remove, double or rename an entry somewhere inside lists and dictionaries."""
-    place = rng.choice(containers(content))
+    places = containers(content)
+    if not places:
+        return "nothing left"
+    place = rng.choice(places)
     key = rng.choice(list(place)) if isinstance(place, dict) else rng.randrange(len(place))
     action = rng.choice(("replace", "replace", "replace", "remove", "double", "empty"))
     if action == "replace":
@@ -279,8 +284,7 @@ def change_entry(rng, content, new_value):
 
 def damage_json_values(rng, path):
     content = json.loads(path.read_text())
-    texts = [change_entry(rng, content, json_value) for _ in range(rng.choice((1, 1, 2, 3)))
-             if containers(content)]
+    texts = [change_entry(rng, content, json_value) for _ in range(rng.choice((1, 1, 2, 3)))]
     try:
         path.write_text(json.dumps(content))
     except RecursionError:      # json writes less depth than it reads
@@ -354,10 +358,14 @@ def checkpoint_value(rng):
     return rng.choice(numbers) if kind < 4 else any_value(rng)
 
 
+def read_state(path):
+    with torch.serialization.safe_globals(checkpoints.ALLOWED):
+        return torch.load(path, weights_only=True)
+
+
 def damage_checkpoint_values(rng, path):
     """Change entries of a checkpoint and save it again, so that its checksums are right."""
-    with torch.serialization.safe_globals(checkpoints.ALLOWED):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     texts = []
     for _ in range(rng.choice((1, 1, 2, 3))):
         # Parts are drawn first: tensors by far outnumber settings.
@@ -370,8 +378,7 @@ def damage_checkpoint_values(rng, path):
 
 def damage_one_setting(rng, path):
     """Give one field of the saved Config, Recipe or Run another value."""
-    with torch.serialization.safe_globals(checkpoints.ALLOWED):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     settings = state.get(rng.choice(("config", "recipe", "run"))) or {}
     if not settings:
         return "nothing changed"
@@ -383,8 +390,7 @@ def damage_one_setting(rng, path):
 
 def damage_weights(rng, path):
     """Change one tensor: not finite, other shape, other type, missing."""
-    with torch.serialization.safe_globals(checkpoints.ALLOWED):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     weights = state["model"]
     name = rng.choice(list(weights))
     action = rng.choice(("replace", "remove", "transpose", "largest", "half", "rename"))
@@ -405,8 +411,7 @@ def damage_weights(rng, path):
 
 def hide_code(rng, path):
     """Put a pickled call into a checkpoint."""
-    with torch.serialization.safe_globals(checkpoints.ALLOWED):
-        state = torch.load(path, weights_only=True)
+    state = read_state(path)
     key = rng.choice(list(state))
     state[key] = Payload()
     torch.save(state, path, _use_new_zipfile_serialization=rng.random() < 0.5)
@@ -465,19 +470,17 @@ RUN_FILES = ("last.pt", "last.pt", "last.pt.prev", "best.pt", "log.jsonl", "log.
 def damage_run(rng, folder):
     """Damage one or two files of a run folder."""
     texts = []
-    for _ in range(rng.choice((1, 1, 2))):
-        path = folder / "runs/small" / rng.choice(RUN_FILES)
-        if not path.is_file():
-            continue
+    for name in sorted({rng.choice(RUN_FILES) for _ in range(rng.choice((1, 1, 2)))}):
+        path = folder / "runs/small" / name
         if path.suffix == ".jsonl" and rng.random() < 0.5:
             texts.append(damage_log_lines(rng, path))
-        elif path.suffix == ".json" and rng.random() < 0.5:
+        elif path.suffix == ".json":
             texts.append(damage_json(rng, path))
         elif path.suffix == ".jsonl":
             texts.append(rng.choice((damage_bytes, damage_bytes, damage_place))(rng, path))
         else:
             texts.append(damage_checkpoint(rng, path))
-    return "; ".join(texts) or "nothing left to damage"
+    return "; ".join(texts)
 
 
 def damage_log(rng, folder):
@@ -531,10 +534,7 @@ def occupy_run_folder(rng, folder):
 def damage_results(rng, folder):
     """Damage a json that visualize.py reads."""
     name = rng.choice(("runs/small/eval.json", "results/analysis.json"))
-    path = folder / name
-    if not path.exists():
-        path = folder / "results/analysis.json"
-    return damage_json(rng, path)
+    return damage_json(rng, folder / name)
 
 
 def nothing(rng, folder):
@@ -544,7 +544,7 @@ def nothing(rng, folder):
 # ---- commands ------------------------------------------------------------------------------------
 
 TRAIN = ("--model=deformable_detr", "--data=data", "--out=runs/new", *TINY, *HERE)
-CPU = "--device=cpu"
+CPU = ("--device=cpu", "--workers=0")
 
 
 def train_command(rng):
@@ -564,28 +564,28 @@ def overfit_command(rng):
 def check_command(rng):
     if rng.random() < 0.5:
         return "train.py", ["--check_data=data"]
-    return "check_data.py", ["data"]
+    return "tools.check_data", ["data"]
 
 
 def eval_data_command(rng):
     more = rng.choice(([], ["--save_detections", "true"], ["--tile", "32"], ["--workers", "1"]))
-    return "eval.py", ["--checkpoint=runs/small", "--data=data", "--out=out", CPU, *more]
+    return "eval.py", ["--checkpoint=runs/small", "--data=data", "--out=out", *CPU, *more]
 
 
 def eval_json_command(rng):
     path = f"data/annotations/instances_{rng.choice(('train', 'val'))}2017.json"
     more = rng.choice(([], ["--images", "data/val2017"]))
-    return "eval.py", ["--checkpoint=runs/small", "--json", path, "--data=data", "--out=out", CPU,
+    return "eval.py", ["--checkpoint=runs/small", "--json", path, "--data=data", "--out=out", *CPU,
                        *more]
 
 
 def eval_masks_command(rng):
-    return "eval.py", ["--checkpoint=runs/masks", "--data=data", "--out=out", CPU]
+    return "eval.py", ["--checkpoint=runs/masks", "--data=data", "--out=out", *CPU]
 
 
 def eval_photos_command(rng):
     more = rng.choice(([], ["--tile=32"]))
-    return "eval.py", ["--checkpoint=runs/small", "--images", "photos", "--out=out", CPU, *more]
+    return "eval.py", ["--checkpoint=runs/small", "--images", "photos", "--out=out", *CPU, *more]
 
 
 def detections_command(rng):
@@ -600,10 +600,10 @@ def chosen_command(rng):
     photo = "photos/photo.jpg"
     out = "--out=out/picture.png"
     commands = (
-        ("eval.py", ["--checkpoint", path, "--images", photo, "--out=out", CPU]),
-        ("eval.py", ["--checkpoint", path, "--out=out", CPU]),
-        ("eval.py", ["--checkpoint", path, "--data=data", "--out=out", CPU]),
-        ("analysis.py", ["--checkpoint", path, "--data=data", "--out=out", CPU]),
+        ("eval.py", ["--checkpoint", path, "--images", photo, "--out=out", *CPU]),
+        ("eval.py", ["--checkpoint", path, "--out=out", *CPU]),
+        ("eval.py", ["--checkpoint", path, "--data=data", "--out=out", *CPU]),
+        ("analysis.py", ["--checkpoint", path, "--data=data", "--out=out", *CPU]),
         ("visualize.py", ["detections", "--checkpoint", path, "--image", photo, out]),
         ("visualize.py", ["anchors", "--checkpoint", path, "--image", photo, out]),
         ("visualize.py", ["sampling_points", "--checkpoint", path, "--image", photo, out]),
@@ -619,7 +619,7 @@ def chosen_command(rng):
 
 def safetensors_command(rng):
     return "eval.py", ["--checkpoint=weights/chosen.safetensors", "--images=photos/photo.jpg",
-                       "--out=out", CPU]
+                       "--out=out", *CPU]
 
 
 def resume_command(rng):
@@ -631,7 +631,7 @@ def resume_command(rng):
 
 def read_run_command(rng):
     commands = (
-        ("eval.py", ["--checkpoint=runs/small", "--out=out", CPU]),
+        ("eval.py", ["--checkpoint=runs/small", "--out=out", *CPU]),
         ("visualize.py", ["curves", "--run_dir=runs/small"]),
         ("visualize.py", ["compare_curves", "--run_dirs", "runs/small", "--out=out/c.png"]),
     )
@@ -699,12 +699,12 @@ def train_flags_command(rng):
 
 def eval_flags_command(rng):
     start = rng.choice((["--data=data"], ["--images", "photos/photo.jpg"]))
-    return "eval.py", ["--checkpoint=runs/small", "--out=out", CPU, *start,
+    return "eval.py", ["--checkpoint=runs/small", "--out=out", *CPU, *start,
                        *wrong_flags(rng, FLAGS_OF_EVAL)]
 
 
 def analysis_flags_command(rng):
-    return "analysis.py", ["--checkpoint=runs/small", "--data=data", "--out=out", CPU,
+    return "analysis.py", ["--checkpoint=runs/small", "--data=data", "--out=out", *CPU,
                            *wrong_flags(rng, FLAGS_OF_ANALYSIS)]
 
 
@@ -726,7 +726,7 @@ def scenes_flags_command(rng):
 
 
 def check_flags_command(rng):
-    return "check_data.py", [rng.choice(WORDS) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
+    return "tools.check_data", [rng.choice(WORDS) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
 
 
 def change_environment(rng, folder):

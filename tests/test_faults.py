@@ -15,6 +15,7 @@ import resource
 import shutil
 import signal
 import sys
+import tempfile
 import time
 import traceback
 from collections import Counter
@@ -33,6 +34,7 @@ import train
 import visualize
 from backbones import resnet
 from engine import checkpoints
+from engine import plots
 from engine import released
 from tools import check_data
 
@@ -45,7 +47,7 @@ VERDICTS = ("ok", "one line", "unclear", "traceback", "hang", "crash", "ran code
             "wrote outside", "lost or half a file")
 PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "analysis.py": analysis.main,
             "visualize.py": visualize.main, "scenes.py": scenes.main,
-            "check_data.py": check_data.main}
+            "tools.check_data": check_data.main}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
 CHANGING_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink",
                    "os.truncate")
@@ -77,6 +79,8 @@ def narrow_backbones():
     monkeypatch = patch.__enter__()
     for name in ("tiny", "resnet50"):
         monkeypatch.setitem(resnet.RESNETS, name, narrow)
+    # Drawing takes seconds and has cases of its own.
+    monkeypatch.setattr(train.visualize, "curves", plots.read_log)
     released.published_shapes.cache_clear()
     return Closing(patch)
 
@@ -116,6 +120,7 @@ def run_case(seed, materials, folder) -> Result:
     shutil.copytree(materials, folder)
     damage, rng, program, words = faults.draw_case(seed)
     what = damage(rng, folder)
+    (folder / "temporary").mkdir()
     environment = folder / "environment.json"
     settings = json.loads(environment.read_text()) if environment.exists() else {}
     before = contents(folder)
@@ -196,6 +201,7 @@ def run_program(folder, settings, program, words):
     """In the child: one thread, a memory limit, a watch on what is written, then the program."""
     torch.set_num_threads(1)
     os.chdir(folder)
+    tempfile.tempdir = str(folder / "temporary")
     used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
     limit = settings.pop("file size", None)
@@ -217,9 +223,11 @@ def watch_writing(folder):
         if event == "open":
             path, mode, flags = details
             writes = (flags or 0) & WRITING if mode is None else set(mode) & set("wax+")
-        else:
+        elif event in CHANGING_EVENTS:
             path = details[1] if event == "os.rename" else details[0]
-            writes = event in CHANGING_EVENTS
+            writes = True
+        else:
+            return
         if not writes or isinstance(path, int):
             return
         location = os.path.realpath(os.path.dirname(os.fsdecode(path)) or ".")
@@ -249,7 +257,7 @@ def judge(program, code, text, fault) -> tuple:
     if code == 0:
         return "ok", ""
     lines = text.strip().splitlines() or [""]
-    if program in ("check_data.py", "train.py") and lines[-1].endswith("warnings"):
+    if program in ("tools.check_data", "train.py") and lines[-1].endswith("warnings"):
         return "ok", ""       # the check reports errors by its exit code
     if not lines[-1].startswith(f"{program}: ") or len(lines[-1]) > LONGEST_LINE:
         return "unclear", f"exit code {code}\n{text}"

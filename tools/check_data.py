@@ -235,8 +235,8 @@ class Options:
 
 
 def main(argv: list[str] | None = None) -> None:
-    with user_errors("check_data.py"):
-        with one_line_usage("check_data.py"):
+    with user_errors("tools.check_data"):
+        with one_line_usage("python -m tools.check_data"):
             options = tyro.cli(Options, args=argv, prog="python -m tools.check_data")
         sys.exit(1 if check(options.directory) else 0)
 
