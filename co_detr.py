@@ -459,7 +459,7 @@ def customized_mask(weights: list[Tensor]) -> Tensor:
     """Attention mask (B, 1, M, M), row = query, column = key, True = blocked; M: sum over heads.
 
     weights: per head (B, M_i), 0 for padding queries. A query attends to all queries of its own
-    head except padding queries. A padding query also attends to itself, or it might to nothing."""
+    head except padding queries. A padding query also attends to itself: no row is all blocked."""
     head = torch.cat([torch.full_like(weight[0], i) for i, weight in enumerate(weights)])    # (M,)
     padding = torch.cat(weights, 1)[:, None] == 0                                  # (B, 1, M)
     others = ~torch.eye(len(head), dtype=torch.bool, device=head.device)
@@ -610,7 +610,7 @@ class Criterion:
                      count: Tensor) -> dict:
         """Eq. 5: the set loss of every decoder layer, without matching: the objects are known.
 
-        labels (B, M), boxes (B, M, 4), weights (B, M): of `Chosen`, boxes its targets; count: P
+        labels (B, M), boxes (B, M, 4), weights (B, M): of `Chosen` (boxes: targets); count: P
         -> {"aux0.cls": first layer, ..., "cls", "l1", "giou": last layer}."""
         logits, predicted = stack_layers(layers)                                   # (L, B, M, ...)
         set_loss = self.base.set_loss
