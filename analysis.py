@@ -225,7 +225,8 @@ def score_counts(scores, boxes, size):
     """Count the pixels of one image by score -> (2, SCORE_STEPS), background and foreground.
 
     scores (H, W) in [0, 1], boxes (n, 4) normalized cxcywh, size (h, w) without padding. OUR
-    CHOICE: foreground is the union of the boxes, and pixels are counted over the complete data set."""
+    CHOICE: foreground is the union of the boxes, and pixels are counted over the complete data set.
+    """
     h, w = size
     foreground = torch.zeros(h, w, dtype=torch.bool, device=scores.device)
     for cx, cy, bw, bh in boxes.tolist():
