@@ -259,11 +259,21 @@ def user_errors(program: str):
         sys.exit(128 + 13)
     except (UserError, FloatingPointError) as error:
         sys.exit(f"{program}: error: {one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"{program}: error: out of memory ({one_line(error) or 'MemoryError'}); try "
+                 "smaller images or --device cpu")
     except OSError as error:
         if error.errno is None or error.strerror is None:
             raise
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"{program}: error: {error.strerror}{where}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
 def one_line(error: Exception) -> str:
@@ -278,9 +288,8 @@ def memory_advice(run, recipe):
     leaves every result as it is."""
     try:
         yield
-    except RuntimeError as error:
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not full:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(next_flag(error, run, recipe)) from error
 
