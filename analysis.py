@@ -31,8 +31,12 @@ from engine.cli import registry
 from engine.errors import UserError, user_errors
 from engine.inference import predict
 from engine.flags import one_line_usage
+from engine.forms import mismatch, read_results
 from engine.machine import prepare_cpu
 
+CURVE = {"IoB": [float], "IoF": [float], "area": float}
+FORMS = {"encoder": CURVE, "decoder": CURVE,     # optional parts of analysis.json
+         "conflict": {"heads": [str], "S": [[float]]}}
 SCORE_STEPS = 10_000     # of discriminability: norms of tokens differ little, coarse steps would
                          # hide the curve
 MATCHED_IMAGES = 200     # validation images on which matching instability is measured
@@ -364,6 +368,31 @@ def conflict_table(name, values):
         cells.append(f"{'-':>11}" if average is None else f"{average:>11.4f}")
         lines.append(f"{head:12}" + "".join(cells))
     return lines
+
+
+def read_analyses(path):
+    """analysis.json -> {name: what `analyze` measured}. UserError for a file of another form."""
+    analyses = read_results(path, {str: {"checkpoint": str}})
+    faults = [] if analyses else ["at least one checkpoint, got none"]
+    for name, a in analyses.items():
+        fault = mismatch(a, {part: FORMS[part] for part in FORMS if part in a}, name)
+        faults += [fault or fault_in_lengths(name, a)]
+    fault = next(filter(None, faults), "")
+    if fault:
+        raise UserError(f"{path}: expected {fault}; make it again with analysis.py")
+    return analyses
+
+
+def fault_in_lengths(name, a):
+    """What is wrong with the lengths of lists in one entry of analysis.json, or nothing."""
+    for part in ("encoder", "decoder"):
+        if part in a and len(a[part]["IoB"]) != len(a[part]["IoF"]):
+            return f"as many numbers IoB as IoF in the {part} of {name}"
+    if "conflict" in a:
+        heads = len(a["conflict"]["heads"])
+        if not heads or [len(row) for row in a["conflict"]["S"]] != [heads] * heads:
+            return f"a row and a column of S for each of the heads of {name}"
+    return ""
 
 
 def run_names(paths):

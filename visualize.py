@@ -18,9 +18,7 @@ train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy
 picture here.
 """
 import functools
-import json
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib
 matplotlib.use("Agg")   # draws into files; no display is needed
@@ -32,7 +30,8 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image, ImageDraw
 
-from analysis import decoder_attention, discriminability, encoder_norms, recorded_attention
+from analysis import (decoder_attention, discriminability, encoder_norms, read_analyses,
+                      recorded_attention)
 from boxes import box_cxcywh_to_xyxy
 from data import eval_transform
 from engine.commands import open_detector, require, with_data
@@ -433,7 +432,7 @@ def analysis(analysis: str, out: str = "analysis.png", data: str = "", n: int = 
         n: Number of images.
         device: cpu or cuda.
     """
-    analyses = json.loads(Path(analysis).read_text())
+    analyses = read_analyses(analysis)
     conflicts = {name: a["conflict"] for name, a in analyses.items() if "conflict" in a}
     figure = plt.figure(figsize=(2.2 * max(2 * len(analyses), 5), 3.4 + 2.2 * n))
     upper, lower = figure.add_gridspec(2, 1, height_ratios=(3.4, 2.2 * n))

@@ -21,7 +21,9 @@ import safetensors.torch
 import torch
 
 from engine.errors import UserError
-from engine.ranges import check_ranges
+from engine.forms import mismatch
+from engine.notices import one_line
+from engine.ranges import check_ranges, check_values
 from engine.recipe import configure, override
 
 try:
@@ -47,6 +49,14 @@ ALLOWED = [
 # Fields of every checkpoint of this project, and their types; the others are in last.pt only.
 FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
           "category_ids": list}
+# The forms of what it may hold besides; see engine.forms.
+FORMS = {"format": int, "class_names": [str], "category_ids": [int], "recipe": {}, "ema": {},
+         "run": {"data": str, "seed": int, "overfit": int, "num_train": int, "num_val": int},
+         "variant": str, "step": int, "epoch": int, "thresholds": {str: float}}
+RUN_DEFAULTS = {"data": "", "seed": 0, "overfit": 0, "num_train": 1, "num_val": 1,
+                "detector": ""}   # what evaluating reads of a run
+RUN_FILES = (".lock", "config.json", "log.jsonl", "nan_report.jsonl", "last.pt", "last.pt.prev",
+             "best.pt", "curves.png", "predictions.png")
 RESUME_FIELDS = {"run": dict, "progress": dict, "optimizer": dict, "rng": list}
 
 
@@ -108,9 +118,11 @@ def load(path: str | Path, map_location="cpu") -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no "
                         "checkpoint")
+    check_tensors(path, state)
     if "model_name" in state:
         check_sums(path)
         check_fields(path, state, FIELDS)
+        check_forms(path, state)
     return state
 
 
@@ -138,6 +150,22 @@ def why_unreadable(path: Path, error: Exception) -> str:
             f"Copy it again, or use {path.name}.prev")
 
 
+def check_tensors(path: Path, value, name: str = "the file") -> None:
+    """UserError for a tensor that the file does not hold itself: one without numbers, or a view
+    that repeats few numbers until it is larger than any memory."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_tensors(path, part, str(key))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            check_tensors(path, part, name)
+    elif torch.is_tensor(value):
+        plain = value.layout == torch.strided and not value.is_meta
+        if not plain or value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: expected tensors with all their numbers, got another kind in "
+                            f"{one_line(name, 80)}: the file is damaged; copy it again")
+
+
 def check_sums(path: Path) -> None:
     """Compare every part of the archive with its CRC-32."""
     try:
@@ -157,6 +185,21 @@ def check_fields(path: Path, state: dict, fields: dict) -> None:
             got = type(state[name]).__name__ if name in state else "nothing"
             raise UserError(f"{path}: expected a checkpoint with {name}, a {kind.__name__}, got "
                             f"{got}: the file was made by something else; copy it again")
+
+
+def check_forms(path: Path, state: dict) -> None:
+    """UserError for a part of a checkpoint that is there and has another type than ours."""
+    fault = mismatch(state, {name: FORMS[name] for name in FORMS if name in state})
+    if not fault and len(state["class_names"]) != len(state["category_ids"]):
+        fault = "as many category_ids as class_names"
+    for part in ("model", "ema"):
+        for name, value in state.get(part, {}).items():
+            if not isinstance(name, str) or not torch.is_tensor(value):
+                fault = f"tensors by name in {part}, got {one_line(name, 80)}"
+    if fault:
+        raise UserError(f"{path}: expected {fault}: the file is damaged; copy it again")
+    if "run" in state:
+        check_values(state["run"], RUN_DEFAULTS)
 
 
 def load_safetensors(path: Path) -> dict:
@@ -205,6 +248,12 @@ def saved_detector(state: dict) -> str:
 
 def load_weights(model, state: dict, path: str | Path) -> None:
     """model.load_state_dict with a UserError that names the first tensors that do not fit."""
+    check_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_fit(model, state: dict, path: str | Path) -> None:
+    """UserError unless these are the tensors of this model; it may be one on the device "meta"."""
     own = model.state_dict()
     wrong = [f"{name} missing" for name in own if name not in state]
     wrong += [f"{name} unknown" for name in state if name not in own]
@@ -217,7 +266,6 @@ def load_weights(model, state: dict, path: str | Path) -> None:
         raise UserError(f"{path}: expected the tensors of this model, got {len(wrong)} that do not "
                         f"fit ({'; '.join(wrong[:3])}): the file belongs to another version or to "
                         "another model")
-    model.load_state_dict(state)
 
 
 def require_finite(state: dict, path: str | Path) -> None:
@@ -243,6 +291,7 @@ class RunFolder:
     def __enter__(self):
         if self.machine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_other_kinds()
             self.lock = lock_folder(self.path)
             if not self.run.resume:
                 self._refuse_another_run()
@@ -253,6 +302,14 @@ class RunFolder:
     def __exit__(self, *error):
         if self.lock:
             self.lock.close()
+
+    def _refuse_other_kinds(self):
+        """A pipe or a device in place of a file would block, a folder would fail late."""
+        for name in RUN_FILES:
+            path = self.path / name
+            if os.path.lexists(path) and not path.is_file():
+                raise UserError(f"expected {path} to be a file that the run can replace, got "
+                                "something else: remove it, or name another folder with --out")
 
     def _refuse_another_run(self):
         for name in ("last.pt", "last.pt.prev", "best.pt"):

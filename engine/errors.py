@@ -3,6 +3,8 @@ import contextlib
 import os
 import sys
 
+import torch
+
 
 class UserError(ValueError):
     """A mistake that a user can correct. The message is one line: what was expected, what was
@@ -23,13 +25,28 @@ def user_errors(program: str):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except (UserError, FloatingPointError) as error:
-        message = " ".join(str(error).split())
-        sys.exit(f"{program}: error: {printable(message)}")
+        sys.exit(f"{program}: error: {one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"{program}: error: out of memory ({one_line(error) or 'MemoryError'}): try "
+                 "smaller images or --device cpu")
     except OSError as error:
         if error.errno is None or error.strerror is None:
             raise
         where = f": {error.filename}" if error.filename else ""
         sys.exit(f"{program}: error: {error.strerror}{where}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of the GPU or of the computer is used up."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line, without control characters."""
+    return printable(" ".join(str(error).split()))
 
 
 def printable(text: str) -> str:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.errors import UserError
+from engine.errors import UserError, is_out_of_memory
 
 SAME_REQUEST_SECONDS = 2.0   # stop signals within this time are one request
 QUIT_SECONDS = 1.0           # after a second request: time for the program to end by itself
@@ -255,9 +255,8 @@ def memory_advice(run, recipe):
     the results as they are come first."""
     try:
         yield
-    except RuntimeError as error:
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not full:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(next_flag(error, run, recipe)) from error
 

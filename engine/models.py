@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from backbones import load_backbone_weights
@@ -66,11 +67,16 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     paper = load_paper(state["model_name"])
     cfg, recipe = checkpoints.settings(paper, state)
     names = state["class_names"]
-    detector = detector or checkpoints.saved_detector(state)
-    model, criterion = build_model(paper, cfg, len(names), detector)
+    parts = [cfg, len(names)]
+    if getattr(paper, "NEEDS_DETECTOR", False):
+        parts.append(load_detector(detector or checkpoints.saved_detector(state)))
     weights = state.get("ema", state["model"])
-    checkpoints.load_weights(model, weights, path)
+    # a damaged file may ask for a model that no memory holds: compare the shapes first
+    with torch.device("meta"):
+        checkpoints.check_fit(paper.build(*parts)[0], weights, path)
     checkpoints.require_finite(weights, path)
+    model, criterion = paper.build(*parts)
+    checkpoints.load_weights(model, weights, path)
     meta = {key: x for key, x in state.items() if key not in ("model", "ema", "optimizer", "rng")}
     return Loaded(model.to(device).eval(), paper, cfg, recipe, meta, criterion)
 

@@ -51,6 +51,15 @@ def check_ranges(*settings) -> None:
         check_heads(group)
 
 
+def check_values(settings: dict, defaults: dict) -> None:
+    """UserError for the first of these settings that has another type than its default, or a value
+    outside its range. Settings may lack some."""
+    for name, default in defaults.items():
+        if name in settings:
+            check_type(name, settings[name], default)
+            check_value(name, settings[name], default)
+
+
 def check_type(name: str, value, default) -> None:
     """UserError for a value of another type than the default; a float may be given as an int."""
     kind = type(default)

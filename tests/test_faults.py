@@ -33,6 +33,7 @@ import scenes
 import train
 import visualize
 from backbones import resnet
+from engine import batches
 from engine import checkpoints
 from engine import plots
 from engine import released
@@ -80,6 +81,7 @@ def narrow_backbones():
     for name in ("tiny", "resnet50"):
         monkeypatch.setitem(resnet.RESNETS, name, narrow)
     # Drawing takes seconds and has cases of its own.
+    monkeypatch.setattr(batches, "OVERFIT_STEPS", 2)
     monkeypatch.setattr(train.visualize, "curves", plots.read_log)
     released.published_shapes.cache_clear()
     return Closing(patch)
