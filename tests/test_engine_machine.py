@@ -114,7 +114,7 @@ def test_errors_meant_for_the_user_are_one_line_and_others_keep_their_trace(tmp_
         (["--out", str(tmp_path / "run")], "already holds a run"),
         (
             ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "a")],
-            "expected a COCO json there",
+            "expected a data folder with a COCO json",
         ),
         (
             ["--data", coco_folder(tmp_path / "data", empty=True), "--out", str(tmp_path / "b")],
