@@ -112,7 +112,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
     machine = set_up_machine(run)
     with RunFolder(run, machine) as folder:
         # data
-        train_set, val_set = load_data(run, paper, recipe, machine)
+        train_set, val_set = load_data(run, paper, cfg, recipe, machine)
         batch = BatchSizes(recipe.batch_size, run, machine, len(train_set))
 
         # model and optimizer: same initial weights on every rank, other random numbers afterwards
@@ -257,7 +257,7 @@ def set_lr(optimizer, base_lrs: list[float], factor: float) -> None:
 
 # ---- data ----------------------------------------------------------------------------------------
 
-def load_data(run: Run, paper, recipe: Recipe, machine: Machine) -> tuple:
+def load_data(run: Run, paper, cfg, recipe: Recipe, machine: Machine) -> tuple:
     """-> the training set, the validation set; with --overfit both are the same few images"""
     masks = getattr(paper, "NEEDS_MASKS", False)
     train_set, val_set = build_datasets(run.data, recipe, run.seed, masks, run.overfit,
@@ -267,7 +267,7 @@ def load_data(run: Run, paper, recipe: Recipe, machine: Machine) -> tuple:
                         f"{run.model} learns masks, got objects without one: add them to the json, "
                         "or train a detector")
     if machine.is_main:
-        check_data.quick_check(train_set)
+        check_data.quick_check(train_set, num_queries=getattr(cfg, "num_queries", 0))
         check_data.quick_check(val_set, training=False)
     return train_set, val_set
 

@@ -159,10 +159,12 @@ def check_as_loaded(directory, split):
     return val.problems[before:]
 
 
-def quick_check(dataset: DetectionData, training: bool = True) -> list[Problem]:
+def quick_check(dataset: DetectionData, training: bool = True,
+                num_queries: int = 0) -> list[Problem]:
     """Check a data set at the start of a run, by its json and some of its image headers.
 
-    Prints and returns the problems. Raises UserError for a training set without one usable box.
+    num_queries: those of the model; 0: it has none. Prints and returns the problems, and prints how
+    much images shrink. Raises UserError for a training set without one usable box.
     """
     problems = list(dataset.problems)
     if isinstance(dataset, CocoFolder):
@@ -177,12 +179,26 @@ def quick_check(dataset: DetectionData, training: bool = True) -> list[Problem]:
         if training:
             problems += unused_classes(dataset)
     report(problems, LINES_AT_START, errors_as_warnings=True)
+    if training:
+        print_notes(dataset, num_queries)
     if training and not class_counts(dataset).any():
         raise UserError(
             f"{dataset.name}: expected at least one usable box to learn from, got none in "
             f"{plural(len(dataset), 'image')} ({dataset.degenerate} degenerate boxes dropped); "
             "python -m tools.check_data DIR shows what is there")
     return problems
+
+
+def print_notes(dataset: DetectionData, num_queries: int) -> None:
+    """Print what is no fault and yet limits the result: small objects, crowded images."""
+    notes = []
+    if isinstance(dataset, CocoFolder):
+        notes.append(size_note(dataset))
+    if num_queries:
+        notes.append(query_warning(dataset, num_queries))
+    for note in notes:
+        if note:
+            print(note)
 
 
 def unused_classes(dataset: DetectionData) -> list[Problem]:
