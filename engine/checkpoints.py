@@ -46,7 +46,7 @@ ALLOWED = [
     *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
 ]
 
-# Fields of every checkpoint of this project, and their types; the others are in last.pt only.
+# Fields of every checkpoint of this project, and their types.
 FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
           "category_ids": list}
 # The forms of what it may hold besides; see engine.forms.
@@ -57,6 +57,7 @@ RUN_DEFAULTS = {"data": "", "seed": 0, "overfit": 0, "num_train": 1, "num_val": 
                 "detector": ""}   # what evaluating reads of a run
 RUN_FILES = (".lock", "config.json", "log.jsonl", "nan_report.jsonl", "last.pt", "last.pt.prev",
              "best.pt", "curves.png", "predictions.png")
+# Fields that last.pt has too.
 RESUME_FIELDS = {"run": dict, "progress": dict, "optimizer": dict, "rng": list}
 
 
