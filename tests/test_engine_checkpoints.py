@@ -386,7 +386,7 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         ({"rng": None}, "rng"),
         ({"progress": 3}, "progress"),
         ({"optimizer": {}}, "optimizer state"),
-        ({"run": None}, "with run, a dict"),
+        ({"run": None}, "with run, a dict|run of type dict"),
         ({"run": {"seed": "x"}}, "--seed to be of type int"),
     ],
 )

@@ -25,7 +25,7 @@ def write_checkpoint(path, name="dino", class_names=scenes.SCENE_CLASSES, change
         "format": 2, "model_name": name, "variant": "", "config": dataclasses.asdict(cfg),
         "recipe": dataclasses.asdict(recipe), "model": state, "class_names": list(class_names),
         "category_ids": list(range(1, len(class_names) + 1)), "epoch": 1, "step": 5,
-        "run": {"data": "", "seed": 0, "overfit": 0, "num_train": 8, "num_val": 6} | run})
+        "run": {"data": "", "seed": 0, "overfit": 0, "num_val": 6} | run})
     return path
 
 
