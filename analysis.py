@@ -1,5 +1,6 @@
 """What the papers measure inside a detector.
 
+Examples:
     python analysis.py --checkpoint runs/dino                  one checkpoint on its own data
     python analysis.py --checkpoint A.pt B.pt C.pt             several, side by side
     python analysis.py --checkpoint FILE --data DIR            on a COCO-layout folder
@@ -26,11 +27,12 @@ import data
 from data import SMALL_AREA
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locations
 from engine import commands, files
-from engine.errors import UserError
+from engine.cli import registry
+from engine.errors import UserError, user_errors
 from engine.inference import predict
 from engine.flags import one_line_usage
 from engine.forms import mismatch, read_results
-from engine.machine import prepare_cpu, user_errors
+from engine.machine import prepare_cpu
 
 CURVE = {"IoB": [float], "IoF": [float], "area": float}
 FORMS = {"encoder": CURVE, "decoder": CURVE,     # optional parts of analysis.json
@@ -230,7 +232,7 @@ def score_counts(scores, boxes, size):
     """Count the pixels of one image by score -> (2, SCORE_STEPS), background and foreground.
 
     scores (H, W) in [0, 1], boxes (n, 4) normalized cxcywh, size (h, w) without padding. OUR
-    CHOICE: foreground is the union of the boxes, and pixels are counted over the complete data set."""
+    CHOICE: foreground is the union of the boxes, and pixels are counted over the whole data set."""
     h, w = size
     foreground = torch.zeros(h, w, dtype=torch.bool, device=scores.device)
     for cx, cy, bw, bh in boxes.tolist():
@@ -409,15 +411,15 @@ def run_names(paths):
 class Options:
     """Measure what the papers measure inside a detector: ATD(k), IoF-IoB, conflict of heads and
     matching instability."""
-    checkpoint: list[str]   # checkpoints or run folders, side by side; the first is enough
-    data: str = ""          # COCO-layout folder; default: the data of each checkpoint's own run
-    k: int = 100            # the k of ATD(k)
-    out: str = ""           # folder of analysis.json; default: the folder of the first checkpoint
-    batch_size: int = 1     # images at a time
+    checkpoint: list[str]   # checkpoints or run folders; several are compared side by side
+    data: str = ""          # COCO-layout folder; none: the data of each checkpoint's own run
+    k: int = 100            # k in ATD(k)
+    out: str = ""           # folder for analysis.json; none: that of the first checkpoint
+    batch_size: int = 1     # images per batch
     workers: int = 0        # processes that read images
-    device: str = ""        # cpu or cuda; default: cuda where there is a GPU
+    device: str = ""        # cpu or cuda; none: cuda if there is a GPU
     amp: bool = False       # bfloat16 autocast
-    variant: str = ""       # variant of the paper file that released weights do not show: dc5
+    variant: str = ""       # variant of released weights whose file does not show it: dc5
 
 
 def analyze_files(options):
@@ -447,6 +449,7 @@ def main(argv=None):
     with user_errors("analysis.py"):
         with one_line_usage("analysis.py"):
             options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
+                               description=commands.summary(__doc__), registry=registry,
                                config=(tyro.conf.FlagCreatePairsOff,))
         commands.require(options.checkpoint, "--checkpoint FILE", "none")
         commands.require(options.k >= 1, "--k of at least 1", options.k)

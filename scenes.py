@@ -22,9 +22,8 @@ from pycocotools import mask as coco_mask
 
 from data import LARGE_AREA, DetectionData, Objects, Transform, join_annotations, random_generator
 from engine.coco_json import json_path
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
-from engine.machine import user_errors
 from engine.notices import one_line
 from engine.ranges import check_ranges
 

@@ -36,11 +36,10 @@ from boxes import box_cxcywh_to_xyxy
 from data import eval_transform
 from engine.commands import open_detector, require, with_data
 from engine.drawing import color, draw_detections, get_font, save_picture, tile
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
 from engine.inference import above, as_rgb, detect_image, detect_with, infer
-from engine.machine import user_errors
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: complete or absent, checked when read, free of code. The run folder.
+"""Save and load checkpoints safely, and the folder of a run.
 
 A checkpoint of a run is a dictionary: format, model_name, variant, config, recipe, run,
-class_names, category_ids, data, model, ema (averaged weights), epoch, step, best; last.pt also
+class_names, category_ids, data, model, ema (EMA weights), epoch, step, best; last.pt also
 holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly.
 """
 import contextlib
@@ -34,7 +34,7 @@ except ImportError:   # Windows
 
 FORMAT = 2
 
-# Besides tensors and plain types, `load` makes these: what authors put into saved options.
+# Besides tensors and plain types, `load` allows these classes, which released files contain.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]   # NumPy 1 and 2 name its module differently
 ALLOWED = [
     Namespace,
@@ -46,7 +46,7 @@ ALLOWED = [
     *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
 ]
 
-# What every checkpoint of ours holds, with its type.
+# Fields of every checkpoint of this project, and their types; the others are in last.pt only.
 FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
           "category_ids": list}
 # The forms of what it may hold besides; see engine.forms.
@@ -66,8 +66,8 @@ def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
     """Write `state` so that `path` always names a complete checkpoint or none: temporary file,
     fsync, rename. UserError where the disk refuses; the temporary file is removed then.
 
-    keep_previous: the file it replaces stays beside it as NAME.prev. A kill between the two renames
-    leaves only that one, and `newest` finds it."""
+    keep_previous: rename the file it replaces to NAME.prev. When the process is killed between the
+    two renames, there is only NAME.prev, and `newest` returns it."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -81,7 +81,7 @@ def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise   # torch's zip writer reports a refused write so
+            raise   # only torch's zip writer, which has this name, reports a failed write so
         reason = getattr(error, "strerror", None) or "the disk took only a part of it"
         raise UserError(f"expected to write {path}, got: {reason}. Free some space or name another "
                         "folder; what was saved before is complete") from error
@@ -91,7 +91,7 @@ def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename reaches the disk only with its folder."""
+    """Flush a folder to disk: only then does a rename inside it survive a power failure."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -101,9 +101,9 @@ def sync_folder(folder: Path) -> None:
 def load(path: str | Path, map_location="cpu") -> dict:
     """Read a checkpoint or a .safetensors file without running any code in it.
 
-    Beside tensors and plain types only ALLOWED classes are made. The checksums that torch.save
-    writes are compared for our own files: about 1.3 s for each GB. UserError for a missing or
-    broken file, and for one that asks for anything else."""
+    Besides tensors and plain types only ALLOWED classes are created. For our own files the
+    checksums that torch.save wrote are compared, which takes about 1.3 s per GB. UserError for a
+    missing or broken file, and for one that contains other classes."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} "
@@ -127,6 +127,7 @@ def load(path: str | Path, map_location="cpu") -> dict:
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
+    """The message for a file that torch.load refused with `error`."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         return (f"{path}: expected tensors and plain types only, got a pickle that asks for "
@@ -178,6 +179,7 @@ def check_sums(path: Path) -> None:
 
 
 def check_fields(path: Path, state: dict, fields: dict) -> None:
+    """UserError unless `state` has these fields {name: type}."""
     for name, kind in fields.items():
         if not isinstance(state.get(name), kind):
             got = type(state[name]).__name__ if name in state else "nothing"
@@ -219,7 +221,7 @@ def load_safetensors(path: Path) -> dict:
 
 def newest(folder: str | Path) -> Path:
     """The newest complete checkpoint that a run folder can continue from: last.pt, or else
-    last.pt.prev, with a line that says so."""
+    last.pt.prev. Prints which one."""
     last = Path(folder) / "last.pt"
     reasons = []
     for path in (last, last.with_name("last.pt.prev")):
@@ -248,7 +250,7 @@ def settings(paper, state: dict) -> tuple:
 
 
 def saved_detector(state: dict) -> str:
-    """Where the frozen detector of a mask network lay when it was trained."""
+    """Path of a mask network's frozen detector when it was trained."""
     return state.get("run", {}).get("detector") or state["config"].get("detector", "")
 
 
@@ -285,8 +287,8 @@ def require_finite(state: dict, path: str | Path) -> None:
 # ---- the run folder ------------------------------------------------------------------------------
 
 class RunFolder:
-    """Folder of one run. While open it is locked against other processes; the lock ends with this
-    process, however it ends."""
+    """The folder of one run. Inside `with` it is locked against other processes; the lock ends with
+    this process, however it ends."""
 
     def __init__(self, run, machine):
         self.path = Path(run.out)
@@ -301,8 +303,8 @@ class RunFolder:
             self.lock = lock_folder(self.path)
             if not self.run.resume:
                 self._refuse_another_run()
-            for left in self.path.glob("*.tmp"):   # of a killed process
-                left.unlink()
+            for temporary in self.path.glob("*.tmp"):   # left by a killed process
+                temporary.unlink()
         return self
 
     def __exit__(self, *error):
@@ -325,19 +327,21 @@ class RunFolder:
                                 "name another folder with --out")
 
     def describe(self, cfg, recipe, dataset) -> None:
-        """Fix what every checkpoint says about the run; write config.json."""
-        settings = {"run": dataclasses.asdict(self.run), "config": dataclasses.asdict(cfg),
-                    "recipe": dataclasses.asdict(recipe)}
+        """Set `header`, the part of every checkpoint that describes the run. Write config.json."""
+        described = {"run": dataclasses.asdict(self.run), "config": dataclasses.asdict(cfg),
+                     "recipe": dataclasses.asdict(recipe)}
         self.header = {
-            "format": FORMAT, "model_name": self.run.model, "variant": self.run.variant, **settings,
+            "format": FORMAT, "model_name": self.run.model, "variant": self.run.variant,
+            **described,
             "class_names": list(dataset.class_names),
             "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name}
         if self.machine.is_main:
-            (self.path / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+            (self.path / "config.json").write_text(json.dumps(described, indent=1) + "\n")
 
     def save(self, name: str, progress, model, ema, optimizer=None, **more) -> None:
-        """Write a checkpoint from rank 0; without an optimizer only what inference needs, and what
-        `more` holds. All ranks call this. FloatingPointError for weights that are not finite."""
+        """Write a checkpoint from rank 0; all ranks call this. `more`: further fields. Without an
+        optimizer it holds only what inference needs. FloatingPointError for weights that are not
+        finite."""
         norms = torch._foreach_norm([p.detach() for p in model.parameters()])
         if not torch.stack(norms).isfinite().all():
             raise FloatingPointError(
@@ -356,9 +360,10 @@ class RunFolder:
             save(self.path / name, state, keep_previous=optimizer is not None)
 
     def restore(self, progress, model, ema, optimizer, steps_per_epoch: int):
-        """Put back the run that `run.resume` names, random states last. -> its progress
+        """Restore the run that `run.resume` names: weights, EMA, optimizer and random states.
+        -> its progress
 
-        A rank that the saved run did not have keeps the random states of its seed."""
+        progress: a new one. A rank that the saved run did not have goes on with its seed."""
         path = self.run.resume
         state = load(path)
         if "optimizer" not in state:

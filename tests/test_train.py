@@ -348,7 +348,7 @@ def test_sigterm_on_one_rank_stops_all_and_two_ranks_resume_exactly(
     """Rank 1 alone is told to stop: both exit with 143 after the same step. Resumed by two
     processes, the run ends as one left alone. Both ranks evaluate the same model, batch statistics
     included, and what they gather equals the evaluation of one process."""
-    cfg, original = config(model), train.evaluation
+    cfg, original = config(model), train.validate
 
     def run_rank(rank, name, stop_at=None, **changes):
         if rank == 1 and stop_at is not None:
@@ -358,7 +358,7 @@ def test_sigterm_on_one_rank_stops_all_and_two_ranks_resume_exactly(
             torch.save(evaluated.module.state_dict(), tmp_path / f"{name}{rank}.pt")
             return original(evaluated, *rest)
 
-        monkeypatch.setattr(train, "evaluation", evaluation)
+        monkeypatch.setattr(train, "validate", evaluation)
         train.train(run(tmp_path, model, name, num_train=8, **changes), *cfg)
 
     last = tmp_path / "cut" / "last.pt"

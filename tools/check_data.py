@@ -19,10 +19,9 @@ from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_count
 from engine import coco_json
 from engine.class_labels import match_classes
 from engine.coco_json import Problem, plural
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
-from engine.machine import user_errors
 from engine.notices import one_line
 
 # The quick check at the start of a run:
