@@ -34,6 +34,9 @@ TINY = ("--preset=small", "--dim=32", "--num_heads=2", "--ffn_dim=32", "--num_qu
         "--encoder_layers=1", "--decoder_layers=1", "--train_sizes=64", "--eval_size=64",
         "--batch_size=2", "--epochs=1")
 HERE = ("--device=cpu", "--workers=0", "--threads=1", "--amp=false")
+MASKS = ("--model=mask_frozen_detr", "--data=data", "--preset=small", "--roi_size=8",
+         "--channel_dim=32", "--image_ffn_dim=32", "--box_ffn_dim=32", "--score_dim=8",
+         "--score_ffn_dim=16", "--num_heads=2", "--batch_size=2", "--epochs=1", *HERE)
 RELEASED_SIZES = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2,
                   "num_queries": 5}
 RECTANGLE = [[10, 10, 40, 10, 40, 30, 10, 30]]
@@ -56,9 +59,7 @@ def make_materials(folder):
         write_released(folder / f"weights/released_{family}.pth", family)
     train.main(["--model", "deformable_detr", "--data", "data", "--out", "runs/small", *TINY,
                 *HERE, "--epochs=2"])
-    train.main(["--model", "mask_frozen_detr", "--data", "data", "--out", "runs/masks",
-                "--detector", "runs/small/best.pt", "--preset=small", "--batch_size=2",
-                "--epochs=1", *HERE])
+    train.main([*MASKS, "--out=runs/masks", "--detector=runs/small/best.pt"])
 
     evaluation.main(["--checkpoint=runs/small", *CPU])
     visualize.main(["curves", "--run_dir=runs/small"])
@@ -553,9 +554,7 @@ def train_command(rng):
 
 
 def train_masks_command(rng):
-    return "train.py", ["--model=mask_frozen_detr", "--data=data", "--out=runs/new",
-                        "--detector=runs/small/best.pt", "--preset=small", "--batch_size=2",
-                        "--epochs=1", *HERE]
+    return "train.py", [*MASKS, "--out=runs/new", "--detector=runs/small/best.pt"]
 
 
 def overfit_command(rng):
@@ -611,8 +610,7 @@ def chosen_command(rng):
         ("visualize.py", ["noised_boxes", "--checkpoint", path, "--data=data", out]),
         ("visualize.py", ["mistakes", "--checkpoint", path, "--data=data", out]),
         ("train.py", [*TRAIN, "--init", path]),
-        ("train.py", ["--model=mask_frozen_detr", "--data=data", "--out=runs/new", "--detector",
-                      path, "--preset=small", "--batch_size=2", "--epochs=1", *HERE]),
+        ("train.py", [*MASKS, "--out=runs/new", "--detector", path]),
         ("train.py", [*TRAIN, "--backbone_weights", path]),
     )
     return rng.choice(commands)
