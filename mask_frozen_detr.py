@@ -373,6 +373,10 @@ class FrozenDetector:
 
     def __init__(self, model: nn.Module, detect, enc_layer: int = 0, class_names=None):
         inner = getattr(model, "detector", model)         # Co-DETR has its detector as a submodule
+        if not hasattr(inner, "level_embed"):
+            raise UserError(f"expected a detector with several feature levels, got a "
+                            f"{type(inner).__name__}: give one of Deformable DETR, DINO, H-DETR or "
+                            "Co-DETR with --detector")
         layers = len(inner.encoder)
         if not 0 <= enc_layer <= layers:
             raise UserError(f"expected enc_layer from 0 to {layers}, the detector's number of "

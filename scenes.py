@@ -24,6 +24,7 @@ from data import LARGE_AREA, DetectionData, Objects, Transform, join_annotations
 from engine.coco_json import json_path
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
+from engine.notices import one_line
 from engine.ranges import check_ranges
 
 NUM_TRAIN = 4000           # scenes of the default data set
@@ -418,7 +419,7 @@ def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEE
         for index in range(count):
             scenes.image(index).save(folder / scenes.file_name(index), compress_level=1)
         path.write_text(json.dumps(scenes.coco().dataset))
-        print(f"{path}: {count} images, {len(scenes.annotations.labels)} objects")
+        print(f"{one_line(str(path))}: {count} images, {len(scenes.annotations.labels)} objects")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -283,6 +283,7 @@ def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg
         device: cpu or cuda.
     """
     detector, picture, _, records, found = run_on_file(checkpoint, image, device, rank + 1)
+    require(records, "a model with deformable attention", detector.meta["model_name"])
     require(0 <= rank < len(found["scores"]), f"--rank in 0..{len(found['scores']) - 1}", rank)
     query = int(found["query"][rank])
     box = found["boxes"][rank].cpu().numpy()
@@ -382,6 +383,8 @@ def anchors(checkpoint: str, image: str, out: str = "anchors.jpg", score_thresho
         device: cpu or cuda.
     """
     detector, picture, outputs, _, found = run_on_file(checkpoint, image, device)
+    require("anchors" in outputs, "a model whose queries start at anchors",
+            detector.meta["model_name"])
     found = above(found, score_threshold)
     class_names = detector.meta["class_names"]
     start = outputs["anchors"][0].float().cpu()                                # (Nq, 2 or 4)

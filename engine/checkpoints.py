@@ -51,7 +51,7 @@ FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
           "category_ids": list}
 # The forms of what it may hold besides; see engine.forms.
 FORMS = {"format": int, "class_names": [str], "category_ids": [int], "recipe": {}, "ema": {},
-         "run": {"data": str, "seed": int, "overfit": int, "num_train": int, "num_val": int},
+         "run": {},
          "variant": str, "step": int, "epoch": int, "thresholds": {str: float}}
 RUN_DEFAULTS = {"data": "", "seed": 0, "overfit": 0, "num_train": 1, "num_val": 1,
                 "detector": ""}   # what evaluating reads of a run
@@ -188,15 +188,23 @@ def check_fields(path: Path, state: dict, fields: dict) -> None:
                             f"{got}: the file was made by something else; copy it again")
 
 
+def saved_weights(path: str | Path, state: dict) -> dict:
+    """The averaged weights of a checkpoint, or else its weights. UserError unless all of them are
+    finite tensors."""
+    weights = state.get("ema", state["model"])
+    for name, value in weights.items():
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            raise UserError(f"{path}: expected tensors by name, got {type(value).__name__} as "
+                            f"{one_line(name, 80)}: the file is damaged; copy it again")
+    require_finite(weights, path)
+    return weights
+
+
 def check_forms(path: Path, state: dict) -> None:
     """UserError for a part of a checkpoint that is there and has another type than ours."""
     fault = mismatch(state, {name: FORMS[name] for name in FORMS if name in state})
     if not fault and len(state["class_names"]) != len(state["category_ids"]):
         fault = "as many category_ids as class_names"
-    for part in ("model", "ema"):
-        for name, value in state.get(part, {}).items():
-            if not isinstance(name, str) or not torch.is_tensor(value):
-                fault = f"tensors by name in {part}, got {one_line(name, 80)}"
     if fault:
         raise UserError(f"{path}: expected {fault}: the file is damaged; copy it again")
     if "run" in state:

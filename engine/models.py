@@ -124,8 +124,7 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
     state = checkpoints.load(run.init)
     if "model_name" not in state:
         state = convert(state, run.init)
-    weights = state.get("ema", state["model"])
-    checkpoints.require_finite(weights, run.init)
+    weights = checkpoints.saved_weights(run.init, state)
     fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)
     model.load_state_dict(fitted)
     return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]

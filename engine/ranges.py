@@ -93,7 +93,13 @@ def check_value(name: str, value, default) -> None:
 
 
 def check_heads(cfg) -> None:
-    """UserError unless the attention heads divide every width evenly."""
+    """UserError unless the attention heads and GroupNorm's groups divide every width evenly."""
+    if hasattr(cfg, "num_feature_levels") and cfg.dim % 32:
+        raise UserError(f"expected --dim divisible by 32, got {cfg.dim}: its maps are normalized "
+                        "in 32 groups")
+    if getattr(cfg, "aux_heads", "none") not in ("", "none") and cfg.dim < 64:
+        raise UserError(f"expected --dim of at least 64 with --aux_heads, got {cfg.dim}: a group "
+                        "of one channel cannot be normalized on a map of one token")
     for width in ("dim", "channel_dim"):
         size = getattr(cfg, width, 0)
         heads = getattr(cfg, "num_heads", 1)

@@ -24,6 +24,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from matplotlib.figure import Figure
 from PIL import Image
 
 import analysis
@@ -80,9 +81,12 @@ def narrow_backbones():
     monkeypatch = patch.__enter__()
     for name in ("tiny", "resnet50"):
         monkeypatch.setitem(resnet.RESNETS, name, narrow)
-    # Drawing takes seconds and has cases of its own.
     monkeypatch.setattr(batches, "OVERFIT_STEPS", 2)
+    # Drawing takes seconds: every picture is small, and the curves of a run are only read.
     monkeypatch.setattr(train.visualize, "curves", plots.read_log)
+    monkeypatch.setattr(Figure, "tight_layout", lambda *args, **options: None)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **more: save(self, path, dpi=20))
     released.published_shapes.cache_clear()
     return Closing(patch)
 
