@@ -125,7 +125,7 @@ def test_weights_that_are_not_finite_are_refused_by_name(tmp_path):
         ({"config": {"encoder_layers": 10**9}}, "--encoder_layers from 0 to 100"),
         ({"config": {"dim": "wide"}}, "--dim to be of type int"),
         ({"model": {}}, "that do not fit"),
-        ({"model": {"level_embed": 3}}, "tensors by name in model, got level_embed"),
+        ({"model": {"level_embed": 3}}, "that do not fit"),
     ],
 )
 def test_checkpoints_with_missing_foreign_or_wrong_fields_are_refused_in_one_line(
