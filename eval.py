@@ -396,7 +396,7 @@ class Options:
         require(self.max_dets >= 1, "--max_dets of at least 1", self.max_dets)
         require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
         require(self.workers >= -1, "--workers of at least -1", self.workers)
-        require(self.eval_size >= 0, "--eval_size of at least 1", self.eval_size)
+        require(0 <= self.eval_size <= 10_000, "--eval_size in 1..10000", self.eval_size)
         require(self.tile == 0 or self.tile >= 16, "--tile of at least 16", self.tile)
         require(0 <= self.overlap <= 0.9, "--overlap in 0..0.9", self.overlap)
         threshold = self.score_threshold

@@ -17,6 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.errors import UserError, is_out_of_memory
+from engine.processes import own_place
 
 SAME_REQUEST_SECONDS = 2.0   # stop signals within this time are one request
 QUIT_SECONDS = 1.0           # after a second request: time for the program to end by itself
@@ -102,15 +103,14 @@ class Machine:
 def set_up_machine(run) -> Machine:
     """Choose device, threads and workers of a run, and join its process group. Seed PyTorch with
     the same number on every rank, so that all of them build the same model."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local_rank, _ = own_place()
     name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if name == "cuda":
         if not torch.cuda.is_available():
             raise UserError("--device cuda: PyTorch finds no GPU here; leave the flag out, or give "
                             "--device cpu")
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
     if world > 1 and not dist.is_initialized():
         # gloo: counts and flags, from CPU to CPU; nccl: gradients, from GPU to GPU
