@@ -16,7 +16,7 @@ from engine.processes import own_place
 
 def open_detector(checkpoint, device="cpu", variant="", detector=""):
     """Load a checkpoint file, or the best.pt of a run folder -> Loaded."""
-    require(checkpoint.strip(), "--checkpoint FILE", "no path")   # "" is the current folder
+    require(str(checkpoint).strip(), "--checkpoint FILE", "no path")   # "" is the current folder
     path = Path(checkpoint)
     if path.is_dir():
         path = path / "best.pt"

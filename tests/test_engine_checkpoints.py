@@ -318,7 +318,7 @@ def test_a_run_that_cannot_write_ends_in_one_line(tmp_path, monkeypatch):
     command = [*FLAGS, "--model=deformable_detr", "--out"]
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(SystemExit, match="^train.py: error: (File exists|Not a directory): "):
+        with pytest.raises(SystemExit, match="^train.py: error: --out: expected a folder"):
             train.main([*command, str(out)])
     at_step(monkeypatch, 1, lambda: shutil.rmtree(tmp_path / "gone"))
     with pytest.raises(SystemExit, match="^train.py: error: .*No such file or directory"):
