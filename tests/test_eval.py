@@ -482,6 +482,12 @@ def test_released_weights_without_data_ask_for_it():
         datasets.validation_set("", released)
 
 
+def test_a_checkpoint_that_lost_the_data_of_its_run_asks_for_it():
+    damaged = models.Loaded(None, None, None, None, {"run": {"data": "", "seed": 0}}, None)
+    with pytest.raises(UserError, match="got none of overfit, num_val: give --data DIR"):
+        datasets.validation_set("", damaged)
+
+
 # ---- what users get wrong ------------------------------------------------------------------------
 
 @pytest.mark.parametrize("words, message", [
@@ -489,7 +495,9 @@ def test_released_weights_without_data_ask_for_it():
     (("--batch_size", "0"), "--batch_size of at least 1.*got 0"),
     (("--max_dets", "0"), "--max_dets of at least 1.*got 0"),
     (("--workers", "-2"), "--workers.*got -2"),
-    (("--eval_size", "-3"), "--eval_size of at least 1.*got -3"),
+    (("--eval_size", "-3"), "--eval_size in 1..10000, got -3"),
+    (("--eval_size", "1000000"), "--eval_size in 1..10000, got 1000000"),
+    (("--checkpoint", ""), "--checkpoint FILE, got 'no path'"),
     (("--tile", "-5"), "--tile of at least 16.*got -5"),
     (("--overlap", "1"), "--overlap in 0..0.9.*got 1.0"),
     (("--score_threshold", "nan"), "--score_threshold.*got nan"),

@@ -44,7 +44,7 @@ from tools import check_data
 CASES = 40            # in the suite
 LIMIT = 60            # seconds; machines may be busy
 MEMORY = 6 * 2 ** 30  # bytes, beyond what the tests use
-LONGEST_LINE = 1500   # of an error message
+LONGEST_LINE = 1300   # characters of an error message
 TRACEBACK = 70        # exit code of a child
 VERDICTS = ("ok", "one line", "unclear", "traceback", "hang", "crash", "ran code",
             "wrote outside", "lost or half a file")
