@@ -9,6 +9,10 @@ from torch.utils.checkpoint import checkpoint
 from engine.batch_norm import kept_statistics
 from engine.errors import UserError
 
+# Versions of one function that torch.compile may make: a function serves all layers of a class, and
+# needs a version for each set of widths (ResNet-50 has eight), for training and for evaluation, for
+# one image and for several. PyTorch stops at 8.
+COMPILED_VERSIONS = 256
 # encoder.0, decoder.3, backbone.layer1.0, backbone.layers.2.blocks.5, backbone.blocks.7
 LAYER_NAMES = r"(^|\.|_)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+\.)?blocks\.\d+))$"
 
@@ -16,15 +20,18 @@ LAYER_NAMES = r"(^|\.|_)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+
 def compile_or_recompute(model, run) -> None:
     """--compile and --recompute, on encoder layers, decoder layers and backbone blocks.
 
-    Recomputing stores only the inputs of a layer, and repeats it in the backward pass with the same
+    Compiled code serves images of every size. Recomputing stores only the inputs of a layer, and repeats it in the backward pass with the same
     random numbers; its batch statistics count once."""
     layers = [module for name, module in model.named_modules() if re.search(LAYER_NAMES, name)]
     if (run.compile or run.recompute) and not layers:
         raise UserError("expected modules named encoder.0, decoder.0 or backbone.layer1.0 for "
                         f"--compile and --recompute, got none in {run.model}: leave the flags out")
+    if run.compile:   # both were renamed to recompile_limit in PyTorch 2.7, and kept as aliases
+        torch._dynamo.config.cache_size_limit = COMPILED_VERSIONS
+        torch._dynamo.config.accumulated_cache_size_limit = COMPILED_VERSIONS
     for layer in layers:
         if run.compile:
-            layer.forward = torch.compile(layer.forward, fullgraph=True)
+            layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)
         if run.recompute:
             contexts = partial(recompute_contexts, layer)
             layer.forward = partial(
