@@ -41,6 +41,7 @@ from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError
 from engine.images import UnreadableImage, read_image
 from engine.inference import detect_image, predict, require_finite
+from engine.layers import prepare_attention
 from engine.machine import prepare_cpu, user_errors
 from engine.scoring import gather, score
 from engine.tiles import detect_tiled
@@ -384,12 +385,15 @@ class Options:
     workers: int = -1            # processes that read images; -1: chosen from the number of cores
     device: str = ""             # cpu or cuda; default: cuda where there is a GPU
     amp: bool = False            # bfloat16 autocast
+    # deformable attention: kernel or torch; default: the kernel where it can be built
+    impl: str = ""
     variant: str = ""            # variant of the paper file that released weights do not show: dc5
     detector: str = ""           # where the frozen detector of a mask network lies now
 
     def check(self):
         """UserError for values that cannot work."""
         require = commands.require
+        require(self.impl in ("", "kernel", "torch"), "--impl kernel or torch", self.impl)
         require(self.max_dets >= 1, "--max_dets of at least 1", self.max_dets)
         require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
         require(self.workers >= -1, "--workers of at least -1", self.workers)
@@ -451,7 +455,7 @@ def run_on_data(options, detector, out, device, rank, world):
     detector, dataset = commands.with_data(detector, options.data, options.json)
     labeled = dataset.split != "test"
     folder = files.prepare_folder(options.out or out)
-    workers = options.workers if options.workers >= 0 else commands.default_workers(world)
+    workers = options.workers if options.workers >= 0 else commands.default_workers()
     if rank == 0:
         print(settings(detector.cfg, detector.recipe))
 
@@ -504,6 +508,7 @@ def main(argv=None):
     with user_errors("eval.py"):
         options.check()
         device, rank, world = commands.join_processes(options.device)
+        prepare_attention(options.impl, device)
         detector = open_detector(options.checkpoint, device, options.variant, options.detector)
         top_k = max(detector.cfg.top_k, options.max_dets)
         detector = detector._replace(cfg=replace(detector.cfg, top_k=top_k))

@@ -34,6 +34,8 @@ from dataclasses import dataclass, replace
 
 # read when torch is imported: threads that spin for long stop each other on a busy machine
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# GPU memory in segments that grow: images of many sizes leave no gaps of unusable memory
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -46,13 +48,13 @@ from engine.batches import BatchSizes, epoch_batches
 from engine.checkpoints import RunFolder
 from engine.datasets import build_datasets
 from engine.errors import UserError
-from engine.layers import compile_or_recompute
-from engine.machine import (Machine, StopSignals, memory_advice, prepare_cpu, set_up_machine,
-                            user_errors)
+from engine.layers import compile_or_recompute, order_channels_last, prepare_attention
+from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, prepare_cpu,
+                            set_up_machine, user_errors)
 from engine.models import load_detector, load_paper, start_weights
 from engine.recipe import Recipe, override
 from engine.run_log import RunLog
-from engine.schedules import ema_decay
+from engine.schedules import ema_decay, is_kept
 from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
@@ -81,11 +83,15 @@ class Run:
     accum: int = 1                   # micro-batches per optimizer step: less memory, same gradients
     recompute: bool = False          # recompute activations in the backward pass: less memory
     compile: bool = False            # torch.compile layers and blocks
+    channels_last: bool = False      # GPU only: ResNet in NHWC order, faster on many GPUs
+    impl: str = ""                   # deformable attention: kernel or torch; none: kernel if built
     deterministic: bool = False      # same bytes on a GPU too; slower
     workers: int = -1                # data-loading processes; -1: chosen from the number of cores
     threads: int = 0                 # PyTorch CPU threads; 0: OMP_NUM_THREADS, or one a core, max 8
     eval_every: int = 1              # epochs between evaluations
     save_every: int = 1000           # steps between saves; every epoch is saved too
+    keep_every: int = 0              # keep epoch_NNNN.pt of every N epochs; 0: before lr drops only
+    max_steps: int = 0               # end, saved, after this many optimizer steps; 0: all epochs
 
 
 @dataclass
@@ -118,8 +124,12 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
 
         # model and optimizer; every rank has the same weights, and its own noise
         model, criterion = build_model(run, paper, cfg, len(train_set.class_names))
-        notes = start_weights(run, cfg, model, train_set.class_names)
+        with machine.first_on_node():     # one process downloads and compiles for all others
+            notes = start_weights(run, cfg, model, train_set.class_names)
+            prepare_attention(run.impl, machine.device)
         model.to(machine.device)
+        if run.channels_last:
+            order_channels_last(model, machine.device)
         machine.seed_rank(run.seed)
         ema = make_ema(model, recipe.ema, recipe.ema_warmup)
         optimizer, base_lrs = make_optimizer(paper, model, recipe, batch)
@@ -130,6 +140,9 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         progress = Progress()
         if run.resume:
             progress = folder.restore(progress, model, ema, optimizer, batch.steps)
+        if run.max_steps and progress.step >= run.max_steps:
+            raise UserError(f"expected --max_steps above {progress.step}, the steps this run has "
+                            f"made, got {run.max_steps}: give more, or leave it out")
         folder.describe(cfg, recipe, train_set)
         log = RunLog(run, recipe, batch, machine, progress)
         log.report(paper, cfg, train_set, val_set, model, notes)
@@ -142,12 +155,16 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                 for micro_batches in epoch_batches(
                         train_set, batch, run, machine, epoch, progress.batch):
                     set_lr(optimizer, base_lrs, lr_factor(recipe, progress.step, batch.steps))
-                    losses, grad_norm, finite = step(
-                        net, model, criterion, optimizer, ema, micro_batches, recipe.clip, machine)
+                    # the one small message between ranks: all stop after the same step
+                    count, signal = machine.share(count_objects(micro_batches), stop.signal)
+                    losses, grad_norm, finite = step(net, model, criterion, optimizer, ema,
+                                                     micro_batches, recipe.clip, machine, count)
                     progress.count(finite)
 
-                    signal = machine.max(stop.signal)     # all ranks stop after the same step
-                    saving = progress.step % run.save_every == 0 or signal > 0
+                    if machine.world == 1:
+                        signal = stop.signal     # also one that came during the step
+                    ended = progress.step == run.max_steps
+                    saving = progress.step % run.save_every == 0 or signal > 0 or ended
                     log.step(progress, losses, grad_norm, finite, optimizer, write=saving)
                     if not finite:
                         log.bad_step(progress, losses, model, micro_batches)
@@ -157,9 +174,15 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                     if signal:
                         log.stopped(progress, signal)
                         sys.exit(128 + signal)
+                    if ended:
+                        machine.say(f"--max_steps: ended at step {progress.step}, saved; continue "
+                                    "with --resume and a larger number")
+                        return record
 
                 # a run killed from here on evaluates again when it is resumed
                 folder.save("last.pt", progress, model, ema, optimizer)
+                if is_kept(run.keep_every, recipe, epoch, batch.steps):
+                    folder.save(f"epoch_{epoch + 1:04}.pt", progress, model, ema, optimizer)
                 with stop.immediately():
                     if (epoch + 1) % run.eval_every == 0 or epoch + 1 == recipe.epochs:
                         record = evaluation(ema, paper, val_set, cfg, batch, machine, progress)
@@ -177,16 +200,18 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         return record
 
 
-def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
+def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine, count=None):
     """Make one optimizer step. -> {loss name: number}, gradient norm, whether all of it is finite
 
-    net: the model, or its DistributedDataParallel. A step that is not finite changes nothing:
+    net: the model, or its DistributedDataParallel. count: objects of all ranks, counted here where
+    it is not given. A step that is not finite changes nothing:
     parameters, optimizer, EMA and batch statistics stay as they were. The loss is the mean over all
     micro-batches of all ranks. Each divides by the mean number of objects of a micro-batch, so that
     the gradient is that of one large batch, except where a criterion counts for itself
     (Co-DETR)."""
-    count = sum(len(t["labels"]) for *_, targets in micro_batches for t in targets)
-    num_boxes = max(machine.sum(count), 1) / (machine.world * len(micro_batches))
+    if count is None:
+        count, _ = machine.share(count_objects(micro_batches), 0)
+    num_boxes = max(count, 1) / (machine.world * len(micro_batches))
     statistics = batch_statistics(model)
     before = [buffer.clone() for buffer in statistics]
 
@@ -202,7 +227,10 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
             with machine.autocast():
                 outputs = net(images, padding, targets)
             weighted = criterion(outputs, targets, num_boxes)
-            (sum(weighted.values()) / len(micro_batches)).backward()
+            loss = sum(weighted.values()) / len(micro_batches)
+            # 0 x NaN and 0 x infinity are NaN: a bad loss makes bad gradients on every rank, and
+            # all skip the step without another message
+            (loss * (1 + 0 * loss.detach())).backward()
         for name, value in weighted.items():
             losses[name] = losses.get(name, 0.0) + value.detach() / len(micro_batches)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -210,7 +238,7 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
 
     # the one wait for the device
     numbers = torch.stack([*losses.values(), grad_norm]).tolist()
-    finite = machine.all(all(math.isfinite(x) for x in [*numbers, clip]))
+    finite = all(math.isfinite(x) for x in [*numbers, clip])
     if finite:
         optimizer.step()
         machine.average(statistics)     # every rank has seen its own images
@@ -219,6 +247,10 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
         for buffer, old in zip(statistics, before):
             buffer.copy_(old)
     return dict(zip(losses, numbers)), numbers[-1], finite
+
+
+def count_objects(micro_batches) -> int:
+    return sum(len(target["labels"]) for *_, targets in micro_batches for target in targets)
 
 
 # ---- model and optimizer -------------------------------------------------------------------------
@@ -351,7 +383,7 @@ def main(argv: list[str] | None = None) -> None:
         run, cfg, recipe = parse(sys.argv[1:] if argv is None else argv)
         if run.check_data:
             sys.exit(1 if check_data.check(run.check_data) else 0)
-        with memory_advice(run, recipe):
+        with memory_advice(run, recipe), lost_peers(run):
             train(run, cfg, recipe)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

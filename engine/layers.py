@@ -1,4 +1,4 @@
-"""--compile and --recompute: what happens to the layers of a model."""
+"""--compile, --recompute, --channels_last and --impl: how the layers of a model are computed."""
 import contextlib
 import re
 from functools import partial
@@ -6,6 +6,8 @@ from functools import partial
 import torch
 from torch.utils.checkpoint import checkpoint
 
+from backbones.resnet import ResNet
+from deformable_attn import KernelError, MSDeformAttn, verify_kernel
 from engine.batch_norm import kept_statistics
 from engine.errors import UserError
 
@@ -20,8 +22,9 @@ LAYER_NAMES = r"(^|\.|_)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+
 def compile_or_recompute(model, run) -> None:
     """--compile and --recompute, on encoder layers, decoder layers and backbone blocks.
 
-    Compiled code serves images of every size. Recomputing stores only the inputs of a layer, and repeats it in the backward pass with the same
-    random numbers; its batch statistics count once."""
+    Compiled code serves images of every size. Recomputing stores only the inputs of a layer, and
+    repeats it in the backward pass with the same random numbers; its batch statistics count
+    once."""
     layers = [module for name, module in model.named_modules() if re.search(LAYER_NAMES, name)]
     if (run.compile or run.recompute) and not layers:
         raise UserError("expected modules named encoder.0, decoder.0 or backbone.layer1.0 for "
@@ -36,6 +39,30 @@ def compile_or_recompute(model, run) -> None:
             contexts = partial(recompute_contexts, layer)
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+
+
+def order_channels_last(model, device) -> None:
+    """--channels_last: convolutions of ResNets read and write maps in NHWC order."""
+    if device.type != "cuda":
+        raise UserError("expected a GPU with --channels_last, got a CPU: leave the flag out")
+    for module in model.modules():
+        if isinstance(module, ResNet):
+            module.to(memory_format=torch.channels_last)
+
+
+def prepare_attention(impl: str, device) -> None:
+    """--impl: choose the implementation of deformable attention, and compare the kernel of this
+    device with the reference implementation. UserError where it is wrong or cannot be built."""
+    MSDeformAttn.impl = impl or None
+    if impl == "torch":
+        return
+    try:
+        built = verify_kernel(device)
+    except KernelError as error:
+        raise UserError(str(error)) from error
+    if impl == "kernel" and not built:
+        raise UserError("expected a deformable attention kernel with --impl kernel, got none that "
+                        "can be built here (the warning says why): leave the flag out")
 
 
 def recompute_contexts(layer) -> tuple:
