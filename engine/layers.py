@@ -19,13 +19,18 @@ COMPILED_VERSIONS = 256
 LAYER_NAMES = r"(^|\.|_)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+\.)?blocks\.\d+))$"
 
 
+def find_layers(model) -> list:
+    """Encoder layers, decoder layers and backbone blocks."""
+    return [module for name, module in model.named_modules() if re.search(LAYER_NAMES, name)]
+
+
 def compile_or_recompute(model, run) -> None:
     """--compile and --recompute, on encoder layers, decoder layers and backbone blocks.
 
     Compiled code serves images of every size. Recomputing stores only the inputs of a layer, and
     repeats it in the backward pass with the same random numbers; its batch statistics count
     once."""
-    layers = [module for name, module in model.named_modules() if re.search(LAYER_NAMES, name)]
+    layers = find_layers(model)
     if (run.compile or run.recompute) and not layers:
         raise UserError("expected modules named encoder.0, decoder.0 or backbone.layer1.0 for "
                         f"--compile and --recompute, got none in {run.model}: leave the flags out")
