@@ -1,5 +1,6 @@
 """What the papers measure inside a detector.
 
+Examples:
     python analysis.py --checkpoint runs/dino                  one checkpoint on its own data
     python analysis.py --checkpoint A.pt B.pt C.pt             several, side by side
     python analysis.py --checkpoint FILE --data DIR            on a COCO-layout folder
@@ -26,10 +27,16 @@ import data
 from data import SMALL_AREA
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locations
 from engine import commands, files
-from engine.errors import UserError
+from engine.cli import registry
+from engine.errors import UserError, user_errors
 from engine.inference import predict
-from engine.machine import prepare_cpu, user_errors
+from engine.flags import one_line_usage
+from engine.forms import mismatch, read_results
+from engine.machine import prepare_cpu
 
+CURVE = {"IoB": [float], "IoF": [float], "area": float}
+FORMS = {"encoder": CURVE, "decoder": CURVE,     # optional parts of analysis.json
+         "conflict": {"heads": [str], "S": [[float]]}}
 SCORE_STEPS = 10_000     # of discriminability: norms of tokens differ little, coarse steps would
                          # hide the curve
 MATCHED_IMAGES = 200     # validation images on which matching instability is measured
@@ -225,7 +232,7 @@ def score_counts(scores, boxes, size):
     """Count the pixels of one image by score -> (2, SCORE_STEPS), background and foreground.
 
     scores (H, W) in [0, 1], boxes (n, 4) normalized cxcywh, size (h, w) without padding. OUR
-    CHOICE: foreground is the union of the boxes, and pixels are counted over the complete data set."""
+    CHOICE: foreground is the union of the boxes, and pixels are counted over the whole data set."""
     h, w = size
     foreground = torch.zeros(h, w, dtype=torch.bool, device=scores.device)
     for cx, cy, bw, bh in boxes.tolist():
@@ -363,6 +370,31 @@ def conflict_table(name, values):
     return lines
 
 
+def read_analyses(path):
+    """analysis.json -> {name: what `analyze` measured}. UserError for a file of another form."""
+    analyses = read_results(path, {str: {"checkpoint": str}})
+    faults = [] if analyses else ["at least one checkpoint, got none"]
+    for name, a in analyses.items():
+        fault = mismatch(a, {part: FORMS[part] for part in FORMS if part in a}, name)
+        faults += [fault or fault_in_lengths(name, a)]
+    fault = next(filter(None, faults), "")
+    if fault:
+        raise UserError(f"{path}: expected {fault}; make it again with analysis.py")
+    return analyses
+
+
+def fault_in_lengths(name, a):
+    """What is wrong with the lengths of lists in one entry of analysis.json, or nothing."""
+    for part in ("encoder", "decoder"):
+        if part in a and len(a[part]["IoB"]) != len(a[part]["IoF"]):
+            return f"as many numbers IoB as IoF in the {part} of {name}"
+    if "conflict" in a:
+        heads = len(a["conflict"]["heads"])
+        if not heads or [len(row) for row in a["conflict"]["S"]] != [heads] * heads:
+            return f"a row and a column of S for each of the heads of {name}"
+    return ""
+
+
 def run_names(paths):
     """Short names of checkpoints: the run's folder, the file where all lie in one folder, or else
     the complete path."""
@@ -379,15 +411,15 @@ def run_names(paths):
 class Options:
     """Measure what the papers measure inside a detector: ATD(k), IoF-IoB, conflict of heads and
     matching instability."""
-    checkpoint: list[str]   # checkpoints or run folders, side by side; the first is enough
-    data: str = ""          # COCO-layout folder; default: the data of each checkpoint's own run
-    k: int = 100            # the k of ATD(k)
-    out: str = ""           # folder of analysis.json; default: the folder of the first checkpoint
-    batch_size: int = 1     # images at a time
+    checkpoint: list[str]   # checkpoints or run folders; several are compared side by side
+    data: str = ""          # COCO-layout folder; none: the data of each checkpoint's own run
+    k: int = 100            # k in ATD(k)
+    out: str = ""           # folder for analysis.json; none: that of the first checkpoint
+    batch_size: int = 1     # images per batch
     workers: int = 0        # processes that read images
-    device: str = ""        # cpu or cuda; default: cuda where there is a GPU
+    device: str = ""        # cpu or cuda; none: cuda if there is a GPU
     amp: bool = False       # bfloat16 autocast
-    variant: str = ""       # variant of the paper file that released weights do not show: dc5
+    variant: str = ""       # variant of released weights whose file does not show it: dc5
 
 
 def analyze_files(options):
@@ -414,9 +446,11 @@ def analyze_files(options):
 
 
 def main(argv=None):
-    options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
-                       config=(tyro.conf.FlagCreatePairsOff,))
     with user_errors("analysis.py"):
+        with one_line_usage("analysis.py"):
+            options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
+                               description=commands.summary(__doc__), registry=registry,
+                               config=(tyro.conf.FlagCreatePairsOff,))
         commands.require(options.checkpoint, "--checkpoint FILE", "none")
         commands.require(options.k >= 1, "--k of at least 1", options.k)
         commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)

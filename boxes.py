@@ -14,6 +14,7 @@ the area of a box in pixels does not fit into float16.
 import torch
 from torch import Tensor
 
+
 def at_least_float32(x: Tensor) -> Tensor:
     """Convert float16 and bfloat16 to float32; leave every other dtype alone."""
     if x.dtype in (torch.float16, torch.bfloat16):
@@ -24,8 +25,13 @@ def at_least_float32(x: Tensor) -> Tensor:
 def box_cxcywh_to_xyxy(boxes: Tensor) -> Tensor:
     """Convert center and size (..., 4) to corners (..., 4), in the same unit."""
     cx, cy, w, h = boxes.unbind(-1)
-    corners = (cx - w / 2, cy - h / 2, cx + w / 2, cy + h / 2)
-    return torch.stack(corners, -1)                                                # (..., 4)
+    half_w = w / 2
+    half_h = h / 2
+    x1 = cx - half_w
+    y1 = cy - half_h
+    x2 = cx + half_w
+    y2 = cy + half_h
+    return torch.stack((x1, y1, x2, y2), -1)                                       # (..., 4)
 
 
 def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
@@ -33,7 +39,9 @@ def box_xyxy_to_cxcywh(boxes: Tensor) -> Tensor:
     x1, y1, x2, y2 = boxes.unbind(-1)
     cx = (x1 + x2) / 2
     cy = (y1 + y2) / 2
-    return torch.stack((cx, cy, x2 - x1, y2 - y1), -1)                             # (..., 4)
+    w = x2 - x1
+    h = y2 - y1
+    return torch.stack((cx, cy, w, h), -1)                                         # (..., 4)
 
 
 def box_area(xyxy: Tensor) -> Tensor:
@@ -52,7 +60,8 @@ def paired_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     top_left = torch.maximum(a[..., :2], b[..., :2])                               # (..., 2)
     bottom_right = torch.minimum(a[..., 2:], b[..., 2:])                           # (..., 2)
     overlap = (bottom_right - top_left).clamp(min=0)                               # (..., 2)
-    intersection = overlap[..., 0] * overlap[..., 1]                               # (...)
+    w, h = overlap.unbind(-1)
+    intersection = w * h                                                           # (...)
     union = box_area(a) + box_area(b) - intersection                               # (...)
     return intersection / (union + eps), union
 
@@ -68,18 +77,24 @@ def paired_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     top_left = torch.minimum(a[..., :2], b[..., :2])                               # (..., 2)
     bottom_right = torch.maximum(a[..., 2:], b[..., 2:])                           # (..., 2)
     enclosing = (bottom_right - top_left).clamp(min=0)                             # (..., 2)
-    area = enclosing[..., 0] * enclosing[..., 1]                                   # (...)
-    return iou - (area - union) / (area + eps)
+    w, h = enclosing.unbind(-1)
+    area = w * h                                                                   # (...)
+    empty = area - union
+    return iou - empty / (area + eps)
 
 
 def box_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
     """IoU and union (..., N, M) of all pairs of corner boxes a (..., N, 4) and b (..., M, 4)."""
-    return paired_iou(a[..., :, None, :], b[..., None, :, :], eps)
+    rows = a[..., :, None, :]                                                      # (..., N, 1, 4)
+    columns = b[..., None, :, :]                                                   # (..., 1, M, 4)
+    return paired_iou(rows, columns, eps)
 
 
 def generalized_box_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
     """Generalized IoU (..., N, M) of all pairs of corner boxes a (..., N, 4), b (..., M, 4)."""
-    return paired_giou(a[..., :, None, :], b[..., None, :, :], eps)
+    rows = a[..., :, None, :]                                                      # (..., N, 1, 4)
+    columns = b[..., None, :, :]                                                   # (..., 1, M, 4)
+    return paired_giou(rows, columns, eps)
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:

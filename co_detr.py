@@ -3,58 +3,58 @@
 
 The idea: one-to-one matching gives the encoder few positive examples. So in training, classic
 one-to-many heads (ATSS, Faster R-CNN) read the encoder's output and teach it, and their positive
-boxes become extra decoder queries whose objects are known. At test time the detector alone remains.
-52.1 AP in 12 epochs.
+boxes become extra decoder queries whose objects are known. At test time the detector alone remains:
+Co-DINO reaches 52.1 AP in 12 epochs, and Co-Deformable-DETR 49.5 (both with ResNet-50).
 
     paper                                              here
     Figure 4, section 3.2 heads read the encoder       CoDETR.collaborate, CoDETR.pyramid
-    Table 1 the heads (heads/, a file a paper)         RPN, RoIHead, ATSS, RetinaNet, FCOS
-    section 3.2, Eq. 1-3 assignment and losses         CoDETR.train_head, Criterion
+    Table 1 the heads (heads/, one file per paper)     RPN, RoIHead, ATSS, RetinaNet, FCOS
+    section 3.2, Eq. 1-3 assignment and losses         CoDETR.run_head, Criterion
     section 3.3, Eq. 4 customized positive queries     choose_rows, CustomizedQueries
     section 3.3, Eq. 5-6 their losses, all losses      Criterion.query_losses, Criterion.__call__
     section 4.3 Co-DINO: quality focal loss, NMS       quality_focal_loss, detect
     Table 11 each head alone                           CoDETR.head_detections
     section 4.4, appendix A, Eq. 9-12 conflict         CoDETR.confidences, and analysis.conflict
-    Table 4 recipes                                    Config, VARIANTS
+    Tables 4-5 detectors and recipes                   Config, RECIPE, VARIANTS
 
     symbol                here
+    Co-DINO               base "dino", with the changes of `make_detector`
+    Co-Deformable-DETR    base "h_detr" without its one-to-many queries: Deformable-DETR++ (Table 3)
     K heads A_i           aux_heads: "atss" is K = 1, "atss,rcnn" K = 2, "atss,rcnn,retinanet" K = 3
     F_1..J, F_J+1         CoDETR.pyramid: the encoder's levels and a coarser one, as maps
-    B_i^pos, P_i^pos      boxes, and labels with objects, that `choose_rows` returns
+    B_i^pos, P_i^pos      Chosen.boxes; Chosen.labels and Chosen.targets
     Q_i                   CustomizedQueries
     lambda_1, lambda_2    lambda_queries, lambda_heads
 
 B images, C channels, N classes, L decoder layers, A anchors (or sampled regions) of an image, n
-objects of an image, M customized queries of a head. Boxes of the heads are corners in pixels of the
-network's input; those of queries are cx, cy, w, h in [0, 1].
+objects of an image, M customized queries of a head, P positive ones of a batch. Boxes of the heads
+are corners in pixels of the network's input; those of queries are cx, cy, w, h in [0, 1].
 
 Differences from the paper
- 1. Images whose head found fewer positives than the image with the most get random negatives as
-    queries (code; the paper: positives only, `aux_negatives=False`). Where these run out too,
-    padding queries with zero loss weight follow, masked in self-attention; the authors' code then
-    drops the loss of the batch. Anchors in padding, and those that RetinaNet ignores, are among
-    these negatives, as boxes of size 0 (ATSS: code).
+ 1. Images with fewer positives than the image with the most get random negatives as queries (code;
+    paper: positives only, `aux_negatives=False`), and where these run out, padding queries: zero
+    loss weight, masked in self-attention (the code drops the loss of such a batch). Anchors in the
+    padding (code) and those that RetinaNet ignores are among the negatives, as boxes of size 0.
  2. Customized queries contain the encoder's feature, as in Eq. 4, in Co-Deformable-DETR; in Co-DINO
     the coordinates only (code).
  3. The embedding that distinguishes the heads is one number per head, added to all channels: a
     mistake of the authors' code that the released weights need.
- 4. lambda_2 counts once per decoder layer, as Eq. 6 has it in the sum over layers: 6 x 2 is the
-    factor 12 of the code.
- 5. Queries made of anchors keep raw, unclipped coordinates. The sampled regions include the objects
-    themselves (code).
- 6. With several micro-batches (`--accum`), counts known only after a forward pass (see `Criterion`)
-    are means over the micro-batches that the ranks compute at the same time, not over all of a
-    step.
+ 4. Eq. 6 has lambda_2 inside the sum over the L layers. So the losses of the heads, which exist
+    once, have the factor lambda_2 L = 2 x 6 = 12, as in the code.
+ 5. Queries made of anchors keep raw, unclipped coordinates. The sampled regions include the true
+    boxes of the objects (code).
+ 6. With several micro-batches in a step (`--accum`), the numbers of `Criterion.counts`, known only
+    after a forward pass, are averaged over the ranks' current micro-batches, not over the step.
  7. One decoder pass for the queries of all heads, masked from each other; the code makes one pass
     for each head. The result is the same.
  8. RetinaNet and FCOS (in the paper, not in its code) have ATSS's convolutions and loss weights.
- 9. GIoU and IoU have no epsilon. Denoising and the limit of proposals at the number of tokens
-    follow dino.py. Coordinates are embedded after a clamp at 1e-5 in both forms, although Co-DINO's
-    other inverse sigmoids have 1e-3 (code).
+ 9. GIoU and IoU have no epsilon. Denoising queries, and images with fewer tokens than queries, are
+    handled as in dino.py. The coordinates of customized queries are clamped at 1e-5 before they are
+    embedded, also in Co-DINO, whose other inverse sigmoids clamp at 1e-3 (code).
 10. DINO as this paper's code has it differs from dino.py: see `make_detector`.
 11. ViT-L: the learning rate rises from 0 (code: from 1 %) and drops after epoch 7 (code; paper: 8).
-12. Proposals whose scores nearly tie change ranks between implementations, so that another region
-    is sampled: 1 to 5 of 1024, which changes gradients by 1e-3 to 1e-2 of their size.
+12. Proposals whose scores nearly tie change ranks between implementations. So other regions are
+    sampled, 1 to 5 of 1024, which changes gradients by 1e-3 to 1e-2 of their size.
 13. The authors' sampler puts images of one orientation together on a GPU; ours mixes them.
 14. Precision, classes and skipped steps: as in deformable_detr.py, 10 to 12.
 15. Not built: large-scale jitter with copy-paste (54.8 and 60.7 AP), LVIS with its federated loss
@@ -76,79 +76,79 @@ import dino
 import h_detr
 from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid, paired_giou, paired_iou
-from heads.regions import clip_boxes, soft_nms
 from deformable_detr import Memory, Queries, sine_embedding
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from engine.schedules import layer_groups
 from heads.anchors import LOWEST_SCORE, Objects, Pyramid, pick
 from heads.atss import ATSS, atss_counts, atss_losses
+from heads.faster_rcnn import (RPN, RoIHead, classify_proposals, detect_regions,
+                               predict_both_stages, roi_losses, rpn_losses)
 from heads.fcos import FCOS, fcos_counts, fcos_losses
-from heads.faster_rcnn import (RPN, RoIHead, classify_proposals, detect_regions, roi_losses,
-                               rpn_losses, train_both_stages)
+from heads.regions import clip_boxes, soft_nms
 from heads.retinanet import RetinaNet, retinanet_losses
 from matcher import Matches, copy_to_device, copy_to_host, count_boxes, stack_layers
 
 BASES = {"dino": dino, "h_detr": h_detr}
-HEADS = ("rcnn", "atss", "retinanet", "fcos")   # in this order, whatever that of aux_heads
+HEADS = ("rcnn", "atss", "retinanet", "fcos")   # they run in this order, not in that of aux_heads
 HEAD_LOSSES = {"rpn": rpn_losses, "rcnn": roi_losses, "atss": atss_losses, "fcos": fcos_losses,
                "retinanet": retinanet_losses}
-HEAD_COUNTS = {"atss": atss_counts, "fcos": fcos_counts}   # those that are averaged over GPUs
-LEAST_QUERIES = 9                       # customized queries of a head, even without positives
+HEAD_COUNTS = {"atss": atss_counts, "fcos": fcos_counts}   # averaged over GPUs, see Criterion
+LEAST_QUERIES = 9       # a head has at least so many customized queries, even without positives
 
 
 @dataclass
 class Config:
     """Co-DINO of Table 4: 5 scales, ResNet-50, 12 epochs, 52.1 AP on COCO val2017."""
-    backbone: str = "resnet50"
-    backbone_weights: str = "imagenet"  # imagenet, a file, or none (random, BatchNorm trains)
-    backbone_norm: str = "batch"        # batch or group, of a backbone without weights
+    backbone: str = "resnet50"          # name of a network in backbones/
+    backbone_weights: str = "imagenet"  # imagenet, a file, or none: random weights
+    backbone_norm: str = "batch"        # batch or group norm without backbone_weights; else frozen
     drop_path: float = 0.0              # maximum stochastic depth rate of a Swin, ViT or FocalNet
-    base: str = "dino"                  # dino, or h_detr (without one-to-many queries)
-    aux_heads: str = "atss,rcnn"        # none, or any of HEADS, with commas between
-    aux_queries: int = 300              # limit of the customized queries per head and image
-    aux_negatives: bool = True          # fill them up with negatives of the head
-    lambda_queries: float = 1.0         # weight of the customized queries' losses
-    lambda_heads: float = 2.0           # weight of the heads' losses, once per decoder layer
-    eval_head: str = "detr"             # which head detects at test time: detr or one of aux_heads
+    base: str = "dino"                  # base detector: dino, or h_detr without one-to-many queries
+    aux_heads: str = "atss,rcnn"        # none, or any of rcnn, atss, retinanet, fcos, with commas
+    aux_queries: int = 300              # maximum of customized queries per head and image
+    aux_negatives: bool = True          # add negatives of the head up to aux_queries
+    lambda_queries: float = 1.0         # lambda_1: weight of the customized queries' losses
+    lambda_heads: float = 2.0           # lambda_2: weight of the heads' losses, per decoder layer
+    eval_head: str = "detr"             # head that detects at test time: detr or one of aux_heads
     rpn_pre_nms: int = 4000             # proposals per level that reach NMS in training
     rpn_proposals: int = 1000           # proposals per image in training
-    rpn_samples: int = 256              # anchors per image that the RPN learns from
-    roi_samples: int = 512              # regions per image that the second stage learns from
+    rpn_samples: int = 256              # anchors per image that train the RPN
+    roi_samples: int = 512              # regions per image that train the second stage
     roi_dim: int = 1024                 # hidden units of the second stage
-    roi_convs: int = 0                  # its convolutions (ViT-L: 4, with one box for all classes)
+    roi_convs: int = 0                  # convolutions of the second stage; ViT-L: 4, class-agnostic
     test_pre_nms: int = 1000            # eval_head rcnn: proposals per level that reach NMS
     test_proposals: int = 1000          # eval_head rcnn: proposals per image
     test_proposal_nms: float = 0.7      # eval_head rcnn: IoU threshold of the proposals' NMS
     rcnn_soft_nms: float = 0.0          # eval_head rcnn: IoU threshold of soft-NMS; 0: NMS at 0.5
-    dense_soft_nms: float = 0.0         # eval_head of one stage: the same; 0: NMS at 0.6
-    quality_focal: bool = True          # class loss of Co-DINO; false: focal loss
+    dense_soft_nms: float = 0.0         # one-stage eval_head: soft-NMS threshold; 0: NMS at 0.6
+    quality_focal: bool = True          # class loss: quality focal loss; false: focal loss
     soft_nms: float = 0.8               # IoU from which soft-NMS lowers scores; 0: no NMS
     dn_number: int = 100                # denoising pairs per image, over all groups
     dn_label_noise: float = 0.5         # a label is resampled with half this probability
-    dn_box_noise: float = 1.0
-    num_feature_levels: int = 5         # 5: C2..C5 and one coarser
-    dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    ffn_dim: int = 2048
-    dropout: float = 0.0
-    num_queries: int = 900
+    dn_box_noise: float = 1.0           # noise of positives, in half box sides; negatives 1x to 2x
+    num_feature_levels: int = 5         # feature maps; 5: C2 to C5 and one coarser
+    dim: int = 256                      # C: channels of tokens and queries
+    num_heads: int = 8                  # attention heads
+    num_points: int = 4                 # sampling points per attention head and feature level
+    encoder_layers: int = 6             # encoder layers
+    decoder_layers: int = 6             # decoder layers
+    ffn_dim: int = 2048                 # hidden units of the feed-forward networks
+    dropout: float = 0.0                # dropout rate
+    num_queries: int = 900              # object queries
     top_k: int = 300                    # detections per image
-    cost_class: float = 2.0
-    cost_l1: float = 5.0
-    cost_giou: float = 2.0
-    loss_class: float = 1.0
-    loss_l1: float = 5.0
-    loss_giou: float = 2.0
+    cost_class: float = 2.0             # matching: weight of the class cost
+    cost_l1: float = 5.0                # matching: weight of the L1 cost of boxes
+    cost_giou: float = 2.0              # matching: weight of the GIoU cost of boxes
+    loss_class: float = 1.0             # weight of the class loss
+    loss_l1: float = 5.0                # weight of the L1 loss of boxes
+    loss_giou: float = 2.0              # weight of the GIoU loss of boxes
     size_divisor: int = 1               # batches are padded to a multiple of this
 
 
 RECIPE = Recipe(lr=2e-4, lr_backbone=2e-5, lr_offsets=2e-5, batch_size=16, epochs=12, lr_drop=11)
 
-# What learns in minutes on two CPU cores: sizes and optimization change, the method does not.
+# Trains in minutes on two CPU cores: other sizes and optimization, the same method.
 SMALL = {**SMALL_RECIPE, **SMALL_DETECTOR, "epochs": 10, "dn_number": 50, "top_k": 100,
          "loss_class": 2.0, "aux_queries": 40, "rpn_pre_nms": 64, "rpn_proposals": 64,
          "rpn_samples": 64, "roi_samples": 32, "roi_dim": 128, "test_pre_nms": 64,
@@ -157,17 +157,18 @@ SMALL = {**SMALL_RECIPE, **SMALL_DETECTOR, "epochs": 10, "dn_number": 50, "top_k
 EPOCHS_24 = dict(epochs=24, lr_drop=20)
 EPOCHS_36 = dict(epochs=36, lr_drop=30)
 DEFORMABLE = dict(base="h_detr", quality_focal=False, soft_nms=0.0, loss_class=2.0, top_k=100)
-CO_DEFORMABLE = dict(DEFORMABLE, num_feature_levels=4, num_queries=300)
+CO_DEFORMABLE = dict(DEFORMABLE, num_feature_levels=4, num_queries=300)   # at its published size
 LARGE_IMAGES = dict(train_sizes=tuple(range(480, 1537, 32)), max_size=2048, eval_size=1280,
                     size_divisor=32)
 
 
 def co_swin(backbone: str, drop_path: float, **more) -> dict:
+    """Co-Deformable-DETR with a Swin backbone."""
     return dict(CO_DEFORMABLE, weight_decay=0.05, backbone=backbone, drop_path=drop_path, **more)
 
 
-# Published detectors with their AP on COCO val2017. The rate of drop path belongs to the number of
-# epochs: "<variant>_<epochs>_epochs" is the same detector trained longer.
+# Published detectors with their AP on COCO val2017. "<variant>_<epochs>_epochs" is the same
+# detector trained longer, with a drop_path of its own.
 VARIANTS = {
     "24_epochs": EPOCHS_24,
     "36_epochs": EPOCHS_36,
@@ -178,14 +179,14 @@ VARIANTS = {
     "swin_l_o365": dict(LARGE_IMAGES, backbone="swin_l", drop_path=0.3, dn_number=500,
                         dn_box_noise=0.4, lr=1e-4, lr_backbone=1e-5, batch_size=16, epochs=16,
                         lr_drop=8),
-    # 65.4, starting from weights trained on Objects365; see Difference 11
+    # 65.4, starting from weights trained on Objects365; 500 steps of warmup; see Difference 11
     "vit_l": dict(LARGE_IMAGES, train_max_size=2400, backbone="vit_l", drop_path=0.4,
                   num_queries=1500, dn_number=300, dn_box_noise=0.4, roi_convs=4, top_k=1000,
                   test_pre_nms=8000, test_proposals=2000, test_proposal_nms=0.9, rcnn_soft_nms=0.5,
                   dense_soft_nms=0.6, lr=5e-5, layer_decay=0.8, weight_decay=0.01, batch_size=64,
                   lr_drop=7, warmup=0.0225, ema=0.9999, ema_warmup=2000),
     "co_deformable": CO_DEFORMABLE,                                                         # 49.5
-    "co_deformable_small": DEFORMABLE,   # with the preset small
+    "co_deformable_small": DEFORMABLE,   # for the preset small, whose sizes it leaves alone
     "co_deformable_swin_t": co_swin("swin_t", 0.2),                                   # 51.7
     "co_deformable_swin_t_36_epochs": co_swin("swin_t", 0.3, **EPOCHS_36),            # 54.1
     "co_deformable_swin_s": co_swin("swin_s", 0.2),                                   # 53.4
@@ -199,11 +200,20 @@ VARIANTS = {
 
 
 class Candidates(NamedTuple):
-    """Boxes that a head was trained on in one image: customized queries are chosen among them."""
+    """Boxes that a head learns from in one image: customized queries are chosen among them."""
     boxes: Tensor        # (A, 4) corners, pixels: anchors or sampled regions
     labels: Tensor       # (A,) N for background
     targets: Tensor      # (A, 4) corners, pixels, of the assigned objects; zeros for background
-    features: Tensor     # (A / k, C) of the encoder; k anchors of one cell share them
+    features: Tensor     # (A / k, C) of the encoder; the k anchors of a cell share them
+
+
+class Chosen(NamedTuple):
+    """Candidates that become a head's customized queries, with boxes cx, cy, w, h in [0, 1]."""
+    boxes: Tensor        # (B, M, 4)
+    labels: Tensor       # (B, M) N for background and padding queries
+    targets: Tensor      # (B, M, 4)
+    features: Tensor     # (B, M, C)
+    weights: Tensor      # (B, M) of the class loss: 0 for padding queries, which are zeros, else 1
 
 
 class CoDETR(nn.Module):
@@ -216,8 +226,9 @@ class CoDETR(nn.Module):
         self.detector = make_detector(backbone, cfg, num_classes)
         self.heads = [head for head in HEADS if head in cfg.aux_heads.split(",")]
         C = cfg.dim
-        levels = cfg.num_feature_levels + 1
-        finest = 2 ** (6 - BASES[cfg.base].num_maps(cfg.num_feature_levels))   # C2: 4, C3: 8
+        levels = cfg.num_feature_levels + 1   # of `pyramid`
+        maps = BASES[cfg.base].num_maps(cfg.num_feature_levels)
+        finest = 2 ** (6 - maps)              # stride: 4 with maps C2 to C5, 8 with C3 to C5
         self.strides = [finest * 2 ** level for level in range(levels)]
         co_deformable = cfg.base == "h_detr"
         if self.heads:
@@ -235,7 +246,7 @@ class CoDETR(nn.Module):
         if "fcos" in self.heads:
             self.fcos = FCOS(C, num_classes, levels)
         if self.heads and co_deformable:
-            self.head_embed = nn.Embedding(len(self.heads), 1)
+            self.head_embed = nn.Embedding(len(self.heads), 1)   # Difference 3
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None) -> dict:
         """images (B, 3, H, W), padding (B, H, W) -> the detector's outputs.
@@ -250,7 +261,7 @@ class CoDETR(nn.Module):
         return outputs
 
     def pyramid(self, memory: Memory) -> Pyramid:
-        """Section 3.2: the encoder's levels as maps, padding included, and a coarser one."""
+        """Section 3.2: the encoder's output as maps, one per level, and a coarser map."""
         maps = []
         for tokens, shape in zip(memory.by_level(memory.tokens), memory.shapes):
             maps.append(tokens.transpose(1, 2).unflatten(2, shape))        # (B, C, H_l, W_l)
@@ -258,38 +269,37 @@ class CoDETR(nn.Module):
         return Pyramid(maps, self.strides, memory.image_sizes)
 
     def collaborate(self, memory: Memory, targets: list[dict]) -> dict:
-        """Sections 3.2 and 3.3: every head predicts and is assigned objects, then the decoder runs
-        once more on queries made of what the heads called positive.
-
-        -> {"rpn": {...}, "rcnn": {...}, "atss": {...}, "rcnn.queries": {...}, ...}"""
+        """Sections 3.2 and 3.3: the heads predict, objects are assigned to their anchors, and the
+        decoder runs once more on queries made of the positive anchors -> arguments of the losses:
+        {"rpn": {...}, "rcnn": {...}, "atss": {...}, "rcnn.queries": {...}, ...}."""
         pyramid = self.pyramid(memory)
         objects = pixel_objects(targets, pyramid.image_sizes)
         co_outputs, candidates = {}, []
         for head in self.heads:
-            outputs, head_candidates = self.train_head(head, pyramid, objects)
+            outputs, head_candidates = self.run_head(head, pyramid, objects)
             co_outputs |= outputs
             candidates.append(head_candidates)
         chosen = [choose_rows(each, pyramid.image_sizes, self.num_classes, self.cfg)
                   for each in candidates]
         layers = self.decode_customized(memory, chosen)
-        for head, (rows, weights), head_layers in zip(self.heads, chosen, layers):
+        for head, rows, head_layers in zip(self.heads, chosen, layers):
             co_outputs[f"{head}.queries"] = {"layers": head_layers, "labels": rows.labels,
-                                             "boxes": rows.targets, "weights": weights}
+                                             "boxes": rows.targets, "weights": rows.weights}
         return co_outputs
 
-    def train_head(self, head: str, pyramid: Pyramid, objects: list[Objects]) -> tuple[dict, list]:
+    def run_head(self, head: str, pyramid: Pyramid, objects: list[Objects]) -> tuple[dict, list]:
         """Eq. 1: predictions of one head with their targets, and per image its `Candidates`."""
         if head == "rcnn":
-            return self.train_rcnn(pyramid, objects)
+            return self.run_rcnn(pyramid, objects)
         module = getattr(self, head)
         outputs = module(pyramid.maps) | module.targets(pyramid, objects)
         rows = zip(outputs["anchors"], outputs["labels"], outputs["boxes"], pyramid.tokens())
         return {head: outputs}, [Candidates(*image) for image in rows]
 
-    def train_rcnn(self, pyramid: Pyramid, objects: list[Objects]) -> tuple[dict, list]:
-        """`train_head` for the two stages of Faster R-CNN."""
+    def run_rcnn(self, pyramid: Pyramid, objects: list[Objects]) -> tuple[dict, list]:
+        """`run_head` for the two stages of Faster R-CNN."""
         cfg = self.cfg
-        rpn, rcnn, pooled, counts = train_both_stages(
+        rpn, rcnn, pooled, counts = predict_both_stages(
             self.rpn, self.roi, pyramid, objects, cfg.rpn_samples, cfg.rpn_pre_nms,
             cfg.rpn_proposals, cfg.roi_samples)
         fewest = min(counts)   # the code cuts every image's list to the shortest
@@ -302,17 +312,16 @@ class CoDETR(nn.Module):
             start += count
         return {"rpn": rpn, "rcnn": rcnn}, candidates
 
-    def decode_customized(self, memory: Memory, chosen: list[tuple]) -> list[list[dict]]:
-        """Section 3.3: decode the queries of all heads, masked from each other.
-
-        chosen: per head what `choose_rows` returns -> per head the predictions of every layer."""
+    def decode_customized(self, memory: Memory, chosen: list[Chosen]) -> list[list[dict]]:
+        """Section 3.3: decode the queries of all heads, masked from each other; chosen: one per
+        head -> per head the predictions of every layer."""
         queries = []
-        for i, (head, (rows, _)) in enumerate(zip(self.heads, chosen)):
+        for i, (head, rows) in enumerate(zip(self.heads, chosen)):
             made = self.aux_queries[head](rows.boxes, rows.features)
             if made.position is not None:
                 made = made._replace(position=made.position + self.head_embed.weight[i])
             queries.append(made)
-        weights = [weight for _, weight in chosen]
+        weights = [rows.weights for rows in chosen]
         layers, _ = self.detector.decode(memory, join(queries), customized_mask(weights))
         layers_of_heads, start = [], 0
         for weight in weights:
@@ -324,9 +333,7 @@ class CoDETR(nn.Module):
 
     @torch.no_grad()
     def head_detections(self, pyramid: Pyramid) -> list[dict]:
-        """Table 11: what `eval_head` alone detects.
-
-        -> per image scores (k,), labels (k,), boxes (k, 4) corners in pixels, best first."""
+        """Table 11: what `eval_head` alone detects; result as in `RetinaNet.detect`."""
         cfg = self.cfg
         if cfg.eval_head != "rcnn":
             head = getattr(self, cfg.eval_head)
@@ -349,7 +356,7 @@ class CoDETR(nn.Module):
         pyramid = self.pyramid(memory) if self.heads else None
         for head in self.heads:
             if head == "rcnn":
-                logits = torch.cat(self.classify_regions(pyramid)[0])              # (P, N + 1)
+                logits = torch.cat(self.classify_regions(pyramid)[0])      # (proposals, N + 1)
                 sums[head] = logits.softmax(-1)[:, :-1].sum()
             else:
                 sums[head] = getattr(self, head)(pyramid.maps)["logits"].sigmoid().sum()
@@ -357,6 +364,7 @@ class CoDETR(nn.Module):
 
 
 def check_choices(cfg: Config) -> None:
+    """Raise UserError for a base or a head that does not exist."""
     if cfg.base not in BASES:
         raise UserError(f"expected base dino or h_detr, got {cfg.base!r}")
     heads = cfg.aux_heads.split(",")
@@ -396,17 +404,16 @@ def make_detector(backbone: nn.Module, cfg: Config, num_classes: int) -> nn.Modu
     return detector
 
 
-def shared_fields(cfg: Config, other, **fixed):
-    """The Config class `other` with our values where the names are equal, and `fixed`."""
+def shared_fields(cfg: Config, other: type, **fixed):
+    """Make a Config of class `other`: fields that cfg has too, and `fixed`, which comes first."""
     values = {field.name: getattr(cfg, field.name) for field in fields(other)
               if hasattr(cfg, field.name)}
     return other(**(values | fixed))
 
 
 def pixel_objects(targets: list[dict], image_sizes: Tensor) -> list[Objects]:
-    """Objects in pixels; image_sizes (B, 2): heights and widths without padding.
-
-    Anchors are valid inside `target["size"]`, which is larger where padding counts as image."""
+    """Objects with boxes in pixels; image_sizes (B, 2): heights and widths without padding, which
+    limit the valid anchors unless there is a `target["size"]`."""
     valid = [target.get("size", size) for target, size in zip(targets, image_sizes)]
     objects = []
     for target, size, valid_size in zip(targets, image_sizes, copy_to_host(valid)):
@@ -418,16 +425,16 @@ def pixel_objects(targets: list[dict], image_sizes: Tensor) -> list[Objects]:
 # ---- customized positive queries
 
 def choose_rows(candidates: list[Candidates], image_sizes: Tensor, num_classes: int,
-                cfg: Config) -> tuple[Candidates, Tensor]:
-    """Section 3.3: the positives of a head in each image, at most `aux_queries`, then negatives.
+                cfg: Config) -> Chosen:
+    """Section 3.3: choose at random M candidates of a head in each image, positives first.
 
-    image_sizes (B, 2) -> Candidates with M rows for each image, boxes and targets as cx, cy, w, h
-    in [0, 1] of the image: (B, M, 4), (B, M), (B, M, 4), (B, M, C), and weights (B, M): 0 for
-    padding queries, which are zeros."""
+    M is the number of positives of the image with the most, but LEAST_QUERIES at least and
+    `aux_queries` at most. Images with fewer get negatives, then padding queries (Difference 1).
+    candidates: one for each image; image_sizes (B, 2): heights and widths, pixels."""
     labels = copy_to_host([each.labels for each in candidates])
     positives = [each < num_classes for each in labels]                            # (A,) an image
     M = max(LEAST_QUERIES, min(cfg.aux_queries, max(int(mask.sum()) for mask in positives)))
-    chosen, weights = [], []
+    chosen = []
     for each, positive, size in zip(candidates, positives, image_sizes):
         rows = pick(positive, M)
         if cfg.aux_negatives:
@@ -440,19 +447,19 @@ def choose_rows(candidates: list[Candidates], image_sizes: Tensor, num_classes: 
         features = each.features[rows // anchors_of_a_cell]
 
         missing = M - len(rows)
-        chosen.append(Candidates(F.pad(boxes, (0, 0, 0, missing)),
-                                 F.pad(each.labels[rows], (0, missing), value=num_classes),
-                                 F.pad(targets, (0, 0, 0, missing)),
-                                 F.pad(features, (0, 0, 0, missing))))
-        weights.append(F.pad(boxes.new_ones(len(rows)), (0, missing)))
-    return Candidates(*(torch.stack(parts) for parts in zip(*chosen))), torch.stack(weights)
+        chosen.append(Chosen(F.pad(boxes, (0, 0, 0, missing)),
+                             F.pad(each.labels[rows], (0, missing), value=num_classes),
+                             F.pad(targets, (0, 0, 0, missing)),
+                             F.pad(features, (0, 0, 0, missing)),
+                             F.pad(boxes.new_ones(len(rows)), (0, missing))))
+    return Chosen(*(torch.stack(parts) for parts in zip(*chosen)))
 
 
 def customized_mask(weights: list[Tensor]) -> Tensor:
-    """Attention mask (B, 1, M, M) of all heads' queries, True = blocked; M: sum over heads.
+    """Attention mask (B, 1, M, M), row = query, column = key, True = blocked; M: sum over heads.
 
-    weights: per head (B, M_i). A query sees those of its own head, but no padding queries. Padding
-    queries see themselves too, as a softmax over nothing is undefined."""
+    weights: per head (B, M_i), 0 for padding queries. A query attends to all queries of its own
+    head except padding queries. A padding query also attends to itself: no row is all blocked."""
     head = torch.cat([torch.full_like(weight[0], i) for i, weight in enumerate(weights)])    # (M,)
     padding = torch.cat(weights, 1)[:, None] == 0                                  # (B, 1, M)
     others = ~torch.eye(len(head), dtype=torch.bool, device=head.device)
@@ -461,7 +468,7 @@ def customized_mask(weights: list[Tensor]) -> Tensor:
 
 
 def join(queries: list[Queries]) -> Queries:
-    """Queries of several heads in a row; positions are None where the decoder makes them."""
+    """Concatenate the queries of several heads. Positions are None if the decoder makes them."""
     positions = [each.position for each in queries]
     return Queries(torch.cat([each.content for each in queries], 1),
                    None if positions[0] is None else torch.cat(positions, 1),
@@ -475,6 +482,7 @@ class CustomizedQueries(nn.Module):
 
     def __init__(self, dim: int, with_features: bool):
         super().__init__()
+        self.with_features = with_features
         width = 2 * dim if with_features else dim
         self.pos_trans = nn.Linear(2 * dim, width)
         self.pos_norm = nn.LayerNorm(width)
@@ -487,10 +495,10 @@ class CustomizedQueries(nn.Module):
     def forward(self, boxes: Tensor, features: Tensor) -> Queries:
         """boxes (B, M, 4), which may reach outside the image, features (B, M, C) -> M queries."""
         C = features.shape[-1]
-        inside = inverse_sigmoid(boxes).sigmoid()
+        inside = inverse_sigmoid(boxes).sigmoid()   # clamped to [1e-5, 1 - 1e-5]
         embedding = sine_embedding(inside, C // 2).flatten(2)                      # (B, M, 2 C)
         x = self.pos_norm(self.pos_trans(embedding.to(features.dtype)))
-        if x.shape[-1] == C:
+        if not self.with_features:
             return Queries(x, None, boxes)
         position, content = x.chunk(2, -1)                                         # (B, M, C) each
         return Queries(content + self.feat_norm(self.feat_trans(features)), position, boxes)
@@ -507,7 +515,7 @@ def quality_focal_loss(logits: Tensor, labels: Tensor, boxes: Tensor,
     classes = torch.arange(logits.shape[-1], device=logits.device)                 # (N,)
     one_hot = (labels[..., None] == classes).to(logits.dtype)                      # (..., N)
     iou, _ = paired_iou(box_cxcywh_to_xyxy(boxes.detach()), box_cxcywh_to_xyxy(target_boxes))
-    quality = one_hot * iou.nan_to_num()[..., None]                                # (..., N)
+    quality = one_hot * iou.nan_to_num()[..., None]   # (..., N); NaN: two boxes without area
     cross_entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
     return (quality - logits.sigmoid()) ** 2 * cross_entropy
 
@@ -515,28 +523,29 @@ def quality_focal_loss(logits: Tensor, labels: Tensor, boxes: Tensor,
 class Criterion:
     """Eq. 6: the losses of the detector, of the heads, and of the customized queries.
 
-    Each is a sum over what it is counted on, divided by a count. Over several GPUs the authors
-    average gradients with equal weights. Some counts are those of one GPU, others means over the
-    GPUs (at least 1). A micro-batch of a rank counts as one GPU here.
+    Every loss is a sum divided by a count. On several GPUs the authors average the gradients with
+    equal weights. Some counts are those of the GPU itself ("own"), others are averaged over the
+    GPUs and at least 1 ("mean"). A micro-batch of a rank counts as one GPU here.
 
-        loss                                   divided by                              counted on
-        RPN                                    sampled anchors                         each GPU
-        RoI head                               sampled regions                         each GPU
-        RetinaNet                              positive anchors                        each GPU
+        loss                                   divided by                              count
+        RPN                                    sampled anchors                         own
+        RoI head                               sampled regions                         own
+        RetinaNet                              positive anchors                        own
         ATSS and FCOS: class and centerness    positive anchors                        mean
         ATSS and FCOS: boxes                   sum of the positives' centerness        mean
         detector: layers and proposals         objects                                 mean
         Co-DINO: denoising                     objects x denoising groups              mean
         customized queries of a head           positive queries of that head           mean
 
-    So two ranks, or two micro-batches, compute losses of one large batch where a mean divides them,
-    except for denoising and customized queries, whose number follows the micro-batch."""
+    Where the count is a mean, two ranks compute the loss of one large batch, except for denoising
+    and customized queries: how many there are depends on the micro-batch. Two micro-batches of a
+    rank do so for the detector's layers and proposals alone (Difference 6)."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
         base = BASES[cfg.base]
         self.base = base.Criterion(shared_fields(cfg, base.Config))
-        self.base.set_loss.eps = 0.0
+        self.base.set_loss.eps = 0.0   # Difference 9
         if cfg.quality_focal:
             self.base.set_loss.class_loss = quality_focal_loss
 
@@ -567,7 +576,7 @@ class Criterion:
         return losses
 
     def counts(self, outputs: dict, targets: list[dict]) -> dict[str, Tensor]:
-        """The counts of this micro-batch that are averaged over GPUs, except its objects."""
+        """The counts of this micro-batch that are averaged over GPUs, except `num_boxes`."""
         counts = {}
         if "dn_outputs" in outputs:
             objects = sum(len(target["labels"]) for target in targets)
@@ -579,8 +588,8 @@ class Criterion:
                 counts[name] = (part["labels"] < N).sum()
             elif name in HEAD_COUNTS:
                 N = part["logits"].shape[-1]
-                count = HEAD_COUNTS[name]
-                counts[name] = count(part["labels"], part["boxes"], part["anchors"], N)
+                head_counts = HEAD_COUNTS[name]
+                counts[name] = head_counts(part["labels"], part["boxes"], part["anchors"], N)
         return {name: count.double() for name, count in counts.items()}
 
     def detector_losses(self, outputs: dict, targets: list[dict], num_boxes: float | None,
@@ -591,7 +600,7 @@ class Criterion:
         matched = {name: x for name, x in outputs.items() if name != "dn_outputs"}
         losses = self.base(matched, targets, objects)
         if "dn_outputs" in outputs:
-            # `denoising` multiplies by the groups of this micro-batch
+            # divide by the groups of this micro-batch, with which `denoising` multiplies
             denoising = outputs["dn_outputs"]
             per_group = counts["dn"].clamp(min=1) / denoising["groups"]
             losses |= self.base.denoising(denoising, targets, per_group)
@@ -599,9 +608,9 @@ class Criterion:
 
     def query_losses(self, layers: list[dict], labels: Tensor, boxes: Tensor, weights: Tensor,
                      count: Tensor) -> dict:
-        """Eq. 5: the set loss of every decoder layer, with known objects.
+        """Eq. 5: the set loss of every decoder layer, without matching: the objects are known.
 
-        labels (B, M), boxes (B, M, 4), weights (B, M) of the class loss, count: positives
+        labels (B, M), boxes (B, M, 4), weights (B, M): of `Chosen` (boxes: targets); count: P
         -> {"aux0.cls": first layer, ..., "cls", "l1", "giou": last layer}."""
         logits, predicted = stack_layers(layers)                                   # (L, B, M, ...)
         set_loss = self.base.set_loss
@@ -627,7 +636,7 @@ class Criterion:
 
 
 def average_over_ranks(counts: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Mean of each count over the ranks' current micro-batches; one message for all."""
+    """Mean of each count over the ranks' current micro-batches, with one all-reduce."""
     if not counts:
         return counts
     mean = torch.cat([count.flatten() for count in counts.values()])
@@ -644,8 +653,8 @@ def average_over_ranks(counts: dict[str, Tensor]) -> dict[str, Tensor]:
 def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
     """Detections of each image as `deformable_detr.detect` gives them, boxes clipped to the image.
 
-    With `soft_nms` (section 4.3) the best pairs (query, class), as many as there are queries, pass
-    soft-NMS within each class. With `eval_head` the detections are another head's."""
+    With `soft_nms` (section 4.3) the best pairs (query, class), as many as there are queries, go
+    through soft-NMS within each class. An `eval_head` other than detr has detections of its own."""
     if "head_detections" in outputs:
         return scale_detections(outputs["head_detections"], outputs["memory"].image_sizes, sizes)
     pairs = outputs["pred_logits"].shape[1] if cfg.soft_nms else cfg.top_k
@@ -659,13 +668,11 @@ def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
     return detections
 
 
-def scale_detections(detections: list[dict], fed_sizes: Tensor, sizes: Tensor) -> list[dict]:
-    """Boxes in pixels of images of fed_sizes (B, 2) -> of the same images in sizes (B, 2)."""
-    ratio = (sizes.to(fed_sizes.device) / fed_sizes).flip(1).repeat(1, 2)          # (B, 4)
-    scaled = []
-    for image, scale in zip(detections, ratio):
-        scaled.append({**image, "boxes": image["boxes"] * scale.to(image["boxes"])})
-    return scaled
+def scale_detections(detections: list[dict], input_sizes: Tensor, sizes: Tensor) -> list[dict]:
+    """Scale boxes from images of input_sizes (B, 2), as the network gets them, to sizes (B, 2)."""
+    ratio = (sizes.to(input_sizes.device) / input_sizes).flip(1).repeat(1, 2)      # (B, 4)
+    return [{**image, "boxes": image["boxes"] * scale.to(image["boxes"])}
+            for image, scale in zip(detections, ratio)]
 
 
 # ---- what train.py and eval.py ask for
@@ -680,7 +687,7 @@ def build(cfg: Config, num_classes: int) -> tuple[CoDETR, Criterion]:
 
 
 def param_groups(model: CoDETR, recipe: Recipe) -> list[dict]:
-    """The detector's groups; heads learn at the full rate. With `layer_decay`, a group a block."""
+    """The detector's groups, the heads at the full rate; with `layer_decay`, see `layer_groups`."""
     if recipe.layer_decay:
         if not model.cfg.backbone.startswith("vit"):
             raise UserError(f"expected layer_decay with a ViT, got {recipe.layer_decay:g} with "
@@ -689,5 +696,5 @@ def param_groups(model: CoDETR, recipe: Recipe) -> list[dict]:
     groups = BASES[model.cfg.base].param_groups(model.detector, recipe)
     for name, parameter in model.named_parameters():
         if not name.startswith("detector."):
-            groups[0]["params"].append(parameter)
+            groups[0]["params"].append(parameter)   # the group with the full rate
     return groups

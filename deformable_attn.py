@@ -92,7 +92,8 @@ class MSDeformAttn(nn.Module):
         (in the larger of |x| and |y|). All points have the same weight.
         """
         nn.init.zeros_(self.sampling_offsets.weight)
-        angle = 2 * math.pi / self.num_heads * torch.arange(self.num_heads, dtype=torch.float64)
+        head = torch.arange(self.num_heads, dtype=torch.float64)
+        angle = 2 * math.pi * head / self.num_heads                     # (M,)
         direction = torch.stack([angle.cos(), angle.sin()], -1)
         direction = direction / direction.abs().amax(-1, keepdim=True)                  # (M, 2)
         distance = torch.arange(1, self.num_points + 1, dtype=torch.float64)[:, None]   # (K, 1)

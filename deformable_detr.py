@@ -66,28 +66,28 @@ from matcher import Group, Matches, SetLoss, Weights, count_boxes, named_layers
 @dataclass
 class Config:
     """The multi-scale row of the official table: ResNet-50, 50 epochs, 44.5 AP on COCO val2017."""
-    backbone: str = "resnet50"
-    backbone_weights: str = "imagenet"   # imagenet, a file, or none: start from random weights
-    backbone_norm: str = "batch"         # batch or group, with backbone_weights none; else frozen
+    backbone: str = "resnet50"           # name of a network in backbones/
+    backbone_weights: str = "imagenet"   # imagenet, a file, or none: random weights
+    backbone_norm: str = "batch"         # batch or group norm without backbone_weights; else frozen
     dilation: bool = False               # DC5: the last stage keeps stride 16
-    num_feature_levels: int = 4          # 1: C5 alone; 4: C3 to C5 and one coarser map
+    num_feature_levels: int = 4          # feature maps; 1: C5; 4: C3 to C5 and one coarser
     with_box_refine: bool = False        # iterative bounding box refinement
     two_stage: bool = False              # queries from encoder proposals; needs with_box_refine
-    dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    ffn_dim: int = 1024
-    dropout: float = 0.1
-    num_queries: int = 300
+    dim: int = 256                       # C: channels of tokens and queries
+    num_heads: int = 8                   # attention heads
+    num_points: int = 4                  # sampling points per attention head and feature level
+    encoder_layers: int = 6              # encoder layers
+    decoder_layers: int = 6              # decoder layers
+    ffn_dim: int = 1024                  # hidden units of the feed-forward networks
+    dropout: float = 0.1                 # dropout rate
+    num_queries: int = 300               # object queries
     top_k: int = 100                     # detections per image
-    cost_class: float = 2.0
-    cost_l1: float = 5.0
-    cost_giou: float = 2.0
-    loss_class: float = 2.0
-    loss_l1: float = 5.0
-    loss_giou: float = 2.0
+    cost_class: float = 2.0              # matching: weight of the class cost
+    cost_l1: float = 5.0                 # matching: weight of the L1 cost of boxes
+    cost_giou: float = 2.0               # matching: weight of the GIoU cost of boxes
+    loss_class: float = 2.0              # weight of the class loss
+    loss_l1: float = 5.0                 # weight of the L1 loss of boxes
+    loss_giou: float = 2.0               # weight of the GIoU loss of boxes
     size_divisor: int = 1                # batches are padded to a multiple of this
 
 

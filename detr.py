@@ -46,24 +46,24 @@ from matcher import Group, Matches, SoftmaxSetLoss, Weights, count_boxes, named_
 @dataclass
 class Config:
     """The R50 row of Table 1: 500 epochs, 42.0 AP on COCO val2017."""
-    backbone: str = "resnet50"
-    backbone_weights: str = "imagenet"  # imagenet, a file, or none: trained from scratch
-    backbone_norm: str = "batch"        # batch or group; published weights have frozen statistics
+    backbone: str = "resnet50"          # name of a network in backbones/
+    backbone_weights: str = "imagenet"  # imagenet, a file, or none: random weights
+    backbone_norm: str = "batch"        # batch or group norm without backbone_weights; else frozen
     dilation: bool = False              # DC5: the last stage keeps stride 16 (43.3 AP)
-    dim: int = 256
-    num_heads: int = 8
-    encoder_layers: int = 6             # Table 2 varies it from 0 to 12
-    decoder_layers: int = 6
-    ffn_dim: int = 2048
-    dropout: float = 0.1
-    num_queries: int = 100              # N
+    dim: int = 256                      # C: channels of tokens and queries
+    num_heads: int = 8                  # attention heads
+    encoder_layers: int = 6             # encoder layers; Table 2 varies them from 0 to 12
+    decoder_layers: int = 6             # decoder layers
+    ffn_dim: int = 2048                 # hidden units of the feed-forward networks
+    dropout: float = 0.1                # dropout rate
+    num_queries: int = 100              # N: object queries
     top_k: int = 100                    # detections per image, at most one for each query
-    cost_class: float = 1.0
-    cost_l1: float = 5.0
-    cost_giou: float = 2.0
-    loss_class: float = 1.0
-    loss_l1: float = 5.0                # 0 for Table 4
-    loss_giou: float = 2.0              # 0 for Table 4
+    cost_class: float = 1.0             # matching: weight of the class cost
+    cost_l1: float = 5.0                # matching: weight of the L1 cost of boxes
+    cost_giou: float = 2.0              # matching: weight of the GIoU cost of boxes
+    loss_class: float = 1.0             # weight of the class loss
+    loss_l1: float = 5.0                # weight of the L1 loss of boxes; 0 for Table 4
+    loss_giou: float = 2.0              # weight of the GIoU loss of boxes; 0 for Table 4
     no_object: float = 0.1              # weight of the class "no object" in the class loss
     size_divisor: int = 1               # batches are padded to a multiple of this
 

@@ -79,32 +79,32 @@ CHOICES = {"denoising": ("none", "plain", "contrastive"),
 @dataclass
 class Config:
     """The 4-scale row of Table 1: ResNet-50, 12 epochs, 49.0 AP on COCO val2017."""
-    backbone: str = "resnet50"
-    backbone_weights: str = "imagenet"   # imagenet, a file, or none: start from random weights
-    backbone_norm: str = "batch"         # batch or group, with backbone_weights none; else frozen
+    backbone: str = "resnet50"           # name of a network in backbones/
+    backbone_weights: str = "imagenet"   # imagenet, a file, or none: random weights
+    backbone_norm: str = "batch"         # batch or group norm without backbone_weights; else frozen
     drop_path: float = 0.0               # maximum stochastic-depth rate, linear over blocks
-    num_feature_levels: int = 4          # 4: C3 to C5 and one coarser map; 5: C2 too
-    denoising: str = "contrastive"       # none, plain or contrastive
+    num_feature_levels: int = 4          # feature maps; 4: C3 to C5 and one coarser; 5: C2 too
+    denoising: str = "contrastive"       # denoising queries: none, plain or contrastive
     dn_number: int = 100                 # denoising pairs per image, in groups
     dn_label_noise: float = 0.5          # a label is resampled with half this probability
     dn_box_noise: float = 1.0            # noise of positives, in half box sides; negatives 1x to 2x
-    query_selection: str = "mixed"       # static, pure or mixed
-    look_forward_twice: bool = True
-    dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    ffn_dim: int = 2048
-    dropout: float = 0.0
-    num_queries: int = 900
+    query_selection: str = "mixed"       # queries: static (learned), pure (from encoder) or mixed
+    look_forward_twice: bool = True      # train each layer's boxes by the next layer's loss too
+    dim: int = 256                       # C: channels of tokens and queries
+    num_heads: int = 8                   # attention heads
+    num_points: int = 4                  # sampling points per attention head and feature level
+    encoder_layers: int = 6              # encoder layers
+    decoder_layers: int = 6              # decoder layers
+    ffn_dim: int = 2048                  # hidden units of the feed-forward networks
+    dropout: float = 0.0                 # dropout rate
+    num_queries: int = 900               # object queries
     top_k: int = 300                     # detections per image
-    cost_class: float = 2.0
-    cost_l1: float = 5.0
-    cost_giou: float = 2.0
-    loss_class: float = 1.0
-    loss_l1: float = 5.0
-    loss_giou: float = 2.0
+    cost_class: float = 2.0              # matching: weight of the class cost
+    cost_l1: float = 5.0                 # matching: weight of the L1 cost of boxes
+    cost_giou: float = 2.0               # matching: weight of the GIoU cost of boxes
+    loss_class: float = 1.0              # weight of the class loss
+    loss_l1: float = 5.0                 # weight of the L1 loss of boxes
+    loss_giou: float = 2.0               # weight of the GIoU loss of boxes
     size_divisor: int = 1                # batches are padded to a multiple of this
 
 

@@ -1,5 +1,6 @@
 """COCO AP of a checkpoint, and detections on your own images.
 
+Examples:
     python eval.py --checkpoint runs/dino                          AP on the data of the run
     python eval.py --checkpoint FILE --data DIR                    AP on another COCO-layout folder
     python eval.py --checkpoint FILE --json image_info_test.json   detections for a test server
@@ -36,13 +37,15 @@ from tqdm import tqdm
 
 import visualize
 from engine import commands, files
+from engine.cli import registry
 from engine.commands import open_detector
 from engine.coco_json import json_problems, read_json, refuse_fatal
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
+from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_image
 from engine.inference import detect_image, predict, require_finite
 from engine.layers import prepare_attention
-from engine.machine import prepare_cpu, user_errors
+from engine.machine import prepare_cpu
 from engine.scoring import gather, score
 from engine.tiles import detect_tiled
 
@@ -365,30 +368,30 @@ def write_csv(path, head, rows):
 class Options:
     """COCO AP of a checkpoint, or detections on your own images."""
     checkpoint: str              # best.pt of a run, its folder, or released weights
-    data: str = ""               # COCO-layout folder; default: the data of the checkpoint's own run
-    # COCO json in place of the folder's annotations/instances_val2017.json; one without annotations
-    # gives detections.json only. With --images: the json whose ids are used
+    data: str = ""               # COCO-layout folder; none: the data of the checkpoint's own run
+    # COCO json to use instead of the folder's annotations/instances_val2017.json. Without
+    # annotations in it, only detections.json is written. With --images: where the image ids are
     json: str = ""
-    # detect on these files, folders or glob patterns
+    # detect on these image files, folders or glob patterns instead of evaluating
     images: Annotated[list[str] | None, tyro.conf.arg(metavar="PATH [PATH ...]")] = None
-    # minimum score to draw and to list, with --images; default: for each class the one with the
-    # best F1 in training, or 0.3
+    # with --images: minimum score to draw and to list; None: for each class the one with the best
+    # F1 at the last evaluation in training, else 0.3
     score_threshold: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
     max_dets: int = 100          # maximum detections per image and class in AP
-    save_detections: bool = False  # also write detections.json, the COCO results of the data
+    save_detections: bool = False  # also write the COCO results, detections.json
     boxes_only: bool = False     # leave the masks out of detections.json
-    tile: int = 0                # also detect on tiles of this many px: small objects, large images
-    overlap: float = 0.2         # fraction of a tile that neighbors share
-    eval_size: int = 0           # shorter side of the images, px; default: that of the checkpoint
-    out: str = ""                # folder for results; default: that of the checkpoint
-    batch_size: int = 1          # images at a time; with 1 nothing is padded
-    workers: int = -1            # processes that read images; -1: chosen from the number of cores
-    device: str = ""             # cpu or cuda; default: cuda where there is a GPU
+    tile: int = 0                # also detect on tiles of this side, px, for small objects; 0: off
+    overlap: float = 0.2         # fraction of a tile that its neighbor overlaps
+    eval_size: int = 0           # shorter side of the images, px; 0: the checkpoint's
+    out: str = ""                # folder for results; none: that of the checkpoint
+    batch_size: int = 1          # images per batch; with 1 no image is padded
+    workers: int = -1            # processes that read images; -1: depends on the CPU cores
+    device: str = ""             # cpu or cuda; none: cuda if there is a GPU
     amp: bool = False            # bfloat16 autocast
     # deformable attention: kernel or torch; default: the kernel where it can be built
     impl: str = ""
-    variant: str = ""            # variant of the paper file that released weights do not show: dc5
-    detector: str = ""           # where the frozen detector of a mask network lies now
+    variant: str = ""            # variant of released weights whose file does not show it: dc5
+    detector: str = ""           # a mask network's frozen detector, if the file has moved
 
     def check(self):
         """UserError for values that cannot work."""
@@ -503,9 +506,11 @@ def write_results(path, results, boxes_only=False, rank=0, world=1):
 
 
 def main(argv=None):
-    options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
-                       config=(tyro.conf.FlagCreatePairsOff,))
     with user_errors("eval.py"):
+        with one_line_usage("eval.py"):
+            options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
+                               description=commands.summary(__doc__), registry=registry,
+                               config=(tyro.conf.FlagCreatePairsOff,))
         options.check()
         device, rank, world = commands.join_processes(options.device)
         prepare_attention(options.impl, device)

@@ -58,29 +58,29 @@ from matcher import Group
 @dataclass
 class Config:
     """The R50 row of Table 1: hybrid branch, 12 epochs, 48.7 AP on COCO val2017."""
-    backbone: str = "resnet50"
-    backbone_weights: str = "imagenet"   # imagenet, a file, or none: start from random weights
-    backbone_norm: str = "batch"         # batch or group, with backbone_weights none; else frozen
+    backbone: str = "resnet50"           # name of a network in backbones/
+    backbone_weights: str = "imagenet"   # imagenet, a file, or none: random weights
+    backbone_norm: str = "batch"         # batch or group norm without backbone_weights; else frozen
     drop_path: float = 0.0               # maximum stochastic-depth rate, linear over blocks
-    num_feature_levels: int = 4          # C3 to C5 and one coarser map
+    num_feature_levels: int = 4          # feature maps: C3 to C5 and one coarser
     num_queries: int = 300               # n, one-to-one; the only queries at test time
     num_queries_one2many: int = 1500     # T, in training; 0: no hybrid branch
     k_one2many: int = 6                  # K copies of every object; below 3 it hurts (Table 9)
     lambda_one2many: float = 1.0         # weight of the one-to-many losses
-    dim: int = 256
-    num_heads: int = 8
-    num_points: int = 4
-    encoder_layers: int = 6
-    decoder_layers: int = 6
-    ffn_dim: int = 2048
-    dropout: float = 0.0
+    dim: int = 256                       # C: channels of tokens and queries
+    num_heads: int = 8                   # attention heads
+    num_points: int = 4                  # sampling points per attention head and feature level
+    encoder_layers: int = 6              # encoder layers
+    decoder_layers: int = 6              # decoder layers
+    ffn_dim: int = 2048                  # hidden units of the feed-forward networks
+    dropout: float = 0.0                 # dropout rate
     top_k: int = 100                     # detections per image
-    cost_class: float = 2.0
-    cost_l1: float = 5.0
-    cost_giou: float = 2.0
-    loss_class: float = 2.0
-    loss_l1: float = 5.0
-    loss_giou: float = 2.0
+    cost_class: float = 2.0              # matching: weight of the class cost
+    cost_l1: float = 5.0                 # matching: weight of the L1 cost of boxes
+    cost_giou: float = 2.0               # matching: weight of the GIoU cost of boxes
+    loss_class: float = 2.0              # weight of the class loss
+    loss_l1: float = 5.0                 # weight of the L1 loss of boxes
+    loss_giou: float = 2.0               # weight of the GIoU loss of boxes
     size_divisor: int = 1                # batches are padded to a multiple of this
 
 

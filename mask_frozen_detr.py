@@ -92,37 +92,37 @@ NEEDS_DETECTOR = True
 @dataclass
 class Config:
     """The system of the paper, on top of any detector of this project."""
-    level: str = "box"                   # box, or image: one mask over the image (a baseline)
+    level: str = "box"                   # where masks are made: box, or image (a baseline)
     roi_size: int = 32                   # cells per side of a region
-    roi_box: str = "pred"                # pred, or gt: true boxes, for an upper bound
+    roi_box: str = "pred"                # boxes: pred, or gt for the upper bound with true boxes
     enc_layer: int = 0                   # encoder layer whose tokens are E: 1 the first, 0 the last
     neck: bool = True                    # 1x1 convolution and GroupNorm on C1
-    image_encoder: str = "deformable"    # none, deformable, swin or convnext
-    image_layers: int = 2
-    image_ffn_dim: int = 1024
-    channel_dim: int = 128               # width after the channel mapper
-    box_encoder: str = "deformable"      # none, deformable, swin or convnext
-    box_layers: int = 2
-    box_ffn_dim: int = 1024
-    query_encoder: str = "box2obj"       # none, obj2obj, box2obj or both
+    image_encoder: str = "deformable"    # image encoder: none, deformable, swin or convnext
+    image_layers: int = 2                # layers of the image encoder
+    image_ffn_dim: int = 1024            # hidden units of the image encoder's feed-forward networks
+    channel_dim: int = 128               # channels after the channel mapper
+    box_encoder: str = "deformable"      # box encoder: none, deformable, swin or convnext
+    box_layers: int = 2                  # layers of the box encoder
+    box_ffn_dim: int = 1024              # hidden units of the box encoder's feed-forward networks
+    query_encoder: str = "box2obj"       # query encoder: none, obj2obj, box2obj or both
     query_ffn: bool = False              # feed-forward network after the query encoder
     mask_scoring: bool = True            # rank masks by class score times predicted IoU
     score_dim: int = 128                 # channels of the scoring head
-    score_ffn_dim: int = 1024
-    num_heads: int = 8
-    num_points: int = 4
+    score_ffn_dim: int = 1024            # hidden units of the scoring head
+    num_heads: int = 8                   # attention heads
+    num_points: int = 4                  # sampling points per attention head and feature level
     point_loss: bool = True              # loss at sampled points; else at every cell of the region
-    loss_points: int = 12544             # N
-    oversample: float = 3.0              # k
-    importance: float = 0.75             # beta
+    loss_points: int = 12544             # N: points per object at which the loss is computed
+    oversample: float = 3.0              # k: candidate points per point that is used
+    importance: float = 0.75             # beta: fraction of points chosen by uncertainty
     train_regions: int = 100             # objects per image in a training step
     top_k: int = 100                     # detections per image
-    cost_class: float = 2.0
-    cost_l1: float = 5.0
-    cost_giou: float = 2.0
-    loss_bce: float = 5.0
-    loss_dice: float = 5.0
-    loss_iou: float = 1.0
+    cost_class: float = 2.0              # matching: weight of the class cost
+    cost_l1: float = 5.0                 # matching: weight of the L1 cost of boxes
+    cost_giou: float = 2.0               # matching: weight of the GIoU cost of boxes
+    loss_bce: float = 5.0                # weight of the binary cross-entropy of masks
+    loss_dice: float = 5.0               # weight of the Dice loss of masks
+    loss_iou: float = 1.0                # weight of the loss of the predicted IoU
 
 
 RECIPE = Recipe(
@@ -373,6 +373,10 @@ class FrozenDetector:
 
     def __init__(self, model: nn.Module, detect, enc_layer: int = 0, class_names=None):
         inner = getattr(model, "detector", model)         # Co-DETR has its detector as a submodule
+        if not hasattr(inner, "level_embed"):
+            raise UserError(f"expected a detector with several feature levels, got a "
+                            f"{type(inner).__name__}: give one of Deformable DETR, DINO, H-DETR or "
+                            "Co-DETR with --detector")
         layers = len(inner.encoder)
         if not 0 <= enc_layer <= layers:
             raise UserError(f"expected enc_layer from 0 to {layers}, the detector's number of "

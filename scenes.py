@@ -22,7 +22,10 @@ from pycocotools import mask as coco_mask
 
 from data import LARGE_AREA, DetectionData, Objects, Transform, join_annotations, random_generator
 from engine.coco_json import json_path
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
+from engine.flags import one_line_usage
+from engine.notices import one_line
+from engine.ranges import check_ranges
 
 NUM_TRAIN = 4000           # scenes of the default data set
 NUM_VAL = 500
@@ -388,7 +391,7 @@ class Shapes(DetectionData):
 @dataclass
 class Options:
     """Write the generated scenes as a COCO-layout folder with PNG images."""
-    write: Path                  # folder to create
+    write: str                   # folder to create
     num_train: int = NUM_TRAIN   # training scenes
     num_val: int = NUM_VAL       # validation scenes
     seed: int = SCENE_SEED       # seed of the scenes
@@ -416,16 +419,15 @@ def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEE
         for index in range(count):
             scenes.image(index).save(folder / scenes.file_name(index), compress_level=1)
         path.write_text(json.dumps(scenes.coco().dataset))
-        print(f"{path}: {count} images, {len(scenes.annotations.labels)} objects")
+        print(f"{one_line(str(path))}: {count} images, {len(scenes.annotations.labels)} objects")
 
 
-def main() -> None:
-    options = tyro.cli(Options)
-    try:
+def main(argv: list[str] | None = None) -> None:
+    with user_errors("scenes.py"):
+        with one_line_usage("scenes.py"):
+            options = tyro.cli(Options, args=argv, prog="scenes.py", use_underscores=True)
+        check_ranges(options)
         write_scenes(options.write, options.num_train, options.num_val, options.seed)
-    except (UserError, OSError) as error:
-        print(f"scenes.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -1,44 +1,45 @@
 """Train a detector on generated scenes or on a COCO-layout folder.
 
-    python train.py --model dino                       generated scenes: minutes on two CPU cores
-    python train.py --model dino --data DIR            the published recipe on your images
+Examples:
+    python train.py --model dino                   generated scenes: minutes on two CPU cores
+    python train.py --model dino --data DIR        the published recipe on your images
     python train.py --model dino --data DIR --preset small --overfit 8    can it learn eight images?
-    python train.py --model dino --resume              continue runs/dino, bit-exactly
-    torchrun --nproc_per_node 8 train.py --model dino --data DIR
+    python train.py --model dino --resume          continue runs/dino, bit-exactly
+    torchrun --nproc_per_node 8 train.py --model dino --data DIR          eight GPUs
 
-To begin with: --model, --data, --preset, --out, --resume, --overfit; then --epochs, --batch_size,
---lr and --num_queries. The run folder receives config.json, log.jsonl, curves.png, predictions.png,
-last.pt and best.pt.
+To begin with: --model, --data, --preset, --out, --resume, --overfit.
+Then: --epochs, --batch_size, --lr, --num_queries.
+Written to the run folder: config.json, log.jsonl, curves.png, predictions.png, last.pt, best.pt.
 """
 # A paper file is any .py beside this one with these names (`cp dino.py mine.py` is a new model):
 #
-#   Config                          dataclass: architecture and loss, also `top_k`, and `backbone`
-#                                   and `backbone_weights` where the model has a backbone
-#   RECIPE                          engine.recipe.Recipe: how the paper trains it
-#   SMALL, VARIANTS                 optional: overrides of both by field name; {name: overrides}
-#   NEEDS_MASKS, NEEDS_DETECTOR     optional: True where targets need masks; where `build` gets a
-#                                   trained detector (engine.models.Loaded) as a third argument
+#   Config               dataclass of architecture and loss; has `top_k`, and with a backbone also
+#                        `backbone` and `backbone_weights`
+#   RECIPE               engine.recipe.Recipe: how the paper trains it
+#   SMALL, VARIANTS      optional: {field of Config or RECIPE: value}; {name: such a dictionary}
+#   NEEDS_MASKS          optional: True if targets need `masks`
+#   NEEDS_DETECTOR       optional: True if `build` gets a trained detector as a third argument
 #   build(cfg, num_classes)         -> model, criterion
-#   model(images, padding, targets) -> outputs; images (B, 3, H, W), padding (B, H, W) True outside,
-#                                   targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1]}
+#   model(images, padding, targets) -> {pred_logits (B, N, classes), pred_boxes (B, N, 4), ...}, for
+#                        analysis also `anchors`, `memory`; images (B, 3, H, W), padding (B, H, W)
+#                        True outside, targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1], ...}
 #   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}
-#   detect(outputs, sizes, cfg)     -> B x {scores (k,), labels (k,), boxes (k, 4) xyxy px, ...}
+#   detect(outputs, sizes, cfg)     -> B x {scores (k,), labels (k,), boxes (k, 4) xyxy px, ...};
+#                        sizes (B, 2): height and width of the original images, px
 #   param_groups(model, recipe)     -> groups of parameters with their `lr`
-#   outputs: pred_logits (B, N, classes), pred_boxes (B, N, 4); `anchors` and `memory` for analysis
-import contextlib
 import math
 import os
 import sys
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-# read when torch is imported: threads that spin for long stop each other on a busy machine
+# OpenMP reads this when torch is imported. Threads that wait in a long busy loop slow each other
+# down when other programs use the cores too.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # GPU memory in segments that grow: images of many sizes leave no gaps of unusable memory
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
-from torch.optim.swa_utils import AveragedModel
 
 import data
 import visualize
@@ -47,47 +48,48 @@ from engine.batch_norm import batch_statistics
 from engine.batches import BatchSizes, epoch_batches
 from engine.checkpoints import RunFolder
 from engine.datasets import build_datasets
-from engine.errors import UserError
+from engine.ema import make_ema
+from engine.errors import UserError, user_errors
 from engine.layers import compile_or_recompute, order_channels_last, prepare_attention
 from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, prepare_cpu,
-                            set_up_machine, user_errors)
-from engine.models import load_detector, load_paper, start_weights
-from engine.recipe import Recipe, override
+                            set_up_machine)
+from engine.models import build_model, load_paper, start_weights
+from engine.recipe import Recipe
 from engine.run_log import RunLog
-from engine.schedules import ema_decay, is_kept
+from engine.schedules import is_kept
 from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
 
-OVERFIT_AP = 0.95   # ends --overfit
+OVERFIT_AP = 0.95   # at which --overfit ends
 
 
 @dataclass
 class Run:
     """What to train, on what data, on which machine."""
-    model: str = "dino"              # paper file
+    model: str = "dino"              # paper file, without .py
     data: str = ""                   # COCO-layout folder; none: generated scenes
-    preset: str = ""                 # paper or small; with --data paper, else small
-    variant: str = ""                # one of the paper file's VARIANTS
+    preset: str = ""                 # paper or small settings; none: paper with --data, else small
+    variant: str = ""                # variant of the model; none: the paper's main one
     out: str = ""                    # run folder; none: runs/MODEL
-    resume: cli.OptionalText = ""    # continue the run in --out (no value needed) or in this folder
-    overfit: int = 0                 # learn this many images by heart, without augmentation; 0: all
-    init: str = ""                   # start from a checkpoint; class rows are copied by class name
-    detector: str = ""               # trained detector that a mask network builds on
-    check_data: str = ""             # only examine this COCO-layout folder
+    resume: cli.OptionalText = ""    # continue the run in --out (give no value) or in this folder
+    overfit: int = 0                 # overfit this many images, without augmentation; 0: off
+    init: str = ""                   # initial weights; classifiers are copied by class name
+    detector: str = ""               # trained detector, for models that add masks to one
+    check_data: str = ""             # check this COCO-layout folder and exit
     num_train: int = NUM_TRAIN       # generated scenes to train on
     num_val: int = NUM_VAL           # generated scenes to evaluate on
-    seed: int = 0                    # same seed, same bytes
-    device: str = ""                 # cpu or cuda; none: cuda where there is a GPU
+    seed: int = 0                    # random seed; runs with the same seed are bit-identical
+    device: str = ""                 # cpu or cuda; none: cuda if there is a GPU
     amp: bool | None = None          # bfloat16 autocast; auto: if the hardware supports it
     accum: int = 1                   # micro-batches per optimizer step: less memory, same gradients
     recompute: bool = False          # recompute activations in the backward pass: less memory
-    compile: bool = False            # torch.compile layers and blocks
+    compile: bool = False            # torch.compile layers and backbone blocks
     channels_last: bool = False      # GPU only: ResNet in NHWC order, faster on many GPUs
     impl: str = ""                   # deformable attention: kernel or torch; none: kernel if built
-    deterministic: bool = False      # same bytes on a GPU too; slower
-    workers: int = -1                # data-loading processes; -1: chosen from the number of cores
-    threads: int = 0                 # PyTorch CPU threads; 0: OMP_NUM_THREADS, or one a core, max 8
+    deterministic: bool = False      # bit-identical runs on a GPU too; slower
+    workers: int = -1                # processes that read images; -1: depends on the CPU cores
+    threads: int = 0                 # CPU threads; 0: OMP_NUM_THREADS, or one per core, at most 8
     eval_every: int = 1              # epochs between evaluations
     save_every: int = 1000           # steps between saves; every epoch is saved too
     keep_every: int = 0              # keep epoch_NNNN.pt of every N epochs; 0: before lr drops only
@@ -96,34 +98,33 @@ class Run:
 
 @dataclass
 class Progress:
-    """Where a run stands. All of it is saved and restored."""
-    epoch: int = 0
+    """How far a run is. All of it is saved and restored."""
+    epoch: int = 0                   # epochs done
     batch: int = 0                   # optimizer steps done in this epoch
     step: int = 0                    # optimizer steps done in total
-    seconds: float = 0.0             # of training; evaluating and saving are not counted
-    bad_steps: int = 0               # skipped in a row
+    seconds: float = 0.0             # training time, without evaluations and saves
+    bad_steps: int = 0               # steps skipped in a row until now
     best: float = -1.0               # highest AP so far
 
     def count(self, finite: bool) -> None:
-        """Count one step."""
+        """Count one step; finite: it was not skipped."""
         self.step += 1
         self.batch += 1
         self.bad_steps = 0 if finite else self.bad_steps + 1
 
 
 def train(run: Run, cfg, recipe: Recipe) -> dict:
-    """Train one model -> the record of its last evaluation: {"AP", "bbox", "epoch", "step", ...}.
+    """Train one model. -> the record of its last evaluation, see `validate`
     FloatingPointError after three bad steps in a row; exits with 128 + signal when stopped."""
     paper = load_paper(run.model)
     machine = set_up_machine(run)
     with RunFolder(run, machine) as folder:
         # data
-        cfg, recipe = without_noise(run, cfg, recipe)
-        train_set, val_set = load_data(run, paper, recipe, machine)
+        train_set, val_set = load_data(run, paper, cfg, recipe, machine)
         batch = BatchSizes(recipe.batch_size, run, machine, len(train_set))
 
-        # model and optimizer; every rank has the same weights, and its own noise
-        model, criterion = build_model(run, paper, cfg, len(train_set.class_names))
+        # model and optimizer: same initial weights on every rank, other random numbers afterwards
+        model, criterion = build_model(paper, cfg, len(train_set.class_names), run.detector)
         with machine.first_on_node():     # one process downloads and compiles for all others
             notes = start_weights(run, cfg, model, train_set.class_names)
             prepare_attention(run.impl, machine.device)
@@ -136,10 +137,10 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         compile_or_recompute(model, run)
         net = machine.distribute(model)
 
-        # where the run stands
+        # progress, run folder and log
         progress = Progress()
         if run.resume:
-            progress = folder.restore(progress, model, ema, optimizer, batch.steps)
+            progress = folder.restore(progress, model, ema, optimizer, batch.steps_per_epoch)
         if run.max_steps and progress.step >= run.max_steps:
             raise UserError(f"expected --max_steps above {progress.step}, the steps this run has "
                             f"made, got {run.max_steps}: give more, or leave it out")
@@ -152,9 +153,10 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
             for epoch in range(progress.epoch, recipe.epochs):
                 model.train()
                 log.start_clock()
-                for micro_batches in epoch_batches(
-                        train_set, batch, run, machine, epoch, progress.batch):
-                    set_lr(optimizer, base_lrs, lr_factor(recipe, progress.step, batch.steps))
+                batches = epoch_batches(train_set, batch, run, machine, epoch, progress.batch)
+                for micro_batches in batches:
+                    factor = lr_factor(recipe, progress.step, batch.steps_per_epoch)
+                    set_lr(optimizer, base_lrs, factor)
                     # the one small message between ranks: all stop after the same step
                     count, signal = machine.share(count_objects(micro_batches), stop.signal)
                     losses, grad_norm, finite = step(net, model, criterion, optimizer, ema,
@@ -179,19 +181,19 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                                     "with --resume and a larger number")
                         return record
 
-                # a run killed from here on evaluates again when it is resumed
+                # not counted as done yet: a run killed from here on evaluates when it is resumed
                 folder.save("last.pt", progress, model, ema, optimizer)
-                if is_kept(run.keep_every, recipe, epoch, batch.steps):
+                if is_kept(run.keep_every, recipe, epoch, batch.steps_per_epoch):
                     folder.save(f"epoch_{epoch + 1:04}.pt", progress, model, ema, optimizer)
-                with stop.immediately():
+                with stop.nothing_to_save():
                     if (epoch + 1) % run.eval_every == 0 or epoch + 1 == recipe.epochs:
-                        record = evaluation(ema, paper, val_set, cfg, batch, machine, progress)
+                        record = validate(ema, paper, val_set, cfg, batch, machine, progress)
                         log.evaluation(record)
                         if record["AP"] >= progress.best:
+                            progress.best = record["AP"]
                             folder.save("best.pt", progress, model, ema,
                                         thresholds=thresholds(record))
-                        if machine.is_main:
-                            draw(run, ema.module, paper, val_set, cfg, machine)
+                        draw(run, ema.module, paper, val_set, cfg, machine)
                 progress.epoch = epoch + 1
                 progress.batch = 0
                 if run.overfit and record.get("AP", 0.0) >= OVERFIT_AP:
@@ -203,40 +205,42 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
 def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine, count=None):
     """Make one optimizer step. -> {loss name: number}, gradient norm, whether all of it is finite
 
-    net: the model, or its DistributedDataParallel. count: objects of all ranks, counted here where
-    it is not given. A step that is not finite changes nothing:
-    parameters, optimizer, EMA and batch statistics stay as they were. The loss is the mean over all
-    micro-batches of all ranks. Each divides by the mean number of objects of a micro-batch, so that
-    the gradient is that of one large batch, except where a criterion counts for itself
-    (Co-DETR)."""
+    net: the model, or its DistributedDataParallel. clip: limit of the gradient norm, 0 for none.
+    count: objects in the micro-batches of all ranks, summed here where it is not given.
+    A step that is not finite changes nothing: parameters, optimizer, EMA and batch statistics stay
+    as they were.
+
+    The loss is the mean over all micro-batches of all ranks. Every micro-batch divides its losses
+    by the same `num_boxes`, the mean number of objects of a micro-batch. So the gradient is that
+    of one large batch, except where a criterion counts objects itself (Co-DETR)."""
     if count is None:
         count, _ = machine.share(count_objects(micro_batches), 0)
     num_boxes = max(count, 1) / (machine.world * len(micro_batches))
     statistics = batch_statistics(model)
     before = [buffer.clone() for buffer in statistics]
 
-    # gradients; those of ranks are averaged once, in the last backward pass
+    # gradients
     optimizer.zero_grad(set_to_none=True)
     losses = {}
     for i, (images, padding, targets) in enumerate(micro_batches):
         images = images.to(machine.device, non_blocking=True)      # (B, 3, H, W)
         padding = padding.to(machine.device, non_blocking=True)    # (B, H, W)
         targets = data.to_device(targets, machine.device)
-        is_last = i + 1 == len(micro_batches)
-        with contextlib.nullcontext() if is_last or net is model else net.no_sync():
-            with machine.autocast():
-                outputs = net(images, padding, targets)
-            weighted = criterion(outputs, targets, num_boxes)
-            loss = sum(weighted.values()) / len(micro_batches)
-            # 0 x NaN and 0 x infinity are NaN: a bad loss makes bad gradients on every rank, and
-            # all skip the step without another message
-            (loss * (1 + 0 * loss.detach())).backward()
+        if net is not model:    # average gradients over ranks in the last backward pass only
+            net.require_backward_grad_sync = i + 1 == len(micro_batches)
+        with machine.autocast():
+            outputs = net(images, padding, targets)
+        weighted = criterion(outputs, targets, num_boxes)
+        loss = sum(weighted.values()) / len(micro_batches)
+        # 0 x NaN and 0 x infinity are NaN: a bad loss makes bad gradients on every rank, and
+        # all skip the step without another message
+        (loss * (1 + 0 * loss.detach())).backward()
         for name, value in weighted.items():
             losses[name] = losses.get(name, 0.0) + value.detach() / len(micro_batches)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, clip or math.inf, foreach=True)
 
-    # the one wait for the device
+    # read all numbers from the GPU at once; a clip that is not finite makes a bad step, too
     numbers = torch.stack([*losses.values(), grad_norm]).tolist()
     finite = all(math.isfinite(x) for x in [*numbers, clip])
     if finite:
@@ -253,68 +257,30 @@ def count_objects(micro_batches) -> int:
     return sum(len(target["labels"]) for *_, targets in micro_batches for target in targets)
 
 
-# ---- model and optimizer -------------------------------------------------------------------------
-
-def build_model(run: Run, paper, cfg, num_classes: int) -> tuple:
-    """The model with random weights, on a trained detector if it needs one, and its criterion."""
-    if getattr(paper, "NEEDS_DETECTOR", False):
-        return paper.build(cfg, num_classes, load_detector(run.detector))
-    return paper.build(cfg, num_classes)
-
+# ---- optimizer and learning rate -----------------------------------------------------------------
 
 def make_optimizer(paper, model, recipe: Recipe, batch: BatchSizes) -> tuple:
-    """AdamW, and the learning rates of its groups for the batch that is used."""
+    """-> AdamW; the learning rate of each group, which follows the batch size in proportion"""
     groups = paper.param_groups(model, recipe)
     optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
     scale = batch.total / recipe.batch_size
     return optimizer, [group["lr"] * scale for group in optimizer.param_groups]
 
 
-def make_ema(model, decay: float, warmup: int = 0):
-    """Exponential moving average of parameters and batch statistics; `.module` is evaluated. The
-    decay grows to its value, because early averages would mostly remember the random start (see
-    schedules.ema_decay). With decay 0, `.module` is the model itself."""
-    if not decay:
-        return NoAverage(model)
-
-    @torch.no_grad()
-    def average(averages, values, _):
-        if averages[0].is_floating_point():
-            share = 1 - ema_decay(decay, warmup, int(ema.n_averaged))
-            torch._foreach_lerp_(averages, values, share)
-        else:
-            torch._foreach_copy_(averages, values)     # counters
-
-    ema = AveragedModel(model, multi_avg_fn=average, use_buffers=True)
-    return ema.eval().requires_grad_(False)
-
-
-class NoAverage:
-    """Takes the place of AveragedModel with decay 0."""
-
-    def __init__(self, model):
-        self.module = model
-
-    def update_parameters(self, model):
-        pass
-
-
-# ---- learning rate -------------------------------------------------------------------------------
-
 def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
-    """Factor of every learning rate at this step: a linear rise over the first `warmup` fraction of
-    the run, then step (x 0.1 after epoch lr_drop), drops (x 0.1 after each fraction of the run in
+    """Factor of every learning rate at this step, counted from 0. A linear warmup comes first; the
+    schedule is step (x 0.1 after epoch lr_drop), drops (x 0.1 after each fraction of the run in
     lr_drops), cosine (from 1 to 0.01) or flat."""
     total = steps_per_epoch * recipe.epochs
-    rise = min(1.0, (step + 1) / max(1.0, recipe.warmup * total))
+    warmup = min(1.0, (step + 1) / max(1.0, recipe.warmup * total))
     if recipe.schedule == "step":
-        return rise * (0.1 if step >= recipe.lr_drop * steps_per_epoch else 1.0)
+        return warmup * (0.1 if step >= recipe.lr_drop * steps_per_epoch else 1.0)
     if recipe.schedule == "drops":
-        return rise * 0.1 ** sum(step >= round(part * total) for part in recipe.lr_drops)
+        return warmup * 0.1 ** sum(step >= round(part * total) for part in recipe.lr_drops)
     if recipe.schedule == "cosine":
-        return rise * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
+        return warmup * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * step / total)))
     if recipe.schedule == "flat":
-        return rise
+        return warmup
     raise UserError(f"expected --schedule step, drops, cosine or flat, got {recipe.schedule!r}")
 
 
@@ -325,15 +291,8 @@ def set_lr(optimizer, base_lrs: list[float], factor: float) -> None:
 
 # ---- data ----------------------------------------------------------------------------------------
 
-def without_noise(run: Run, cfg, recipe: Recipe) -> tuple:
-    """Config and Recipe of --overfit: constant learning rate, no dropout."""
-    if not run.overfit:
-        return cfg, recipe
-    return override(cfg, {"dropout": 0.0}), replace(recipe, schedule="flat")
-
-
-def load_data(run: Run, paper, recipe: Recipe, machine: Machine) -> tuple:
-    """The training and the validation set; with --overfit both are the same few images."""
+def load_data(run: Run, paper, cfg, recipe: Recipe, machine: Machine) -> tuple:
+    """-> the training set, the validation set; with --overfit both are the same few images"""
     masks = getattr(paper, "NEEDS_MASKS", False)
     train_set, val_set = build_datasets(run.data, recipe, run.seed, masks, run.overfit,
                                         run.num_train, run.num_val)
@@ -342,30 +301,32 @@ def load_data(run: Run, paper, recipe: Recipe, machine: Machine) -> tuple:
                         f"{run.model} learns masks, got objects without one: add them to the json, "
                         "or train a detector")
     if machine.is_main:
-        check_data.quick_check(train_set)
+        check_data.quick_check(train_set, num_queries=getattr(cfg, "num_queries", 0))
         check_data.quick_check(val_set, training=False)
     return train_set, val_set
 
 
 # ---- evaluation ----------------------------------------------------------------------------------
 
-def evaluation(ema, paper, dataset, cfg, batch, machine: Machine, progress: Progress) -> dict:
-    """Evaluate on the validation set. -> a record for the log; its "AP" is that of masks where the
-    model makes them"""
+def validate(ema, paper, dataset, cfg, batch, machine: Machine, progress: Progress) -> dict:
+    """Evaluate on the validation set. -> a record for log.jsonl: {"AP", "bbox", "epoch", ...}
+
+    Its "AP" is that of the masks where the model makes them, else of the boxes."""
     begin = time.perf_counter()
     scores = evaluate(ema.module, paper.detect, dataset, cfg, machine.device,
                       batch_size=batch.micro, amp=machine.amp, workers=machine.workers,
                       rank=machine.rank, world=machine.world)
     kinds = {kind: scores[kind] for kind in KINDS if kind in scores}
     ap = kinds.get("segm", kinds["bbox"])["AP"]
-    progress.best = max(progress.best, ap)
     return {"kind": "eval", "epoch": progress.epoch + 1, "step": progress.step,
-            "train_seconds": round(progress.seconds, 3), "AP": ap, "best": progress.best, **kinds,
-            "eval_seconds": round(time.perf_counter() - begin, 3)}
+            "train_seconds": round(progress.seconds, 3), "AP": ap, "best": max(progress.best, ap),
+            **kinds, "eval_seconds": round(time.perf_counter() - begin, 3)}
 
 
 def draw(run: Run, model, paper, dataset, cfg, machine: Machine) -> None:
-    """Draw curves of the run, and predictions beside the ground truth."""
+    """Draw curves of the run, and predictions beside the ground truth, on rank 0."""
+    if not machine.is_main:
+        return
     visualize.curves(run.out)
     path = os.path.join(run.out, "predictions.png")
     visualize.predictions(model, paper.detect, dataset, cfg, machine.device, path)
@@ -374,7 +335,7 @@ def draw(run: Run, model, paper, dataset, cfg, machine: Machine) -> None:
 # ---- command line --------------------------------------------------------------------------------
 
 def parse(argv: list[str]) -> tuple:
-    """Command line -> Run, Config, Recipe."""
+    """Read the command line. -> Run, Config, Recipe"""
     return cli.parse(argv, Run, __doc__)
 
 

@@ -17,9 +17,8 @@
 train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy in pixels of the
 picture here.
 """
-import json
+import functools
 from dataclasses import replace
-from pathlib import Path
 
 import matplotlib
 matplotlib.use("Agg")   # draws into files; no display is needed
@@ -31,15 +30,16 @@ from matplotlib.colors import ListedColormap
 from matplotlib.patches import Patch, Rectangle
 from PIL import Image, ImageDraw
 
-from analysis import decoder_attention, discriminability, encoder_norms, recorded_attention
+from analysis import (decoder_attention, discriminability, encoder_norms, read_analyses,
+                      recorded_attention)
 from boxes import box_cxcywh_to_xyxy
 from data import eval_transform
 from engine.commands import open_detector, require, with_data
 from engine.drawing import color, draw_detections, get_font, save_picture, tile
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
+from engine.flags import one_line_usage
 from engine.images import UnreadableImage
 from engine.inference import above, as_rgb, detect_image, detect_with, infer
-from engine.machine import user_errors
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
@@ -283,6 +283,7 @@ def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg
         device: cpu or cuda.
     """
     detector, picture, _, records, found = run_on_file(checkpoint, image, device, rank + 1)
+    require(records, "a model with deformable attention", detector.meta["model_name"])
     require(0 <= rank < len(found["scores"]), f"--rank in 0..{len(found['scores']) - 1}", rank)
     query = int(found["query"][rank])
     box = found["boxes"][rank].cpu().numpy()
@@ -382,6 +383,8 @@ def anchors(checkpoint: str, image: str, out: str = "anchors.jpg", score_thresho
         device: cpu or cuda.
     """
     detector, picture, outputs, _, found = run_on_file(checkpoint, image, device)
+    require("anchors" in outputs, "a model whose queries start at anchors",
+            detector.meta["model_name"])
     found = above(found, score_threshold)
     class_names = detector.meta["class_names"]
     start = outputs["anchors"][0].float().cpu()                                # (Nq, 2 or 4)
@@ -432,7 +435,7 @@ def analysis(analysis: str, out: str = "analysis.png", data: str = "", n: int = 
         n: Number of images.
         device: cpu or cuda.
     """
-    analyses = json.loads(Path(analysis).read_text())
+    analyses = read_analyses(analysis)
     conflicts = {name: a["conflict"] for name, a in analyses.items() if "conflict" in a}
     figure = plt.figure(figsize=(2.2 * max(2 * len(analyses), 5), 3.4 + 2.2 * n))
     upper, lower = figure.add_gridspec(2, 1, height_ratios=(3.4, 2.2 * n))
@@ -613,10 +616,20 @@ COMMANDS = {"detections": detections,
 def main(argv=None):
     """Run one of COMMANDS; the parameters of its function are the flags."""
     with user_errors("visualize.py"):
-        path = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, args=argv, prog="visualize.py", use_underscores=True,
-            description=__doc__.partition("\n")[0])
-        print(f"written to {path}")
+        commands = {name: delayed(function) for name, function in COMMANDS.items()}
+        with one_line_usage("visualize.py"):
+            command = tyro.extras.subcommand_cli_from_dict(
+                commands, args=argv, prog="visualize.py", use_underscores=True,
+                description=__doc__.partition("\n")[0])
+        print(f"written to {command()}")
+
+
+def delayed(function):
+    """A function with the same parameters that does nothing yet: tyro calls what it has read."""
+    @functools.wraps(function)
+    def prepare(*args, **kwargs):
+        return functools.partial(function, *args, **kwargs)
+    return prepare
 
 
 if __name__ == "__main__":

@@ -139,6 +139,11 @@ def replace_prefix(key: str, prefixes: dict) -> str:
 CO_DETR_HEAD = "query_head.transformer."
 
 
+def box_head_prefixes(theirs: str, ours: str) -> dict[str, str]:
+    """The three linear layers of a box head; between theirs lie activations, which count too."""
+    return {f"{theirs}{2 * i}.": f"{ours}layers.{i}." for i in range(3)}
+
+
 def co_detr_prefixes() -> dict[str, str]:
     """Prefixes of Co-DETR's names -> ours.
 
@@ -178,13 +183,9 @@ def co_detr_prefixes() -> dict[str, str]:
         # Prediction heads; the encoder's have the number ENC in Co-DINO.
         "query_head.cls_branches.ENC.": "detector.enc_out_class_embed.",
     }
-    for i in range(3):
-        theirs = f"query_head.reg_branches.ENC.{2 * i}."
-        table[theirs] = f"detector.enc_out_bbox_embed.layers.{i}."
+    table |= box_head_prefixes("query_head.reg_branches.ENC.", "detector.enc_out_bbox_embed.")
     table["query_head.cls_branches.*."] = "detector.class_embed.*."
-    for i in range(3):
-        theirs = f"query_head.reg_branches.*.{2 * i}."
-        table[theirs] = f"detector.bbox_embed.*.layers.{i}."
+    table |= box_head_prefixes("query_head.reg_branches.*.", "detector.bbox_embed.*.")
     # Customized positive queries.
     for i, head in enumerate(("rcnn", "atss")):
         for theirs, ours in (("aux_pos_trans", "pos_trans"), ("aux_pos_trans_norm", "pos_norm"),

@@ -19,7 +19,7 @@ class BatchSizes:
     total: images per optimizer step = micro x accum x ranks
     micro: images per micro-batch
     repeats: passes over the images in one epoch
-    steps: optimizer steps in one epoch
+    steps_per_epoch: optimizer steps in one epoch
 
     wanted is --batch_size, images the size of the training set. If the set is smaller than the
     batch, the batch shrinks and a message says so. Raises UserError if `wanted` cannot be divided
@@ -41,7 +41,7 @@ class BatchSizes:
         self.repeats = 1
         if run.overfit:
             self.repeats = math.ceil(OVERFIT_STEPS * self.total / images)
-        self.steps = images * self.repeats // self.total
+        self.steps_per_epoch = images * self.repeats // self.total
 
 
 def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: int):
@@ -53,12 +53,12 @@ def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: i
     """
     rng = data.random_generator("order", run.seed, epoch)
     order = np.concatenate([rng.permutation(len(dataset)) for _ in range(batch.repeats)])
-    micro_batches = order[:batch.steps * batch.total].reshape(-1, batch.micro)
+    micro_batches = order[:batch.steps_per_epoch * batch.total].reshape(-1, batch.micro)
     first = start * run.accum * machine.world
     # The ranks take turns, one micro-batch each.
     mine = micro_batches[first:][machine.rank::machine.world].tolist()
     dataset.set_epoch(epoch)
     pin_memory = machine.device.type == "cuda"
     loader = iter(data.batches(dataset, mine, machine.workers, pin_memory))
-    for _ in range(start, batch.steps):
+    for _ in range(start, batch.steps_per_epoch):
         yield [next(loader) for _ in range(run.accum)]

@@ -1,7 +1,7 @@
-"""Checkpoints on disk: complete or absent, checked when read, free of code. The run folder.
+"""Save and load checkpoints safely, and the folder of a run.
 
 A checkpoint of a run is a dictionary: format, model_name, variant, config, recipe, run,
-class_names, category_ids, data, model, ema (averaged weights), epoch, step, best; last.pt also
+class_names, category_ids, data, model, ema (EMA weights), epoch, step, best; last.pt also
 holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly.
 """
 import contextlib
@@ -21,7 +21,9 @@ import safetensors.torch
 import torch
 
 from engine.errors import UserError
-from engine.ranges import check_ranges
+from engine.forms import mismatch
+from engine.notices import one_line
+from engine.ranges import check_ranges, check_values
 from engine.recipe import configure, override
 
 try:
@@ -32,7 +34,7 @@ except ImportError:   # Windows
 
 FORMAT = 2
 
-# Besides tensors and plain types, `load` makes these: what authors put into saved options.
+# Besides tensors and plain types, `load` allows these classes, which released files contain.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]   # NumPy 1 and 2 name its module differently
 ALLOWED = [
     Namespace,
@@ -44,9 +46,18 @@ ALLOWED = [
     *(type(np.dtype(name)) for name in ("bool", "int32", "int64", "float32", "float64")),
 ]
 
-# What every checkpoint of ours holds, with its type.
+# Fields of every checkpoint of this project, and their types.
 FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
           "category_ids": list}
+# The forms of what it may hold besides; see engine.forms.
+FORMS = {"format": int, "class_names": [str], "category_ids": [int], "recipe": {}, "ema": {},
+         "run": {},
+         "variant": str, "step": int, "epoch": int, "thresholds": {str: float}}
+RUN_DEFAULTS = {"data": "", "seed": 0, "overfit": 0, "num_train": 1, "num_val": 1,
+                "detector": ""}   # what evaluating reads of a run
+RUN_FILES = (".lock", "config.json", "log.jsonl", "nan_report.jsonl", "last.pt", "last.pt.prev",
+             "best.pt", "curves.png", "predictions.png")
+# Fields that last.pt has too.
 RESUME_FIELDS = {"run": dict, "progress": dict, "optimizer": dict, "rng": list}
 
 
@@ -56,8 +67,8 @@ def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
     """Write `state` so that `path` always names a complete checkpoint or none: temporary file,
     fsync, rename. UserError where the disk refuses; the temporary file is removed then.
 
-    keep_previous: the file it replaces stays beside it as NAME.prev. A kill between the two renames
-    leaves only that one, and `newest` finds it."""
+    keep_previous: rename the file it replaces to NAME.prev. When the process is killed between the
+    two renames, there is only NAME.prev, and `newest` returns it."""
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
@@ -71,7 +82,7 @@ def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
         sync_folder(path.parent)
     except (OSError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise   # torch's zip writer reports a refused write so
+            raise   # only torch's zip writer, which has this name, reports a failed write so
         reason = getattr(error, "strerror", None) or "the disk took only a part of it"
         raise UserError(f"expected to write {path}, got: {reason}. Free some space or name another "
                         "folder; what was saved before is complete") from error
@@ -81,7 +92,7 @@ def save(path: str | Path, state: dict, keep_previous: bool = False) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """A rename reaches the disk only with its folder."""
+    """Flush a folder to disk: only then does a rename inside it survive a power failure."""
     if os.name == "posix":
         descriptor = os.open(folder, os.O_RDONLY)
         os.fsync(descriptor)
@@ -91,9 +102,9 @@ def sync_folder(folder: Path) -> None:
 def load(path: str | Path, map_location="cpu") -> dict:
     """Read a checkpoint or a .safetensors file without running any code in it.
 
-    Beside tensors and plain types only ALLOWED classes are made. The checksums that torch.save
-    writes are compared for our own files: about 1.3 s for each GB. UserError for a missing or
-    broken file, and for one that asks for anything else."""
+    Besides tensors and plain types only ALLOWED classes are created. For our own files the
+    checksums that torch.save wrote are compared, which takes about 1.3 s per GB. UserError for a
+    missing or broken file, and for one that contains other classes."""
     path = Path(path)
     if not path.is_file():
         raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} "
@@ -108,13 +119,16 @@ def load(path: str | Path, map_location="cpu") -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no "
                         "checkpoint")
+    check_tensors(path, state)
     if "model_name" in state:
         check_sums(path)
         check_fields(path, state, FIELDS)
+        check_forms(path, state)
     return state
 
 
 def why_unreadable(path: Path, error: Exception) -> str:
+    """The message for a file that torch.load refused with `error`."""
     asked = re.search(r"GLOBAL (\S+)", str(error))
     if isinstance(error, pickle.UnpicklingError) and asked:
         return (f"{path}: expected tensors and plain types only, got a pickle that asks for "
@@ -137,6 +151,22 @@ def why_unreadable(path: Path, error: Exception) -> str:
             f"Copy it again, or use {path.name}.prev")
 
 
+def check_tensors(path: Path, value, name: str = "the file") -> None:
+    """UserError for a tensor that the file does not hold itself: one without numbers, or a view
+    that repeats few numbers until it is larger than any memory."""
+    if isinstance(value, dict):
+        for key, part in value.items():
+            check_tensors(path, part, str(key))
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            check_tensors(path, part, name)
+    elif torch.is_tensor(value):
+        plain = value.layout == torch.strided and not value.is_meta
+        if not plain or value.nbytes > value.untyped_storage().nbytes():
+            raise UserError(f"{path}: expected tensors with all their numbers, got another kind in "
+                            f"{one_line(name, 80)}: the file is damaged; copy it again")
+
+
 def check_sums(path: Path) -> None:
     """Compare every part of the archive with its CRC-32."""
     try:
@@ -150,11 +180,35 @@ def check_sums(path: Path) -> None:
 
 
 def check_fields(path: Path, state: dict, fields: dict) -> None:
+    """UserError unless `state` has these fields {name: type}."""
     for name, kind in fields.items():
         if not isinstance(state.get(name), kind):
             got = type(state[name]).__name__ if name in state else "nothing"
             raise UserError(f"{path}: expected a checkpoint with {name}, a {kind.__name__}, got "
                             f"{got}: the file was made by something else; copy it again")
+
+
+def saved_weights(path: str | Path, state: dict) -> dict:
+    """The averaged weights of a checkpoint, or else its weights. UserError unless all of them are
+    finite tensors."""
+    weights = state.get("ema", state["model"])
+    for name, value in weights.items():
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            raise UserError(f"{path}: expected tensors by name, got {type(value).__name__} as "
+                            f"{one_line(name, 80)}: the file is damaged; copy it again")
+    require_finite(weights, path)
+    return weights
+
+
+def check_forms(path: Path, state: dict) -> None:
+    """UserError for a part of a checkpoint that is there and has another type than ours."""
+    fault = mismatch(state, {name: FORMS[name] for name in FORMS if name in state})
+    if not fault and len(state["class_names"]) != len(state["category_ids"]):
+        fault = "as many category_ids as class_names"
+    if fault:
+        raise UserError(f"{path}: expected {fault}: the file is damaged; copy it again")
+    if "run" in state:
+        check_values(state["run"], RUN_DEFAULTS)
 
 
 def load_safetensors(path: Path) -> dict:
@@ -168,7 +222,7 @@ def load_safetensors(path: Path) -> dict:
 
 def newest(folder: str | Path) -> Path:
     """The newest complete checkpoint that a run folder can continue from: last.pt, or else
-    last.pt.prev, with a line that says so."""
+    last.pt.prev. Prints which one."""
     last = Path(folder) / "last.pt"
     reasons = []
     for path in (last, last.with_name("last.pt.prev")):
@@ -197,12 +251,18 @@ def settings(paper, state: dict) -> tuple:
 
 
 def saved_detector(state: dict) -> str:
-    """Where the frozen detector of a mask network lay when it was trained."""
+    """Path of a mask network's frozen detector when it was trained."""
     return state.get("run", {}).get("detector") or state["config"].get("detector", "")
 
 
 def load_weights(model, state: dict, path: str | Path) -> None:
     """model.load_state_dict with a UserError that names the first tensors that do not fit."""
+    check_fit(model, state, path)
+    model.load_state_dict(state)
+
+
+def check_fit(model, state: dict, path: str | Path) -> None:
+    """UserError unless these are the tensors of this model; it may be one on the device "meta"."""
     own = model.state_dict()
     wrong = [f"{name} missing" for name in own if name not in state]
     wrong += [f"{name} unknown" for name in state if name not in own]
@@ -215,7 +275,6 @@ def load_weights(model, state: dict, path: str | Path) -> None:
         raise UserError(f"{path}: expected the tensors of this model, got {len(wrong)} that do not "
                         f"fit ({'; '.join(wrong[:3])}): the file belongs to another version or to "
                         "another model")
-    model.load_state_dict(state)
 
 
 def require_finite(state: dict, path: str | Path) -> None:
@@ -229,8 +288,8 @@ def require_finite(state: dict, path: str | Path) -> None:
 # ---- the run folder ------------------------------------------------------------------------------
 
 class RunFolder:
-    """Folder of one run. While open it is locked against other processes; the lock ends with this
-    process, however it ends."""
+    """The folder of one run. Inside `with` it is locked against other processes; the lock ends with
+    this process, however it ends."""
 
     def __init__(self, run, machine):
         self.path = Path(run.out)
@@ -241,16 +300,25 @@ class RunFolder:
     def __enter__(self):
         if self.machine.is_main:
             self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_other_kinds()
             self.lock = lock_folder(self.path)
             if not self.run.resume:
                 self._refuse_another_run()
-            for left in self.path.glob("*.tmp"):   # of a killed process
-                left.unlink()
+            for temporary in self.path.glob("*.tmp"):   # left by a killed process
+                temporary.unlink()
         return self
 
     def __exit__(self, *error):
         if self.lock:
             self.lock.close()
+
+    def _refuse_other_kinds(self):
+        """A pipe or a device in place of a file would block, a folder would fail late."""
+        for name in RUN_FILES:
+            path = self.path / name
+            if os.path.lexists(path) and not path.is_file():
+                raise UserError(f"expected {path} to be a file that the run can replace, got "
+                                "something else: remove it, or name another folder with --out")
 
     def _refuse_another_run(self):
         for name in ("last.pt", "last.pt.prev", "best.pt"):
@@ -260,19 +328,21 @@ class RunFolder:
                                 "name another folder with --out")
 
     def describe(self, cfg, recipe, dataset) -> None:
-        """Fix what every checkpoint says about the run; write config.json."""
-        settings = {"run": dataclasses.asdict(self.run), "config": dataclasses.asdict(cfg),
-                    "recipe": dataclasses.asdict(recipe)}
+        """Set `header`, the part of every checkpoint that describes the run. Write config.json."""
+        described = {"run": dataclasses.asdict(self.run), "config": dataclasses.asdict(cfg),
+                     "recipe": dataclasses.asdict(recipe)}
         self.header = {
-            "format": FORMAT, "model_name": self.run.model, "variant": self.run.variant, **settings,
+            "format": FORMAT, "model_name": self.run.model, "variant": self.run.variant,
+            **described,
             "class_names": list(dataset.class_names),
             "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name}
         if self.machine.is_main:
-            (self.path / "config.json").write_text(json.dumps(settings, indent=1) + "\n")
+            (self.path / "config.json").write_text(json.dumps(described, indent=1) + "\n")
 
     def save(self, name: str, progress, model, ema, optimizer=None, **more) -> None:
-        """Write a checkpoint from rank 0; without an optimizer only what inference needs, and what
-        `more` holds. All ranks call this. FloatingPointError for weights that are not finite."""
+        """Write a checkpoint from rank 0; all ranks call this. `more`: further fields. Without an
+        optimizer it holds only what inference needs. FloatingPointError for weights that are not
+        finite."""
         norms = torch._foreach_norm([p.detach() for p in model.parameters()])
         if not torch.stack(norms).isfinite().all():
             raise FloatingPointError(
@@ -291,9 +361,10 @@ class RunFolder:
             save(self.path / name, state, keep_previous=optimizer is not None)
 
     def restore(self, progress, model, ema, optimizer, steps_per_epoch: int):
-        """Put back the run that `run.resume` names, random states last. -> its progress
+        """Restore the run that `run.resume` names: weights, EMA, optimizer and random states.
+        -> its progress
 
-        A rank that the saved run did not have keeps the random states of its seed."""
+        progress: a new one. A rank that the saved run did not have goes on with its seed."""
         path = self.run.resume
         state = load(path)
         if "optimizer" not in state:

@@ -1,7 +1,8 @@
 """The command line of train.py: flags -> Run, Config and Recipe.
 
-Every field of the three is a flag; the comment beside a field is its help. Values come, later ones
-winning, from the paper file, its SMALL with --preset small, its variant, and the flags."""
+Every field of the three is a flag; the comment beside a field is its help. A flag overrides the
+variant, which overrides SMALL (with --preset small), which overrides the paper file's defaults.
+`registry`, how tyro reads and shows values, also serves eval.py and analysis.py."""
 import dataclasses
 import os
 import typing
@@ -13,9 +14,10 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec
 
 from engine import checkpoints
 from engine.errors import UserError
+from engine.flags import one_line_usage
 from engine.models import load_paper, paper_files
 from engine.ranges import check_ranges
-from engine.recipe import configure, preset_values
+from engine.recipe import configure, override, preset_values
 from engine.schedules import other_length
 
 CHANGEABLE_ON_RESUME = {
@@ -41,6 +43,8 @@ def parse(argv: list[str], run_class, description: str) -> tuple:
     given = given_flags(argv)
     if "resume" in given:
         return parse_resume(argv, given, run_class, description)
+
+    # these four decide what the defaults of all other flags are
     first = {name: given[name] for name in ("model", "variant", "preset", "data") if name in given}
     run = run_class(**first)
     run.preset = run.preset or ("paper" if run.data else "small")
@@ -55,13 +59,17 @@ def parse(argv: list[str], run_class, description: str) -> tuple:
     if given.get("overfit", "0") != "0":
         recipe = dataclasses.replace(recipe, epochs=OVERFIT_EPOCHS)
 
-    made_for = recipe.batch_size
-    run, cfg, recipe = ask(argv, run, cfg, recipe, paper, description)
+    usual_batch = recipe.batch_size
+    run, cfg, recipe = read_flags(argv, run, cfg, recipe, paper, description)
     check_ranges(run, cfg, recipe)
+    if run.overfit:
+        cfg = override(cfg, {"dropout": 0.0})
+        recipe = dataclasses.replace(recipe, schedule="flat")
     if "batch_size" in given and "lr" not in given:
+        # learning rates follow the batch size in proportion
         for name in ("lr", "lr_backbone", "lr_offsets"):
-            if name not in given:   # learning rates follow the batch size in proportion
-                setattr(recipe, name, getattr(recipe, name) * recipe.batch_size / made_for)
+            if name not in given:
+                setattr(recipe, name, getattr(recipe, name) * recipe.batch_size / usual_batch)
     run.out = run.out or f"runs/{run.model}"
     return run, cfg, recipe
 
@@ -76,14 +84,14 @@ def parse_resume(argv, given, run_class, description) -> tuple:
     paper = load_paper(state["model_name"])
     saved = saved_run(run_class, state, path)
     cfg, recipe = checkpoints.settings(paper, state)
-    now = {**vars(saved), **vars(cfg), **vars(recipe)}
-    run, cfg, recipe = ask(argv, saved, cfg, recipe, paper, description)
-    asked = {**vars(run), **vars(cfg), **vars(recipe)}
+    before = {**vars(saved), **vars(cfg), **vars(recipe)}
+    run, cfg, recipe = read_flags(argv, saved, cfg, recipe, paper, description)
+    after = {**vars(run), **vars(cfg), **vars(recipe)}
     for name in sorted(set(given) - CHANGEABLE_ON_RESUME):
-        if name in now and asked[name] != now[name]:
+        if name in before and after[name] != before[name]:
             raise UserError(
                 f"--resume continues with the saved settings ({path}), got another --{name} "
-                f"{given[name]}: the run has {now[name]}; leave it out, or start a new run with "
+                f"{given[name]}: the run has {before[name]}; leave it out, or start a new run with "
                 "--init and --out")
     run.model = saved.model
     run.resume = str(path)
@@ -93,6 +101,7 @@ def parse_resume(argv, given, run_class, description) -> tuple:
 
 
 def saved_run(run_class, state: dict, path: Path):
+    """The Run of a checkpoint, set to continue in the folder of the file at `path`."""
     known = {field.name for field in dataclasses.fields(run_class)}
     values = {name: x for name, x in state["run"].items() if name in known}
     values["detector"] = checkpoints.saved_detector(state)
@@ -101,30 +110,32 @@ def saved_run(run_class, state: dict, path: Path):
     return run
 
 
-def ask(argv, run, cfg, recipe, paper, description) -> tuple:
-    """Let tyro read the flags. It prints the help, and refuses unknown flags by the near name."""
-    texts = {name: x for part in (run, cfg, recipe) for name, x in vars(part).items()}
+def read_flags(argv, run, cfg, recipe, paper, description) -> tuple:
+    """Let tyro read the flags into copies of the three. It prints the help, and names a similar
+    flag for one that it does not know."""
+    defaults = {**vars(run), **vars(cfg), **vars(recipe)}
     for name, text in given_flags(argv).items():
-        if not text and isinstance(texts.get(name), str) and name != "resume":
+        if not text and isinstance(defaults.get(name), str) and name != "resume":
             raise UserError(f"--{name}: expected a value, got nothing")
     variants = ", ".join(getattr(paper, "VARIANTS", {})) or "none"
-    settings = tyro.cli(
-        make_settings(run, cfg, recipe), args=argv, default=Settings(run, cfg, recipe),
-        prog="train.py", use_underscores=True, registry=registry,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff),
-        description=f"{description.strip()}\n\nModels: {', '.join(paper_files())}. Variants of "
-                    f"{run.model}: {variants}. The defaults below are those of --model {run.model} "
-                    f"--preset {run.preset}.")
+    description = description.strip() + (
+        f"\n\nModels: {', '.join(paper_files())}. Variants of {run.model}: {variants}. The "
+        f"defaults below are those of --model {run.model} --preset {run.preset}.")
+    with one_line_usage("train.py"):
+        settings = tyro.cli(
+            make_settings(run, cfg, recipe), args=argv, default=Settings(run, cfg, recipe),
+            prog="train.py", description=description, use_underscores=True, registry=registry,
+            config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))
     return settings.run, settings.architecture, settings.training
 
 
 def make_settings(run, cfg, recipe):
-    """`Settings` with the classes of this run, which tyro reads the comments of."""
+    """`Settings` with the dataclasses of this run; tyro reads the help in their source code."""
     parts = {"run": type(run), "architecture": type(cfg), "training": type(recipe)}
     return dataclasses.make_dataclass("Settings", list(parts.items()), bases=(Settings,))
 
 
-# ---- words ---------------------------------------------------------------------------------------
+# ---- flags as text -------------------------------------------------------------------------------
 
 def split_flags(argv: list[str]) -> list[str]:
     """--lr-backbone=1 -> --lr_backbone 1"""
@@ -134,13 +145,13 @@ def split_flags(argv: list[str]) -> list[str]:
             words.append(word)
             continue
         name, equals, value = word.partition("=")
-        name = name.replace("-", "_").replace("__", "--", 1)
+        name = "--" + name[2:].replace("-", "_")
         words += [name, value] if equals else [name]
     return words
 
 
 def given_flags(argv: list[str]) -> dict[str, str]:
-    """Flag -> its words as text, before anything is known about their types."""
+    """Flag -> its words as text, whatever the type of the flag is."""
     given, name = {}, ""
     for word in argv:
         if word.startswith("--"):

@@ -84,6 +84,11 @@ def default_workers():
     return min(4, cores() // node_processes())
 
 
+def summary(doc):
+    """The first two paragraphs of a program's docstring, what it does and examples, for --help."""
+    return "\n\n".join(doc.split("\n\n")[:2])
+
+
 def require(condition, expectation, value):
     """UserError "expected ..., got ..." unless the condition holds."""
     if not condition:

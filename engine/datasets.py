@@ -6,6 +6,8 @@ from engine.class_labels import match_classes
 from engine.errors import UserError
 from scenes import NUM_TRAIN, NUM_VAL, Shapes
 
+RUN_FIELDS = ("data", "seed", "overfit", "num_val")   # of a checkpoint: which data it belongs to
+
 
 def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NUM_TRAIN,
                    num_val=NUM_VAL):
@@ -47,10 +49,14 @@ def validation_set(folder, loaded):
     if not folder and not run:
         raise UserError("expected --data DIR, got none: released weights do not say which data "
                         "they belong to")
+    lacking = [name for name in RUN_FIELDS if not folder and name not in run]
+    if lacking:
+        raise UserError("expected a checkpoint that knows the data of its run, got none of "
+                        f"{', '.join(lacking)}: give --data DIR")
     masks = getattr(loaded.paper, "NEEDS_MASKS", False)
     if not folder and run["overfit"]:
         return build_datasets(run["data"], loaded.recipe, run["seed"], masks, run["overfit"],
-                              run["num_train"])[1]
+                              run.get("num_train", NUM_TRAIN))[1]
     folder = folder or run["data"]
     transform = eval_transform(loaded.recipe)
     if folder:

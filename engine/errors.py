@@ -1,6 +1,54 @@
-"""The one kind of exception that is written for the person at the command line."""
+"""Errors that the person at the command line can correct."""
+import contextlib
+import os
+import sys
+
+import torch
 
 
 class UserError(ValueError):
     """A mistake that a user can correct. The message is one line: what was expected, what was
-    found instead, and what to do. Command lines print it without a traceback."""
+    given instead, and what to do."""
+
+
+@contextlib.contextmanager
+def user_errors(program: str):
+    """Around the main function of `program`: print "PROGRAM: error: MESSAGE" in one line, and exit,
+    for what a user can correct: a UserError, a training run that diverged, a full disk.
+
+    Other exceptions keep their traceback. When nobody reads the output any more, exit silently."""
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(line_buffering=True)   # a closed pipe is noticed at the next line
+    try:
+        yield
+    except BrokenPipeError:   # train.py | head -1
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + 13)
+    except (UserError, FloatingPointError) as error:
+        sys.exit(f"{program}: error: {one_line(error)}")
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit(f"{program}: error: out of memory ({one_line(error) or 'MemoryError'}): try "
+                 "smaller images or --device cpu")
+    except OSError as error:
+        if error.errno is None or error.strerror is None:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        sys.exit(f"{program}: error: {error.strerror}{where}")
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether the memory of the GPU or of the computer is used up."""
+    kinds = (MemoryError, torch.OutOfMemoryError)
+    return isinstance(error, kinds) or "can't allocate memory" in str(error)
+
+
+def one_line(error: Exception) -> str:
+    """The message of an error in one line, without control characters."""
+    return printable(" ".join(str(error).split()))
+
+
+def printable(text: str) -> str:
+    """Replace control characters, which would change the terminal, by question marks."""
+    return "".join(c if c.isprintable() else "?" for c in text)

@@ -8,7 +8,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.resnet import ResNet
 from deformable_attn import KernelError, MSDeformAttn, verify_kernel
-from engine.batch_norm import kept_statistics
+from engine.batch_norm import restore_statistics
 from engine.errors import UserError
 
 # Versions of one function that torch.compile may make: a function serves all layers of a class, and
@@ -72,4 +72,4 @@ def prepare_attention(impl: str, device) -> None:
 
 def recompute_contexts(layer) -> tuple:
     """Contexts of the forward pass and of its repetition."""
-    return contextlib.nullcontext(), kept_statistics(layer)
+    return contextlib.nullcontext(), restore_statistics(layer)

@@ -1,4 +1,4 @@
-"""The machine of a run: device, processes, signals, and errors that a user can mend."""
+"""The machine of a run: device, processes, stop signals, and advice when memory runs out."""
 import contextlib
 import ctypes
 import os
@@ -17,10 +17,10 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.errors import UserError
+from engine.errors import UserError, is_out_of_memory, one_line
 
-SAME_REQUEST_SECONDS = 2.0   # several stop signals within this time are one request
-QUIT_SECONDS = 1.0           # what a second request leaves the program to end in an orderly way
+SAME_REQUEST_SECONDS = 2.0   # stop signals within this time are one request
+QUIT_SECONDS = 1.0           # after a second request: time for the program to end by itself
 # In what gloo and NCCL say about a process that is gone.
 LOST_PEER = "(?i)closed by peer|reset by peer|broken pipe|timed out|remote process exited|NCCL"
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
@@ -31,13 +31,13 @@ STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP"
 
 @dataclass
 class Machine:
-    """The device of this process, and its place among the processes of the run."""
+    """The device of this process, and its rank among the processes of the run."""
     device: torch.device = torch.device("cpu")
     amp: bool = False            # bfloat16 autocast
     rank: int = 0
     world: int = 1               # number of processes
     local_rank: int = 0          # among the processes of this node
-    threads: int = 1             # of PyTorch on the CPU
+    threads: int = 1             # CPU threads of PyTorch
     workers: int = 0             # processes that read images
 
     @property
@@ -113,8 +113,8 @@ class Machine:
 
 
 def set_up_machine(run) -> Machine:
-    """Choose device, threads and workers of a run, join its process group, and seed PyTorch alike
-    on every rank, so that all of them build the same model."""
+    """Choose device, threads and workers of a run, and join its process group. Seed PyTorch with
+    the same number on every rank, so that all of them build the same model."""
     rank = int(os.environ.get("RANK", 0))
     world = int(os.environ.get("WORLD_SIZE", 1))
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
@@ -129,7 +129,7 @@ def set_up_machine(run) -> Machine:
         # matrix products in TF32, as the authors trained; eval.py computes them exactly
         torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
-        # gloo carries counts and flags from host to host, nccl the gradients
+        # gloo: counts and flags, from CPU to CPU; nccl: gradients, from GPU to GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
 
     share = cores() // node_processes()
@@ -142,7 +142,7 @@ def set_up_machine(run) -> Machine:
     torch.use_deterministic_algorithms(run.deterministic)
 
     machine = Machine(device, bool(run.amp), rank, world, local_rank, threads, workers)
-    if run.amp is None:   # where the hardware multiplies bfloat16, not where it is emulated
+    if run.amp is None:   # only where the hardware multiplies bfloat16; emulation is slow
         machine.amp = (torch.cuda.is_bf16_supported(False) if name == "cuda"
                        else torch.cpu._is_avx512_bf16_supported())
     machine.seed_rank(run.seed)
@@ -163,9 +163,9 @@ def node_processes() -> int:
 
 
 def omp_threads() -> int:
-    """Threads that OMP_NUM_THREADS asks for, 0 when it is not set."""
+    """The number of threads in OMP_NUM_THREADS, 0 when it is not set."""
     text = os.environ.get("OMP_NUM_THREADS", "")
-    first = text.split(",")[0].strip() or "0"   # OpenMP allows one number a nesting level
+    first = text.split(",")[0].strip() or "0"   # OpenMP allows a list: one per nesting level
     if not first.isdecimal():
         raise UserError(f"OMP_NUM_THREADS: expected a number, got {text!r}; unset it, or give "
                         "--threads")
@@ -173,29 +173,31 @@ def omp_threads() -> int:
 
 
 def prepare_cpu() -> None:
-    """Set two things for the whole process that halve the time of an image on a CPU and change no
-    result beyond rounding."""
-    # glibc returns large tensors to the system after each use and has them zeroed again: keep them
+    """Halve the time of an image on a CPU by two settings of the whole process. Results change by
+    rounding only."""
+    # glibc returns the memory of large tensors to the system after each use, and new memory has
+    # to be zeroed: let it hold the memory instead
     libc = ctypes.CDLL(None) if sys.platform == "linux" else None
     if hasattr(libc, "mallopt"):
         libc.mallopt(-4, 0)         # M_MMAP_MAX: no block is mapped on its own
         libc.mallopt(-1, -1)        # M_TRIM_THRESHOLD: no memory is returned
-    # float32 products by oneDNN are twice as fast as MKL's on AMD. PyTorch takes that way when
-    # bfloat16 sums are allowed, which only AMX units use: machines with AMX are left alone.
-    # Since PyTorch 2.9.
+    # On AMD, oneDNN multiplies float32 matrices twice as fast as MKL. PyTorch (2.9 or newer)
+    # chooses oneDNN when bfloat16 is allowed inside float32 products. Only AMX units then really
+    # use bfloat16, so machines with AMX are left as they are.
     if hasattr(torch.backends.mkldnn, "matmul") and not torch.cpu._is_amx_tile_supported():
         torch.backends.mkldnn.matmul.fp32_precision = "bf16"
 
 
 # ---- signals -------------------------------------------------------------------------------------
 
-class Requests:
-    """Tells a second request to stop from an echo of the first."""
+class SecondRequest:
+    """Recognize a second request to stop: a signal SAME_REQUEST_SECONDS or more after the first."""
 
     def __init__(self):
         self.first = None
 
-    def again(self) -> bool:
+    def received(self) -> bool:
+        """Register a signal. -> whether it is a second request"""
         now = time.monotonic()
         if self.first is None:
             self.first = now
@@ -206,24 +208,25 @@ class Requests:
 class StopSignals:
     """Turn SIGTERM, SIGINT and SIGHUP into a request to save and stop after this step.
 
-    `signal` is the number of the request, 0 for none. A second request quits at once. Schedulers
-    signal every process and torchrun passes it on, so what follows within SAME_REQUEST_SECONDS is
-    the same request. A thread watches the signals too: while the main thread waits for a peer that
-    does not answer, Python runs no handlers."""
+    `signal` is the number of the first signal, 0 for none. A second request quits at once.
+    Schedulers signal every process and torchrun passes signals on, so all signals within
+    SAME_REQUEST_SECONDS are one request. A thread watches the signals too, because Python runs no
+    handler while the main thread waits for a rank that does not answer."""
 
     def __init__(self):
         self.signal = 0
-        self.all_saved = False    # the first signal quits
+        self.all_saved = False    # if true, the first signal quits
         self.active = False
 
     def __enter__(self):
         self.handlers = {}
         for number in STOP_SIGNALS:
             ignored = signal.getsignal(number) is signal.SIG_IGN
-            if ignored and number != signal.SIGINT:   # nohup
+            if ignored and number != signal.SIGINT:   # started with nohup
                 continue
             self.handlers[number] = signal.signal(number, self._handle)
-        self.handled, self.watched = Requests(), Requests()
+        self.handled = SecondRequest()    # of the handler
+        self.watched = SecondRequest()    # of the thread
         self.active = True
         reader, self.writer = socket.socketpair()
         self.writer.setblocking(False)
@@ -240,25 +243,25 @@ class StopSignals:
 
     def _handle(self, number, frame):
         self.signal = self.signal or number
-        if self.handled.again() or self.all_saved:
+        if self.handled.received() or self.all_saved:
             sys.exit(128 + number)
 
     def _watch(self, reader):
-        """Quit on behalf of a main thread that does not get to run its handler."""
+        """Quit if the main thread does not get to run its handler."""
         with reader:
             while True:
                 number = reader.recv(1)
                 if not number:
                     return
-                if number[0] in self.handlers and (self.watched.again() or self.all_saved):
+                if number[0] in self.handlers and (self.watched.received() or self.all_saved):
                     time.sleep(QUIT_SECONDS)
                     if self.active:
-                        os.write(2, b"\nasked again to stop: quits without saving\n")
+                        os.write(2, b"\nstopped by a signal: quits without saving\n")
                         os._exit(128 + number[0])
 
     @contextlib.contextmanager
-    def immediately(self):
-        """Everything is saved here: the first signal quits."""
+    def nothing_to_save(self):
+        """Inside this block everything is saved already: the first signal quits at once."""
         self.all_saved = True
         if self.signal:
             sys.exit(128 + self.signal)
@@ -266,48 +269,22 @@ class StopSignals:
         self.all_saved = False
 
 
-# ---- errors --------------------------------------------------------------------------------------
-
-@contextlib.contextmanager
-def user_errors(program: str):
-    """End the program with one line for what a user can mend: a UserError, a training run that
-    diverged, a full disk. All other exceptions keep their traceback."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)   # a closed pipe is noticed at the next line
-    try:
-        yield
-    except BrokenPipeError:   # train.py | head -1
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(128 + 13)
-    except (UserError, FloatingPointError) as error:
-        sys.exit(f"{program}: error: {one_line(error)}")
-    except OSError as error:
-        if error.errno is None or error.strerror is None:
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        sys.exit(f"{program}: error: {error.strerror}{where}")
-
-
-def one_line(error: Exception) -> str:
-    """The message of an error without line breaks and control characters."""
-    text = " ".join(str(error).split())
-    return "".join(c if c.isprintable() else "?" for c in text)
-
+# ---- out of memory -------------------------------------------------------------------------------
 
 @contextlib.contextmanager
 def memory_advice(run, recipe):
-    """Turn running out of memory into a UserError that names the flag to try next: first what
-    leaves every result as it is."""
+    """Turn running out of memory into a UserError that names the flag to try next. Flags that leave
+    the results as they are come first."""
     try:
         yield
-    except RuntimeError as error:
-        full = isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
-        if not full:
+    except (MemoryError, RuntimeError) as error:
+        if not is_out_of_memory(error):
             raise
         raise UserError(next_flag(error, run, recipe)) from error
 
 
 def next_flag(error, run, recipe) -> str:
+    """The message: what to try next, and how to continue."""
     last = os.path.join(run.out, "last.pt")
     parts = 2 * run.accum * int(os.environ.get("WORLD_SIZE", 1))
     saved = os.path.exists(last)

@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import nn
 
 from backbones import load_backbone_weights
@@ -11,7 +12,6 @@ from engine import checkpoints, class_rows
 from engine.errors import UserError
 from engine.recipe import Recipe
 from engine.released import convert
-
 
 ROOT = Path(__file__).resolve().parent.parent
 CONTRACT = ("Config", "RECIPE", "build", "param_groups", "detect")   # see train.py
@@ -44,8 +44,8 @@ def load_paper(name: str):
 
 
 class Loaded(NamedTuple):
-    """A checkpoint made into a model."""
-    model: nn.Module        # in evaluation mode; the averaged weights where there are any
+    """A model from a checkpoint, with its settings."""
+    model: nn.Module        # in evaluation mode; the EMA weights where there are any
     paper: object           # module of the paper file: `paper.detect`, `paper.build`
     cfg: object             # its Config
     recipe: Recipe
@@ -57,7 +57,7 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     """Load a checkpoint of ours or a released one.
 
     variant: one of the paper file's VARIANTS, for what a released file does not show (`dc5`).
-    detector: where the frozen detector of a mask network lies now; default: where it was."""
+    detector: path of a mask network's frozen detector; default: its path when it was trained."""
     state = checkpoints.load(path)
     if "model_name" not in state:
         state = convert(state, path, variant)
@@ -67,20 +67,31 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     paper = load_paper(state["model_name"])
     cfg, recipe = checkpoints.settings(paper, state)
     names = state["class_names"]
+    parts = [cfg, len(names)]
     if getattr(paper, "NEEDS_DETECTOR", False):
-        frozen = load_detector(detector or checkpoints.saved_detector(state))
-        model, criterion = paper.build(cfg, len(names), frozen)
-    else:
-        model, criterion = paper.build(cfg, len(names))
+        parts.append(load_detector(detector or checkpoints.saved_detector(state)))
     weights = state.get("ema", state["model"])
-    checkpoints.load_weights(model, weights, path)
+    # a damaged file may ask for a model that no memory holds: compare the shapes first
+    with torch.device("meta"):
+        checkpoints.check_fit(paper.build(*parts)[0], weights, path)
     checkpoints.require_finite(weights, path)
+    model, criterion = paper.build(*parts)
+    checkpoints.load_weights(model, weights, path)
     meta = {key: x for key, x in state.items() if key not in ("model", "ema", "optimizer", "rng")}
     return Loaded(model.to(device).eval(), paper, cfg, recipe, meta, criterion)
 
 
+def build_model(paper, cfg, num_classes: int, detector: str) -> tuple:
+    """-> a model with random weights, and its criterion.
+
+    detector: checkpoint of the trained detector, for a paper file that needs one."""
+    if getattr(paper, "NEEDS_DETECTOR", False):
+        return paper.build(cfg, num_classes, load_detector(detector))
+    return paper.build(cfg, num_classes)
+
+
 def load_detector(path: str) -> Loaded:
-    """Load the detector that a mask network builds on, without unused COCO columns."""
+    """Load the detector that a mask network builds on, without the unused classes of COCO heads."""
     if not path:
         raise UserError("expected --detector FILE, a trained detector to put masks on, got none: "
                         "python train.py --model dino makes runs/dino/best.pt, with --data DIR on "
@@ -99,11 +110,12 @@ def load_detector(path: str) -> Loaded:
 
 def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
     """Fill a fresh model from --init, or its backbones from --backbone_weights. -> report lines"""
-    theirs = getattr(model, "class_names", class_names)    # of a wrapped detector
-    if theirs != class_names:
+    # a mask network has the classes of its frozen detector
+    detector_classes = getattr(model, "class_names", class_names)
+    if detector_classes != class_names:
         raise UserError(f"expected a detector of the classes of the data, in this order: "
-                        f"{class_names}, got {theirs}: train it on this data, or give --data what "
-                        "it was trained on")
+                        f"{class_names}, got {detector_classes}: train it on this data, or give "
+                        "--data what it was trained on")
     if run.resume:
         return [f"resumed from {run.resume}"]
     if not run.init:
@@ -112,8 +124,7 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
     state = checkpoints.load(run.init)
     if "model_name" not in state:
         state = convert(state, run.init)
-    weights = state.get("ema", state["model"])
-    checkpoints.require_finite(weights, run.init)
+    weights = checkpoints.saved_weights(run.init, state)
     fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)
     model.load_state_dict(fitted)
     return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]

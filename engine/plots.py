@@ -1,6 +1,7 @@
 """Plots of numbers: the log of a run, several runs, ablations."""
 import json
 import re
+import sys
 from pathlib import Path
 
 import matplotlib
@@ -10,8 +11,19 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.files import complete_picture
+from engine.forms import mismatch, read_results, read_text
 
 MAX_CLASSES = 10     # curves in one plot of precision and recall
+LINE_FORMS = {
+    "step": {"step": float, "train_seconds": float, "lr": float, "loss": float,
+             "losses": {str: float}},
+    "eval": {"step": float, "train_seconds": float},
+}
+EVALUATION_FORM = {
+    "curves": {str: {"precision": [float]}},
+    "per_class": {str: {"objects": float, "threshold": float, "AP50": float, "F1": float,
+                        "recall": float, "precision": float}},
+}
 MINUTES = "training minutes (without evaluation)"
 
 
@@ -35,17 +47,36 @@ def clean_axis(axis):
 # ---- one run -------------------------------------------------------------------------------------
 
 def read_log(run_dir):
-    """log.jsonl of a run folder -> its step lines and its eval lines, in order."""
-    steps = []
-    evals = []
-    for text in (Path(run_dir) / "log.jsonl").read_text().splitlines():
-        if text.strip():
-            line = json.loads(text)
-            if line["kind"] == "step":
-                steps.append(line)
-            elif line["kind"] == "eval":
-                evals.append(line)
-    return steps, evals
+    """log.jsonl of a run folder -> its step lines and its eval lines, in order.
+
+    Broken lines are left out, and counted on stderr; a killed run may leave one."""
+    lines = {"step": [], "eval": []}
+    broken = 0
+    path = Path(run_dir) / "log.jsonl"
+    for text in read_text(path).splitlines():
+        if not text.strip():
+            continue
+        line = read_line(text)
+        if line is None:
+            broken += 1
+        elif line["kind"] in lines:
+            lines[line["kind"]].append(line)
+    if broken:
+        print(f"{path}: {broken} broken lines are left out", file=sys.stderr)
+    return lines["step"], lines["eval"]
+
+
+def read_line(text):
+    """One line of a log; None where it is broken."""
+    try:
+        line = json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+    if mismatch(line, {"kind": str}):
+        return None
+    form = LINE_FORMS.get(line["kind"], {})
+    kinds = {kind: {"AP": float, "AP50": float} for kind in ("bbox", "segm") if kind in line}
+    return None if mismatch(line, {**form, **kinds}) else line
 
 
 def curves(run_dir: str):
@@ -192,10 +223,12 @@ def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: s
         out: Picture to write, .png or .jpg.
         kind: bbox or segm.
     """
-    figures = json.loads(Path(evaluation).read_text()).get(kind)
-    if not figures or "curves" not in figures:
+    figures = read_results(evaluation, {}).get(kind)
+    if mismatch(figures, EVALUATION_FORM):
         raise UserError(f"expected an evaluation of {kind} with curves, got {evaluation}: "
                         "python eval.py --checkpoint RUN makes eval.json")
+    if set(figures["curves"]) != set(figures["per_class"]):
+        raise UserError(f"{evaluation}: expected a curve for every class; write the file anew")
     # the classes with the most objects, no more than the colors can tell apart
     rows = sorted(figures["per_class"].items(), key=lambda item: -item[1]["objects"])
     figure, axis = plt.subplots(figsize=(7, 5))

@@ -1,4 +1,4 @@
-"""What every setting may be, from the command line or from a checkpoint: one range a field name."""
+"""The range of every setting, from the command line or a checkpoint: one range per field name."""
 import math
 import typing
 from dataclasses import fields
@@ -9,7 +9,7 @@ LAYERS = (1, 100)
 FRACTION = (0, 1)
 SIDE = (1, 10_000)         # of an image, pixels
 
-INTEGER = (1, 1_000_000)   # where nothing else is listed
+INTEGER = (1, 1_000_000)   # of fields that RANGES does not list
 NUMBER = (0, 1_000_000)
 RANGES = {
     # Run
@@ -53,7 +53,17 @@ def check_ranges(*settings) -> None:
         check_heads(group)
 
 
+def check_values(settings: dict, defaults: dict) -> None:
+    """UserError for the first of these settings that has another type than its default, or a value
+    outside its range. Settings may lack some."""
+    for name, default in defaults.items():
+        if name in settings:
+            check_type(name, settings[name], default)
+            check_value(name, settings[name], default)
+
+
 def check_type(name: str, value, default) -> None:
+    """UserError for a value of another type than the default; a float may be given as an int."""
     kind = type(default)
     if kind is float:
         fits = type(value) in (int, float)
@@ -68,6 +78,7 @@ def check_type(name: str, value, default) -> None:
 
 
 def check_value(name: str, value, default) -> None:
+    """UserError for a value, or an element of a tuple, that CHOICES or RANGES exclude."""
     if name in CHOICES:
         if value not in CHOICES[name]:
             choices = [choice for choice in CHOICES[name] if choice]
@@ -84,7 +95,13 @@ def check_value(name: str, value, default) -> None:
 
 
 def check_heads(cfg) -> None:
-    """Widths that attention divides among its heads."""
+    """UserError unless the attention heads and GroupNorm's groups divide every width evenly."""
+    if hasattr(cfg, "num_feature_levels") and cfg.dim % 32:
+        raise UserError(f"expected --dim divisible by 32, got {cfg.dim}: its maps are normalized "
+                        "in 32 groups")
+    if getattr(cfg, "aux_heads", "none") not in ("", "none") and cfg.dim < 64:
+        raise UserError(f"expected --dim of at least 64 with --aux_heads, got {cfg.dim}: a group "
+                        "of one channel cannot be normalized on a map of one token")
     for width in ("dim", "channel_dim"):
         size = getattr(cfg, width, 0)
         heads = getattr(cfg, "num_heads", 1)

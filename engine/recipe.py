@@ -7,25 +7,27 @@ from engine.errors import UserError
 @dataclass
 class Recipe:
     """Optimizer, schedule, image sizes and augmentation of one training run."""
-    lr: float = 1e-4                # for exactly `batch_size` images a step
-    lr_backbone: float = 1e-5       # of the backbone
-    lr_offsets: float = 2e-5        # of sampling offsets and reference points in some papers
-    layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: none
-    weight_decay: float = 1e-4
-    clip: float = 0.1               # limit of the gradient norm; 0: none
-    batch_size: int = 16            # images a step, over all processes and micro-batches
-    epochs: int = 12
-    schedule: str = "step"          # step, drops, cosine or flat
-    lr_drop: int = 11               # step: lr x 0.1 after this epoch
-    lr_drops: tuple[float, ...] = (0.9, 0.95)   # drops: lr x 0.1 after these fractions of the run
-    warmup: float = 0.0             # fraction of the run over which lr rises from 0
-    ema: float = 0.0                # decay of the averaged weights that are evaluated; 0: none
-    ema_warmup: int = 0             # steps in which the decay approaches `ema`; 0: another rule
-    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)  # px
-    max_size: int = 1333            # limit of the longer side, px
-    train_max_size: int = 0         # another limit in training, px; 0: max_size
-    crop: bool = True               # half of the images: resize, random crop, resize
-    color_jitter: bool = False      # random colors
+    lr: float = 1e-4                # learning rate, for steps of `batch_size` images
+    lr_backbone: float = 1e-5       # learning rate of the backbone
+    lr_offsets: float = 2e-5        # learning rate of sampling offsets and reference points
+    layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: off
+    weight_decay: float = 1e-4      # weight decay of AdamW
+    clip: float = 0.1               # maximum norm of the gradient; 0: no limit
+    batch_size: int = 16            # images per step, over all processes and micro-batches
+    epochs: int = 12                # passes over the training set
+    schedule: str = "step"          # learning-rate schedule: step, drops, cosine or flat
+    lr_drop: int = 11               # schedule step: lr x 0.1 after this epoch
+    # schedule drops: lr x 0.1 after each of these fractions of the run
+    lr_drops: tuple[float, ...] = (0.9, 0.95)
+    warmup: float = 0.0             # fraction of the run in which lr rises from 0
+    ema: float = 0.0                # decay of the EMA of the weights, which is evaluated; 0: off
+    ema_warmup: int = 0             # steps over which the decay rises to `ema`; 0: a short rise
+    # shorter side in training, chosen at random for each image, px
+    train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
+    max_size: int = 1333            # maximum longer side, px
+    train_max_size: int = 0         # maximum longer side in training, px; 0: max_size
+    crop: bool = True               # crop a random part of half of the training images
+    color_jitter: bool = False      # change the colors of training images at random
     eval_size: int = 800            # shorter side at evaluation, px
 
 

@@ -23,6 +23,8 @@ from engine.authors_names import (
 from engine.checkpoints import FORMAT
 from engine.class_rows import COCO_IDS, COCO_NAMES, coco_columns, count_classes
 from engine.errors import UserError
+from engine.notices import one_line
+from engine.ranges import check_ranges
 from engine.recipe import configure
 
 # H-DETR's table of queries holds both groups; every released one has this many one-to-many rows.
@@ -204,9 +206,7 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
     Raises UserError for weights of a model that is not built here.
     """
     weights = state.get("model", state.get("state_dict", state))
-    if not isinstance(weights, dict):
-        raise UserError(f"{path}: expected weights under 'model', got {type(weights).__name__}: "
-                        "give the file as it was released")
+    check_types(weights, path)
     options = state.get("args", {})
     source = "released"
     if "model.level_embed" in weights or "class_labels_classifier.weight" in weights:
@@ -215,10 +215,18 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
         options = transformers_options(path)
     options = getattr(options, "__dict__", options)
     meta = state.get("meta", {})
+    for name, part in (("args", options), ("meta", meta)):
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: expected {name} to be a dictionary, got "
+                            f"{type(part).__name__}: give the file as it was released")
     check_options(options, meta, path)
 
-    family, found = recognize(weights)
-    weights = from_authors(weights, family)
+    try:
+        family, found = recognize(weights)
+        weights = from_authors(weights, family)
+    except (KeyError, IndexError) as error:   # names and shapes of tensors
+        raise UserError(f"{path}: expected all tensors of a released model, got none or another "
+                        f"shape for {error}: give the file as it was released") from error
     paper = importlib.import_module(FAMILIES[family].model_name)
     if variant not in ("", *paper.VARIANTS):
         raise UserError(f"expected --variant to be one of {', '.join(paper.VARIANTS)}, "
@@ -246,6 +254,17 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
         "class_names": names,
         "category_ids": COCO_IDS if names == COCO_NAMES else list(range(columns)),
         "model": weights, "epoch": 0, "step": 0}
+
+
+def check_types(weights, path: str | Path) -> None:
+    """UserError unless this is a dictionary of tensors."""
+    if not isinstance(weights, dict):
+        raise UserError(f"{path}: expected weights under 'model', got {type(weights).__name__}: "
+                        "give the file as it was released")
+    for name, value in weights.items():
+        if not isinstance(name, str) or not torch.is_tensor(value):
+            raise UserError(f"{path}: expected tensors by name, got {type(value).__name__} as "
+                            f"{one_line(name, 80)}: give the file as it was released")
 
 
 def transformers_options(path: str | Path) -> dict:
@@ -287,6 +306,7 @@ def check_options(options: dict, meta: dict, path: str | Path) -> None:
 def check_shapes(weights: dict, paper, config: dict, num_classes: int, path: str | Path) -> None:
     """Raise UserError unless the model of `config` has exactly these names and shapes."""
     cfg, _ = configure(paper, config)
+    check_ranges(cfg)
     with torch.device("meta"):
         model, _ = paper.build(cfg, num_classes)
     ours = {key: tuple(value.shape) for key, value in model.state_dict().items()}

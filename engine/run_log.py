@@ -1,4 +1,4 @@
-"""What a run reports: the opening report, log.jsonl, the progress bar, steps that failed."""
+"""What a run reports: the opening report, log.jsonl, the progress bar, skipped steps."""
 import dataclasses
 import json
 import os
@@ -12,20 +12,23 @@ from tqdm import tqdm
 
 import data
 from deformable_attn import verify_kernel
-from engine.batch_norm import kept_statistics
+from engine.batch_norm import restore_statistics
+from engine.errors import printable
 from engine.machine import cores
 from engine.recipe import configure, preset_values
 
 LOG_EVERY = 10     # steps between lines of log.jsonl
 BAD_STEPS = 3      # steps in a row that are not finite before the run stops
 AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
-KINDS = {"segm": "mask AP", "segm_cls": "by class score"}
+MASK_COLUMNS = {"segm": "mask AP", "segm_cls": "by class score"}
 
 
 class RunLog:
-    """log.jsonl: a line of mean losses every LOG_EVERY steps, a line of scores at every evaluation.
-    nan_report.jsonl: a line for every skipped step. A resumed run removes the lines that it is
-    about to write again."""
+    """Write the logs of a run, and move its progress bar.
+
+    log.jsonl: a line of mean losses every LOG_EVERY steps, a line of scores at every evaluation.
+    nan_report.jsonl: a line for every skipped step. A resumed run removes the lines of steps that
+    it is about to repeat."""
 
     def __init__(self, run, recipe, batch, machine, progress):
         self.run = run
@@ -34,58 +37,61 @@ class RunLog:
         self.machine = machine
         self.batch = batch
         self.first_step = progress.step
-        self.seconds = progress.seconds    # at the last line
+        self.seconds = progress.seconds    # training time at the last line
         self.clock = time.perf_counter()
-        self.waiting = []                  # ({loss: value}, gradient norm) of good steps
-        self.steps = 0                     # since the last line
-        self.speed_said = False
+        self.steps = 0                     # all steps since the last line
+        self.good_steps = []               # ({loss: value}, gradient norm) of those not skipped
+        self.speed_reported = False
         if machine.is_main:
             for name in ("log.jsonl", "nan_report.jsonl"):
                 remove_later_lines(self.out / name, progress.step)
+        images_per_epoch = batch.steps_per_epoch * batch.total
         self.bar = tqdm(
-            total=recipe.epochs * batch.steps * batch.total, initial=progress.step * batch.total,
+            total=recipe.epochs * images_per_epoch, initial=progress.step * batch.total,
             unit="image", disable=not machine.is_main, dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 60,
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}, left {remaining} {postfix}")
 
     def report(self, paper, cfg, train_set, val_set, model, notes) -> None:
-        """Print what is about to happen."""
+        """Print the opening report, see `opening_report`."""
         if not self.machine.is_main:
             return
-        text = report(self.run, paper, cfg, self.recipe, self.batch, self.machine, train_set,
-                      val_set, model, notes)
-        total = self.batch.steps * self.recipe.epochs
+        text = opening_report(self.run, paper, cfg, self.recipe, self.batch, self.machine,
+                              train_set, val_set, model, notes)
+        total = self.batch.steps_per_epoch * self.recipe.epochs
         if self.first_step:
             ended = ", trained to the end: evaluates again" if self.first_step == total else ""
             text += f"\nresuming  at step {self.first_step} of {total}{ended}"
         print(text)
 
     def write(self, record: dict, name: str = "log.jsonl") -> None:
+        """Append one line to a log, from rank 0."""
         if self.machine.is_main:
             with open(self.out / name, "a") as file:
                 file.write(json.dumps(record) + "\n")
 
     def start_clock(self) -> None:
-        """Training time counts from here, not saving and evaluating."""
+        """Count training time from here, so that saving and evaluating before it do not count."""
         self.clock = time.perf_counter()
 
     def step(self, progress, losses, grad_norm, finite, optimizer, write=False) -> None:
-        """Count one step, and write the mean of the good ones since the last line when due."""
+        """Count one step. Every LOG_EVERY steps, at the end of an epoch and on demand (`write`)
+        write the means over the steps since the last line, without the skipped ones."""
         now = time.perf_counter()
         progress.seconds += now - self.clock
         self.clock = now
         self.bar.update(self.batch.total)
         self.steps += 1
         if finite:
-            self.waiting.append((losses, grad_norm))
-        ends_epoch = progress.batch == self.batch.steps
+            self.good_steps.append((losses, grad_norm))
+        ends_epoch = progress.batch == self.batch.steps_per_epoch
         if not (write or ends_epoch or progress.step % LOG_EVERY == 0):
             return
 
         speed = self.steps * self.batch.total / max(progress.seconds - self.seconds, 1e-9)
-        if self.waiting:
-            means = {name: self._mean(name) for name in sorted(losses_of(self.waiting))}
-            norm = sum(norm for _, norm in self.waiting) / len(self.waiting)
+        if self.good_steps:
+            means = {name: self._mean(name) for name in sorted(loss_names(self.good_steps))}
+            norm = sum(norm for _, norm in self.good_steps) / len(self.good_steps)
             loss = sum(means.values())
             lr = max(group["lr"] for group in optimizer.param_groups)
             self.write({"kind": "step", "step": progress.step, "epoch": progress.epoch,
@@ -95,18 +101,18 @@ class RunLog:
             self.bar.set_postfix_str(
                 f"epoch {progress.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
         warm = progress.step - self.first_step >= 2 * LOG_EVERY    # the first steps are slow
-        if not self.speed_said and (warm or ends_epoch):
-            self._say_speed(speed)
-        self.waiting = []
+        if not self.speed_reported and (warm or ends_epoch):
+            self._report_speed(speed)
+        self.good_steps = []
         self.steps = 0
         self.seconds = progress.seconds
 
     def _mean(self, name: str) -> float:
-        return sum(losses.get(name, 0.0) for losses, _ in self.waiting) / len(self.waiting)
+        return sum(losses.get(name, 0.0) for losses, _ in self.good_steps) / len(self.good_steps)
 
-    def _say_speed(self, speed: float) -> None:
-        self.speed_said = True
-        seconds = self.batch.steps * self.batch.total / speed
+    def _report_speed(self, speed: float) -> None:
+        self.speed_reported = True
+        seconds = self.batch.steps_per_epoch * self.batch.total / speed
         self.machine.say(
             f"expected  {speed:.1f} images/s: {duration(seconds)} an epoch, "
             f"{duration(seconds * self.recipe.epochs)} in all without evaluations; memory at most "
@@ -117,9 +123,9 @@ class RunLog:
                          "with --resume")
 
     def bad_step(self, progress, losses, model, micro_batches) -> None:
-        """Report a skipped step with images, losses and first bad module of the ranks where
-        something was wrong; all ranks are named when only the gradient was. FloatingPointError for
-        the BAD_STEPS-th in a row."""
+        """Report a skipped step: images, losses and first module that were not finite, of the ranks
+        where something was wrong, or of all ranks when only the gradient was not finite.
+        FloatingPointError for the BAD_STEPS-th such step in a row."""
         mine = {"images": [int(t["image_id"]) for *_, targets in micro_batches for t in targets],
                 "losses": [name for name, x in losses.items() if not abs(x) < float("inf")],
                 "module": first_bad_module(model, micro_batches, self.machine)}
@@ -146,25 +152,27 @@ class RunLog:
         """Write the scores of an evaluation, and print them as a row of a table."""
         self.write(record)
         cells = [f"{name} {record['bbox'][name]:.3f}" for name in AP_COLUMNS]
-        cells += [f"{title} {record[kind]['AP']:.3f}" for kind, title in KINDS.items()
+        cells += [f"{title} {record[kind]['AP']:.3f}" for kind, title in MASK_COLUMNS.items()
                   if kind in record]
         self.machine.say(f"epoch {record['epoch']:>3}  trained "
                          f"{record['train_seconds'] / 60:6.2f} min  " + "  ".join(cells))
 
 
-def losses_of(waiting: list) -> set:
-    return {name for losses, _ in waiting for name in losses}
+def loss_names(good_steps: list) -> set:
+    return {name for losses, _ in good_steps for name in losses}
 
 
 def remove_later_lines(path: Path, step: int) -> None:
-    """Drop the lines of a log that belong to steps after `step`, and those that are broken."""
+    """Remove the lines of a log that belong to steps after `step`, and those that are broken."""
     if not path.exists():
         return
     kept = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
-            last = record["step"] + (record.get("kind") == "eval")
+            last = record["step"]
+            if record.get("kind") == "eval":    # comes after its step: a run resumed from this
+                last += 1                       # step evaluates again
             if line.endswith("\n") and last <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError):
@@ -193,7 +201,7 @@ def first_bad_module(model, micro_batches, machine) -> str:
     devices = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(devices), torch.compiler.set_stance("force_eager"), \
-                kept_statistics(model), machine.autocast():
+                restore_statistics(model), machine.autocast():
             for images, padding, targets in micro_batches:
                 model(images.to(device), padding.to(device), data.to_device(targets, device))
     finally:
@@ -202,10 +210,11 @@ def first_bad_module(model, micro_batches, machine) -> str:
     return bad[0] if bad else ""
 
 
-# ---- the report ----------------------------------------------------------------------------------
+# ---- the opening report ------------------------------------------------------------------------
 
-def report(run, paper, cfg, recipe, batch, machine, train_set, val_set, model, notes) -> str:
-    """What is about to happen, in about ten lines."""
+def opening_report(run, paper, cfg, recipe, batch, machine, train_set, val_set, model,
+                   notes) -> str:
+    """Describe the run in about ten lines: settings, machine, data, model, batch, weights."""
     counts = class_counts(train_set)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
@@ -223,7 +232,7 @@ def report(run, paper, cfg, recipe, batch, machine, train_set, val_set, model, n
         f"model     {' '.join((run.model, run.variant)).strip()}: {trainable / 1e6:.2f} M "
         f"parameters to train of {everything / 1e6:.2f} M",
         f"training  {size}, lr {lr:g}{batch_hint(run, paper, batch)}, {recipe.epochs} epochs of "
-        f"{batch.steps} steps, seed {run.seed}"]
+        f"{batch.steps_per_epoch} steps, seed {run.seed}"]
     lines += [f"weights   {note}" for note in notes]
     lines.append(f"folder    {run.out}")
     if machine.device.type == "cpu" and run.preset == "paper":
@@ -234,7 +243,7 @@ def report(run, paper, cfg, recipe, batch, machine, train_set, val_set, model, n
 
 
 def class_counts(dataset) -> str:
-    """Objects a class, most frequent first."""
+    """Number of objects of each class, most frequent first, as text."""
     counts = list(zip(data.class_counts(dataset).tolist(), dataset.class_names))
     counts.sort(reverse=True)
     unused = sum(count == 0 for count, _ in counts)
@@ -268,6 +277,7 @@ def attention(run, machine) -> str:
 
 
 def batch_hint(run, paper, batch) -> str:
+    """For a batch size that is not the recipe's: the recipe's batch size and learning rate."""
     _, made_for = configure(paper, preset_values(paper, run.preset or "paper", run.variant))
     if batch.total == made_for.batch_size:
         return ""
@@ -275,18 +285,12 @@ def batch_hint(run, paper, batch) -> str:
             "unless --lr is given)")
 
 
-def printable(text: str) -> str:
-    """Names from a file, without the control characters that would drive the terminal."""
-    return "".join(c if c.isprintable() else "?" for c in text)
-
-
 def duration(seconds: float) -> str:
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 
 def peak_memory(device) -> str:
-    """The most that was in use so far: of the GPU, or by this process, where the system reports it
-    (Linux)."""
+    """Peak memory so far: of the GPU, or of this process on the CPU ("unknown" if not on Linux)."""
     if device.type == "cuda":
         return f"{torch.cuda.max_memory_allocated() / 2 ** 30:.1f} GiB"
     status = Path("/proc/self/status")

@@ -1,15 +1,15 @@
-"""What some numbers of a Recipe stand for during a run: other lengths, averages, rates by depth."""
-import math
+"""What some fields of a Recipe stand for: runs of another length, learning rates by depth."""
 import re
 
 from engine.recipe import Recipe
 
 
 def other_length(paper, variant: str, recipe: Recipe, epochs: int) -> tuple[dict, str]:
-    """What changes with another number of epochs than the recipe's, and a line that says so.
+    """Adapt a recipe to another number of epochs. -> {field: value} to change, a line that says so
 
-    The published run of that length, which a paper file calls "<variant>_<epochs>_epochs" (or, with
-    no variant, "<epochs>_epochs"), or else a learning rate that drops in proportion."""
+    Uses the published run of that length where there is one: the variant that the paper file calls
+    "<variant>_<epochs>_epochs" (or, with no variant, "<epochs>_epochs"). Else lr_drop moves in
+    proportion."""
     if epochs == recipe.epochs:
         return {}, ""
     name = f"{variant}_{epochs}_epochs" if variant else f"{epochs}_epochs"
@@ -37,18 +37,6 @@ def is_kept(keep_every: int, recipe: Recipe, epoch: int, steps_per_epoch: int) -
     begin = (epoch + 1) * steps_per_epoch
     end = min(begin + steps_per_epoch, total)
     return any(begin <= drop < end for drop in drops)
-
-
-def ema_decay(ema: float, ema_warmup: int, step: int) -> float:
-    """Decay of the averaged weights at a step, counted from 0: it rises to `ema`.
-
-    Without a warmup it is (1 + step) / (10 + step) at first. With one (ViT-L of Co-DETR, code) the
-    share of the new weights is (1 - m) exp(-(1 + step) / ema_warmup) + m, where m = 1 - ema."""
-    if not ema_warmup:
-        return min(ema, (1 + step) / (10 + step))
-    share = 1 - ema
-    share += (1 - share) * math.exp(-(1 + step) / ema_warmup)
-    return 1 - share
 
 
 def layer_groups(model, backbone: str, recipe: Recipe) -> list[dict]:

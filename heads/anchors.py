@@ -13,9 +13,10 @@ B images, C channels, N classes, A anchors of all levels, k anchors of one cell,
 image. Boxes are corners (x1, y1, x2, y2) in pixels of the network's input. An assignment (A,) holds
 the index of an object, BACKGROUND or IGNORED.
 
-Differences from the papers (all from the code of Co-DETR, which follows mmdetection 2)
- 1. Anchors are centered on the top left corners of cells, without half a cell's shift.
- 2. An anchor of the padding is not assigned. Anchors that cross the border of the image are.
+Differences from the papers (all from the code of Co-DETR, which is built on mmdetection 2)
+ 1. Anchors are centered on the top left corners of cells, not on their centers.
+ 2. Anchors whose cell lies in the padding take no part. Those that cross the border of the image do
+    (Faster R-CNN leaves them out in training).
 """
 import math
 from typing import Callable, NamedTuple
@@ -29,29 +30,29 @@ from matcher import copy_to_device
 
 IGNORED = -2
 BACKGROUND = -1
-DELTA_STD = (0.1, 0.1, 0.2, 0.2)   # box deltas are divided by it (not in the RPN)
+DELTA_STD = (0.1, 0.1, 0.2, 0.2)   # standard deviations of box deltas; in the RPN they are 1
 LOWEST_SCORE = 1e-3                # soft-NMS drops boxes whose score falls below it
 
 
-def nine_sides() -> tuple:
-    """Widths and heights of nine anchors, in strides: aspect ratios 1:2, 1:1, 2:1, each three
-    sizes."""
-    sides = []
+def nine_sizes() -> tuple:
+    """Widths and heights of nine anchors, in strides (RetinaNet, section 4): three aspect ratios,
+    each in three sizes."""
+    sizes = []
     for ratio in (0.5, 1, 2):   # height over width
         for octave in (0, 1 / 3, 2 / 3):
             side = 4 * 2 ** octave
-            sides.append((side / ratio ** 0.5, side * ratio ** 0.5))
-    return tuple(sides)
+            sizes.append((side / ratio ** 0.5, side * ratio ** 0.5))
+    return tuple(sizes)
 
 
-NINE_SIDES = nine_sides()
+NINE_SIZES = nine_sizes()
 
 
 class Objects(NamedTuple):
     """Ground truth of one image."""
     labels: Tensor         # (n,)
-    boxes: Tensor          # (n, 4)
-    size: Tensor           # (2,) height and width of the region where anchors are valid
+    boxes: Tensor          # (n, 4) corners, pixels
+    valid_size: Tensor     # (2,) height and width, pixels: anchors of cells in it can be assigned
 
 
 class Pyramid(NamedTuple):
@@ -62,6 +63,7 @@ class Pyramid(NamedTuple):
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
+        """(H_l, W_l) of each level."""
         return [tuple(level.shape[-2:]) for level in self.maps]
 
     def tokens(self, levels: int | None = None) -> Tensor:
@@ -71,20 +73,20 @@ class Pyramid(NamedTuple):
 
 # ---- anchors
 
-def grid_anchors(pyramid: Pyramid, sides: tuple) -> list[Tensor]:
-    """Anchors of every level.
+def grid_anchors(pyramid: Pyramid, anchor_sizes: tuple) -> list[Tensor]:
+    """Anchors of every level, centered on the top left corners of the cells.
 
-    sides: widths and heights, in strides, of the k anchors of a cell
-    -> per level (H W k, 4): row by row, the anchors of a cell in the order of `sides`."""
+    anchor_sizes: width and height, in strides, of each of the k anchors of a cell
+    -> per level (H W k, 4): row by row, the anchors of a cell in the order of `anchor_sizes`."""
     device = pyramid.image_sizes.device
-    sides = copy_to_device(torch.tensor(sides), device)                            # (k, 2)
+    sizes = copy_to_device(torch.tensor(anchor_sizes), device)                     # (k, 2)
     anchors = []
     for (H, W), stride in zip(pyramid.shapes, pyramid.strides):
         rows = torch.arange(H, device=device)
         columns = torch.arange(W, device=device)
         cells = torch.cartesian_prod(rows, columns).flip(-1)                       # (H W, 2) x, y
-        centers = stride * cells[:, None].to(sides)                                # (H W, 1, 2)
-        half = stride * sides / 2                                                  # (k, 2)
+        centers = stride * cells[:, None].to(sizes)                                # (H W, 1, 2)
+        half = stride * sizes / 2                                                  # (k, 2)
         corners = torch.cat((centers - half, centers + half), -1)                  # (H W, k, 4)
         anchors.append(corners.flatten(0, 1))
     return anchors
@@ -93,7 +95,7 @@ def grid_anchors(pyramid: Pyramid, sides: tuple) -> list[Tensor]:
 def valid_anchors(pyramid: Pyramid, size: list, per_cell: int) -> list[Tensor]:
     """Which anchors have cells that begin inside an image of `size` (height, width), in pixels.
 
-    -> per level their indices among the anchors of all levels."""
+    per_cell: k anchors of a cell -> per level (A_l,), indices into the anchors of all levels."""
     device = pyramid.image_sizes.device
     height, width = size
     in_cell = torch.arange(per_cell, device=device)
@@ -115,14 +117,15 @@ def assign_anchors(assign: Callable, pyramid: Pyramid, anchors: list[Tensor],
                    objects: list[Objects]) -> Tensor:
     """Assign the valid anchors of every image; the others are IGNORED.
 
-    assign(anchors (A, 4), anchors of each level, object boxes (n, 4)) -> assignment (A,)
+    assign: the rule of one image, a function of its valid anchors (V, 4), how many of these each
+    level has (list), and the boxes of its objects (n, 4) that returns an assignment (V,).
     anchors: per level (A_l, 4) -> assignments (B, A)."""
     H, W = pyramid.shapes[0]
     per_cell = len(anchors[0]) // (H * W)
     anchors = torch.cat(anchors)                                                   # (A, 4)
     shape = (len(objects), len(anchors))
     assigned = torch.full(shape, IGNORED, device=anchors.device)
-    sizes = torch.stack([image.size for image in objects]).tolist()
+    sizes = torch.stack([image.valid_size for image in objects]).tolist()
     for b, image in enumerate(objects):
         levels = valid_anchors(pyramid, sizes[b], per_cell)
         counts = [len(level) for level in levels]
@@ -136,9 +139,10 @@ def assign_by_iou(boxes: Tensor, objects: Tensor, positive: float, negative: flo
                   rescue: float | None = None) -> Tensor:
     """Faster R-CNN's rule: boxes (A, 4), objects (n, 4) -> assignment (A,).
 
-    An IoU of `positive` or more: the object with the highest. Below `negative`: BACKGROUND. Between
-    them: IGNORED. With `rescue`, the boxes that share an object's best IoU become its positives if
-    that IoU is at least `rescue`, whatever they were; of two such objects the later one wins."""
+    A box's highest IoU with an object decides. From `positive` on, the box is assigned to that
+    object; below `negative` it is BACKGROUND; between them it is IGNORED. With `rescue`, an object
+    whose own highest IoU is at least `rescue` also gets the boxes that reach this highest IoU,
+    whatever they were before; if two objects rescue one box, the later object gets it."""
     if not len(objects) or not len(boxes):
         return torch.full(boxes.shape[:1], BACKGROUND, device=boxes.device)
     iou = box_iou(boxes, objects)[0]                                               # (A, n)
@@ -155,15 +159,16 @@ def assign_by_iou(boxes: Tensor, objects: Tensor, positive: float, negative: flo
 
 
 def assigned_objects(assigned: Tensor, image: Objects, num_classes: int) -> tuple[Tensor, Tensor]:
-    """Labels (A,) and boxes (A, 4) of the assigned objects; label N and a box of zeros
-    elsewhere."""
+    """Labels (A,) and boxes (A, 4) of the objects of an assignment (A,); label N and a box of zeros
+    where no object is assigned."""
     labels = torch.cat((image.labels, image.labels.new_full((1,), num_classes)))
     boxes = torch.cat((image.boxes, image.boxes.new_zeros(1, 4)))
-    rows = assigned.clamp(min=-1)   # -1 reads the last row
+    rows = assigned.clamp(min=-1)   # BACKGROUND and IGNORED read the last row
     return labels[rows], boxes[rows]
 
 
-# ---- sampling, on the host: one copy of an assignment instead of a wait for each list of indices
+# ---- sampling
+# On the host: assignments are copied once, where each nonzero() on a GPU would wait for it.
 
 def draw(n: int, k: int) -> Tensor:
     """k random numbers below n in ascending order, without repetition; all n if n <= k."""
@@ -177,9 +182,9 @@ def pick(mask: Tensor, k: int) -> Tensor:
 
 
 def sample(assigned: Tensor, number: int, share: float) -> tuple[Tensor, Tensor]:
-    """Indices of at most number x share positives, and of negatives that fill up to `number`.
+    """Choose at most number x share positives at random, and negatives that fill up to `number`.
 
-    assigned (A,) and both results are on the host."""
+    assigned (A,) -> indices of the positives and of the negatives; all on the host."""
     positives = pick(assigned >= 0, int(number * share))
     negatives = pick(assigned == BACKGROUND, number - len(positives))
     return positives, negatives
@@ -188,7 +193,7 @@ def sample(assigned: Tensor, number: int, share: float) -> tuple[Tensor, Tensor]
 # ---- layers and predictions
 
 def by_anchor(x: Tensor, values: int) -> Tensor:
-    """Map of a head (B, k values, H, W) -> (B, H W k, values), at least float32."""
+    """Sort a map by anchors: (B, k values, H, W) -> (B, H W k, values), at least float32."""
     return at_least_float32(x).permute(0, 2, 3, 1).reshape(len(x), -1, values)
 
 
@@ -199,7 +204,7 @@ def conv_norm_relu(dim: int) -> nn.Sequential:
 
 
 def init_convolutions(head: nn.Module) -> None:
-    """Weights from N(0, 0.01), biases 0."""
+    """Weights from a normal distribution with standard deviation 0.01, biases 0."""
     for module in head.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.normal_(module.weight, std=0.01)
@@ -214,14 +219,14 @@ def delta_std(deltas: Tensor) -> Tensor:
 
 def detections_after_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: float,
                          top_k: int, soft: bool = False) -> dict:
-    """The best `top_k` of one image's predictions after NMS within each class, best first.
+    """The best `top_k` of one image's m predictions after NMS within each class, best first.
 
-    boxes (m, 4), scores (m,), labels (m,), IoU threshold. soft: soft-NMS, which lowers the scores
-    of overlapping boxes. -> scores (k,), labels (k,), boxes (k, 4), query (k,): index of the
-    prediction.
+    boxes (m, 4), scores (m,), labels (m,); threshold: IoU; soft: soft-NMS, which lowers the scores
+    of overlapping boxes -> scores (k,), labels (k,), boxes (k, 4), query (k,): indices of the
+    predictions.
 
-    Better predictions alone decide about a prediction. So the `count` best come first, and more
-    only if they are needed to find `top_k`."""
+    Whether a prediction remains depends on better ones only. So NMS runs on the `count` best, and
+    again on twice as many until more of them cannot change the result."""
     order = scores.argsort(descending=True)
     if soft:
         order = order[scores[order] >= LOWEST_SCORE]
@@ -237,7 +242,7 @@ def detections_after_nms(boxes: Tensor, scores: Tensor, labels: Tensor, threshol
             final = scores[rows]
         complete = count >= len(order)
         if not complete and len(rows) == top_k:
-            # a prediction left out must not score higher than the last one that was found
+            # none that soft-NMS has not seen may score higher than the last detection
             complete = bool(final[-1] >= scores[order[count]])
         if complete:
             return {"scores": final, "labels": labels[rows], "boxes": boxes[rows], "query": rows}

@@ -4,55 +4,44 @@ Sample Selection (Zhang et al., CVPR 2020, arXiv 1912.02424).
 The idea: detectors differ mostly in which anchors they call positive. So let the statistics of each
 object decide: the threshold is mean plus standard deviation of the IoUs of its nearest anchors.
 
-    paper                                          here
-    Algorithm 1 adaptive sample selection          ATSS.assign
-    section 4.1 one square anchor of 8 strides     ATSS.sides
-    section 3.1 centerness                         fcos.centerness_targets
-    section 3.1 losses                             atss_losses
+    paper                                              here
+    section 3.2 RetinaNet with FCOS's improvements     CenternessHead (fcos.py), atss_losses
+    section 4.1, Algorithm 1 adaptive selection        ATSS.assign
+    section 4 one square anchor of 8 strides           ATSS.anchor_sizes
 
-Letters and boxes as in retinanet.py, from which ATSS starts.
+Letters and boxes as in retinanet.py.
 
-Differences from the paper: those of retinanet.py, except 3. Anchors are centered on the corners of
-cells, and centerness is that of the anchor's center (code).
+Differences from the paper: those of retinanet.py, except 3. Anchors are centered on the top left
+corners of cells, and centerness is that of the anchor's center (code).
 """
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from boxes import box_iou
-from heads.anchors import BACKGROUND, by_anchor, init_convolutions
-from heads.fcos import centerness_targets, sum_of_centerness
-from heads.retinanet import GIOU_WEIGHT, RetinaNet, count_positives, giou_losses
+from heads.anchors import BACKGROUND
+from heads.fcos import CenternessHead, centerness_targets, sum_of_centerness
+from heads.retinanet import GIOU_WEIGHT, count_positives, giou_losses
 from matcher import focal_loss
 
-CANDIDATES = 9      # anchors of a level that an object considers
+CANDIDATES = 9      # anchors of each level that may become positive for an object
 INSIDE = 0.01       # pixels by which a positive anchor's center lies inside its object
 
 
-class ATSS(RetinaNet):
+class ATSS(CenternessHead):
     """RetinaNet with one anchor a cell, adaptive assignment, and a centerness for each anchor."""
 
-    sides = ((8.0, 8.0),)
-
-    def __init__(self, dim: int, num_classes: int, levels: int):
-        super().__init__(dim, num_classes, levels)
-        self.centerness = nn.Conv2d(dim, 1, 3, padding=1)
-        init_convolutions(self.centerness)
-
-    def predict(self, class_features: Tensor, box_features: Tensor, scale: Tensor) -> dict:
-        """As in RetinaNet, and `centerness` logits (B, H W)."""
-        outputs = super().predict(class_features, box_features, scale)
-        outputs["centerness"] = by_anchor(self.centerness(box_features), 1)[..., 0]
-        return outputs
+    anchor_sizes = ((8.0, 8.0),)
 
     @staticmethod
     @torch.no_grad()
     def assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
-        """Algorithm 1: anchors (A, 4) of levels of `counts` anchors, objects (n, 4) -> assignment.
+        """Algorithm 1; arguments and result as in `RetinaNet.assign`.
 
         An object's candidates are the 9 anchors of each level nearest to its center. Positive are
         those whose IoU reaches the candidates' mean plus standard deviation and whose center lies
-        in the object. An anchor that several objects claim goes to the one with the highest IoU."""
+        in the object. An anchor that is positive for several objects is assigned to the one with
+        which it has the highest IoU."""
         if not len(boxes):
             return torch.full(anchors.shape[:1], BACKGROUND, device=anchors.device)
         iou = box_iou(anchors, boxes)[0]                                           # (A, n)
@@ -72,30 +61,30 @@ class ATSS(RetinaNet):
         overlap = iou.gather(0, candidates)                                        # (c, n)
         threshold = overlap.mean(0) + overlap.std(0)                               # (n,)
         center = anchor_centers[candidates]                                        # (c, n, 2)
-        sides = torch.cat((center - boxes[:, :2], boxes[:, 2:] - center), -1)      # (c, n, 4)
-        positive = (overlap >= threshold) & (sides.amin(-1) > INSIDE)
+        to_sides = torch.cat((center - boxes[:, :2], boxes[:, 2:] - center), -1)   # (c, n, 4)
+        positive = (overlap >= threshold) & (to_sides.amin(-1) > INSIDE)           # (c, n)
 
-        # section 3.2: the highest IoU wins
-        claims = torch.full_like(iou, -1.0)
+        # an anchor that several objects claim: the highest IoU wins
+        claims = torch.full_like(iou, -1.0)                                        # (A, n)
         claims = claims.scatter(0, candidates, torch.where(positive, overlap, -1.0))
         best, index = claims.max(1)                                                # (A,) each
         return torch.where(best >= 0, index, BACKGROUND)
-
-    def confidence(self, outputs: dict) -> Tensor:
-        return outputs["centerness"].sigmoid()[..., None]                          # (B, A, 1)
 
 
 def atss_counts(labels: Tensor, boxes: Tensor, anchors: Tensor, num_classes: int) -> Tensor:
     """What a batch's losses are divided by: (2,) positive anchors, and the sum of their centerness.
 
-    On several GPUs the authors use the means of both over the GPUs, at least 1."""
-    near = sum_of_centerness(labels, boxes, anchors, num_classes)
-    return torch.stack((count_positives(labels, num_classes).to(near), near))
+    labels (B, A), boxes and anchors (B, A, 4). On several GPUs the authors use the means of both
+    over the GPUs, at least 1."""
+    total_centerness = sum_of_centerness(labels, boxes, anchors, num_classes)
+    positives = count_positives(labels, num_classes)
+    return torch.stack((positives.to(total_centerness), total_centerness))
 
 
 def atss_losses(logits: Tensor, deltas: Tensor, centerness: Tensor, labels: Tensor, boxes: Tensor,
                 weights: Tensor, anchors: Tensor, counts: Tensor) -> dict:
-    """Focal loss of all anchors; GIoU, weighted by centerness, and centerness of the positive ones.
+    """Focal loss of all anchors, GIoU loss (weighted by true centerness) and cross-entropy of the
+    centerness of the positive ones.
 
     Shapes as in `ATSS.forward` and `RetinaNet.targets`; counts (2,) as in `atss_counts`
     -> {"cls", "giou", "centerness"}."""
@@ -103,9 +92,9 @@ def atss_losses(logits: Tensor, deltas: Tensor, centerness: Tensor, labels: Tens
     cls = focal_loss(logits, labels) * weights[..., None]                          # (B, A, N)
     positive = (labels < logits.shape[-1]).nonzero(as_tuple=True)
     anchors, boxes = anchors[positive], boxes[positive]                            # (P, 4) each
-    near = centerness_targets(anchors, boxes)                                      # (P,)
-    giou = giou_losses(deltas[positive], anchors, boxes) * near                    # (P,)
-    center = F.binary_cross_entropy_with_logits(centerness[positive], near, reduction="sum")
+    truth = centerness_targets(anchors, boxes)                                     # (P,)
+    giou = giou_losses(deltas[positive], anchors, boxes) * truth                   # (P,)
+    bce = F.binary_cross_entropy_with_logits(centerness[positive], truth, reduction="sum")
     return {"cls": cls.sum() / positives,
             "giou": GIOU_WEIGHT * giou.sum() / total_centerness,
-            "centerness": center / positives}
+            "centerness": bce / positives}

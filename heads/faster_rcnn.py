@@ -10,14 +10,14 @@ anchor. A second head reads the features of the best proposals and names the cla
     section 3.1.2, Eq. 1-2 its targets and losses  rpn_targets, rpn_losses
     section 3.3 proposals                          best_proposals
     Fast R-CNN, section 2.3 sampled regions        sample_regions
-    section 3.2 training of both stages            train_both_stages
+    section 3.2 training of both stages at once    predict_both_stages
     FPN, section 4.2, Eq. 1 level of a region      pool_regions
     Mask R-CNN, section 3 RoIAlign                 regions.roi_align
     FPN, section 4.2 second stage                  RoIHead, roi_losses
-    detections                                     detect_regions
+    Fast R-CNN, section 3 detections               classify_proposals, detect_regions
 
-B images, C channels, N classes, A anchors of all levels, R regions of the batch. Boxes are corners
-in pixels.
+B images, C channels, N classes, A anchors of all levels, k = 9 anchors of a cell, P proposals of an
+image, R regions of the batch that the second stage reads. Boxes are corners in pixels.
 
 Differences from the papers (all from the configurations of Co-DETR)
  1. L1 instead of smooth L1 in the RPN; GIoU of the decoded boxes, times 10, in the second stage.
@@ -29,26 +29,28 @@ from torch import Tensor, nn
 
 from boxes import at_least_float32, box_area, paired_giou
 from heads.regions import clip_boxes, decode_deltas, encode_deltas, nms, roi_align
-from heads.anchors import (NINE_SIDES, Objects, Pyramid, assign_anchors, assign_by_iou,
+from heads.anchors import (NINE_SIZES, Objects, Pyramid, assign_anchors, assign_by_iou,
                            assigned_objects, conv_norm_relu, delta_std, detections_after_nms,
                            grid_anchors, init_convolutions, sample)
 from matcher import copy_to_device, copy_to_host
 
-BINS = 7                    # cells a side of a region's features
-CELLS = 14                  # regions are 14 to 28 cells wide, on the finest level 0 to 28
+BINS = 7                    # a region's features are BINS x BINS
+# A region reads the level where sqrt(area) is 14 to 28 cells; if there is none, a smaller region
+# reads the finest level, a larger one the coarsest.
+MIN_CELLS = 14
 PROPOSAL_NMS = 0.7          # IoU, among the proposals of one level
 TEST_NMS = 0.5              # IoU, among the detections of one class
-GIOU_WEIGHT = 10.0
+GIOU_WEIGHT = 10.0          # of the second stage
 
 
 # ---- first stage
 
 class RPN(nn.Module):
-    """Nine anchors a cell: object or not, and its box."""
+    """For each of the nine anchors of a cell: is it an object, and deltas to its box."""
 
     def __init__(self, dim: int):
         super().__init__()
-        per_cell = len(NINE_SIDES)
+        per_cell = len(NINE_SIZES)
         self.conv = nn.Conv2d(dim, dim, 3, padding=1)
         self.cls = nn.Conv2d(dim, per_cell, 1)
         self.reg = nn.Conv2d(dim, 4 * per_cell, 1)
@@ -65,25 +67,25 @@ class RPN(nn.Module):
         return at_least_float32(logits).flatten(1), deltas
 
 
-def assign_proposals(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
-    """Section 3.1.2: an IoU of 0.7 or an object's best anchor, if that has 0.3; negative below
-    0.3."""
+def assign_rpn_anchors(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
+    """Section 3.1.2: positive from an IoU of 0.7 on, and an object's best anchor if it reaches 0.3;
+    negative below 0.3. Arguments as in `assign_anchors`; the levels' counts are not needed."""
     return assign_by_iou(anchors, boxes, positive=0.7, negative=0.3, rescue=0.3)
 
 
 @torch.no_grad()
 def rpn_targets(pyramid: Pyramid, anchors: list[Tensor], objects: list[Objects],
                 number: int) -> dict:
-    """What `number` sampled anchors of each image learn, at most half of them positive.
+    """Sample `number` anchors of each image, at most half of them positive, and make their targets.
 
-    anchors: per level (A_l, 4) -> `sampled` (B, A), `positive` (B, A) among them, and the deltas
-    `to_object` (B, A, 4) of the positive ones."""
-    assigned = assign_anchors(assign_proposals, pyramid, anchors, objects)         # (B, A)
+    anchors: per level (A_l, 4) -> `sampled` (B, A) bool, `positive` (B, A) bool: the positive ones
+    of the sampled, `target_deltas` (B, A, 4): to their objects, zeros for all other anchors."""
+    assigned = assign_anchors(assign_rpn_anchors, pyramid, anchors, objects)         # (B, A)
     anchors = torch.cat(anchors)                                                   # (A, 4)
     on_host = assigned.cpu()
     sampled = torch.zeros(on_host.shape, dtype=torch.bool)
     positive = torch.zeros(on_host.shape, dtype=torch.bool)
-    to_object = anchors.new_zeros(*assigned.shape, 4)
+    target_deltas = anchors.new_zeros(*assigned.shape, 4)
     for b, image in enumerate(objects):
         positives, negatives = sample(on_host[b], number, 0.5)
         sampled[b, positives] = True
@@ -91,23 +93,24 @@ def rpn_targets(pyramid: Pyramid, anchors: list[Tensor], objects: list[Objects],
         positive[b, positives] = True
         rows = copy_to_device(positives, anchors.device)
         boxes = image.boxes[assigned[b, rows]]
-        to_object[b, rows] = encode_deltas(boxes, anchors[rows])
+        target_deltas[b, rows] = encode_deltas(boxes, anchors[rows])
     return {"sampled": copy_to_device(sampled, anchors.device),
-            "positive": copy_to_device(positive, anchors.device), "to_object": to_object}
+            "positive": copy_to_device(positive, anchors.device),
+            "target_deltas": target_deltas}
 
 
 def rpn_losses(logits: Tensor, deltas: Tensor, sampled: Tensor, positive: Tensor,
-               to_object: Tensor) -> dict:
+               target_deltas: Tensor) -> dict:
     """Eq. 1: cross-entropy of the sampled anchors, L1 of the positive ones -> {"cls", "l1"}.
 
-    Both are divided by the number of samples of this batch: at least one positive and one negative
-    an image (code). Shapes as in `RPN.forward` and `rpn_targets`."""
+    Both are divided by the number of samples of this batch, where an image counts with at least one
+    positive and one negative (code). Shapes as in `RPN.forward` and `rpn_targets`."""
     positives = positive.sum(1).clamp(min=1)                                       # (B,)
     negatives = (sampled & ~positive).sum(1).clamp(min=1)                          # (B,)
     count = (positives + negatives).sum()
     truth = positive.to(logits)
     cls = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")      # (B, A)
-    l1 = (deltas - to_object).abs().sum(-1)                                        # (B, A)
+    l1 = (deltas - target_deltas).abs().sum(-1)                                        # (B, A)
     cls = (cls * sampled).sum() / count
     l1 = (l1 * positive).sum() / count
     return {"cls": cls, "l1": l1}
@@ -120,12 +123,13 @@ def best_proposals(
     anchors: list[Tensor],
     image_sizes: Tensor,
     pre_nms: int,
-    most: int,
+    num_proposals: int,
     threshold: float = PROPOSAL_NMS,
 ) -> list[Tensor]:
-    """The RPN's best boxes: of each level the `pre_nms` best, then NMS, then the `most` best.
+    """The RPN's best boxes: of each level the `pre_nms` best, then NMS within the level, then the
+    `num_proposals` best of all levels.
 
-    logits (B, A), deltas (B, A, 4), anchors: per level (A_l, 4), image_sizes (B, 2)
+    logits (B, A), deltas (B, A, 4), anchors: per level (A_l, 4), image_sizes (B, 2), threshold: IoU
     -> per image (P, 4), clipped to the image, best first."""
     counts = [len(level) for level in anchors]
     levels = zip(logits.split(counts, 1), deltas.split(counts, 1), anchors)
@@ -135,16 +139,16 @@ def best_proposals(
         delta = delta.gather(1, best[..., None].expand(-1, -1, 4))                 # (B, p, 4)
         box = clip_boxes(decode_deltas(delta, anchor[best]), image_sizes[:, None])
         not_empty = (box[..., 2:] > box[..., :2]).all(-1)                          # (B, p)
-        keep = nms(box, threshold, usable=not_empty)
-        scores.append(score.masked_fill(~keep, -torch.inf))
+        remains = nms(box, threshold, usable=not_empty)                            # (B, p)
+        scores.append(score.masked_fill(~remains, -torch.inf))
         boxes.append(box)
     scores = torch.cat(scores, 1)
     boxes = torch.cat(boxes, 1)
-    scores, best = scores.topk(min(most, scores.shape[1]))                         # (B, P)
+    scores, best = scores.topk(min(num_proposals, scores.shape[1]))                # (B, P)
     proposals = []
     for b, rows in enumerate(best):
-        kept = scores[b] > -torch.inf
-        proposals.append(boxes[b, rows[kept]])
+        remains = scores[b] > -torch.inf
+        proposals.append(boxes[b, rows[remains]])
     return proposals
 
 
@@ -152,10 +156,11 @@ def best_proposals(
 
 def sample_regions(proposals: list[Tensor], objects: list[Objects], number: int,
                    num_classes: int) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """`number` regions of each image to learn from, at most a quarter of them positive.
+    """Sample `number` regions of each image to learn from, at most a quarter of them positive.
 
-    They come from the proposals (P, 4) and from the objects themselves; positive is an IoU of 0.5
-    -> per image boxes (R, 4), positives first, labels (R,), boxes of their objects (R, 4)."""
+    They are chosen among the boxes of the objects themselves and the proposals (P, 4); positive is
+    an IoU of 0.5 or more -> per image r boxes (r, 4), positives first, their labels (r,), and the
+    boxes of their objects (r, 4)."""
     all_assigned = []
     for boxes, image in zip(proposals, objects):
         own = torch.arange(len(image.boxes), device=boxes.device)
@@ -174,13 +179,13 @@ def sample_regions(proposals: list[Tensor], objects: list[Objects], number: int,
 
 
 def pool_regions(pyramid: Pyramid, rois: Tensor, counts: list[int]) -> Tensor:
-    """RoIAlign of regions (R, 4), `counts` of each image -> (R, 7, 7, C).
+    """RoIAlign of regions (R, 4), image by image, of which each has `counts` -> (R, 7, 7, C).
 
-    FPN, Eq. 1: each doubling of a region's side reads the next coarser level. The coarsest level of
-    all belongs to the RPN alone."""
+    FPN, Eq. 1: a region with twice the side length reads the next coarser level. Only the RPN reads
+    the coarsest level of the pyramid."""
     levels = len(pyramid.maps) - 1
     cells = box_area(rois).sqrt() / pyramid.strides[0]                             # (R,)
-    doublings = (cells / CELLS + 1e-6).log2().floor()
+    doublings = (cells / MIN_CELLS + 1e-6).log2().floor()
     level = doublings.clamp(0, levels - 1).long()                                  # (R,)
     image = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts))
     image = copy_to_device(image, rois.device)                                     # (R,)
@@ -191,10 +196,10 @@ def pool_regions(pyramid: Pyramid, rois: Tensor, counts: list[int]) -> Tensor:
 
 
 class RoIHead(nn.Module):
-    """Class and box of a region from its features.
+    """Class and box deltas of a region from its features.
 
-    Two hidden layers and one box per class; or `convs` convolutions, one hidden layer, and one box
-    for all classes with half the standard deviation of the deltas."""
+    Without `convs`: two hidden layers, and one box per class. With `convs` convolutions: one hidden
+    layer, and one box for all classes, whose deltas have half the standard deviation."""
 
     def __init__(self, dim: int, hidden: int, num_classes: int, convs: int = 0):
         super().__init__()
@@ -233,10 +238,11 @@ def roi_losses(
     labels: Tensor,
     boxes: Tensor,
 ) -> dict:
-    """Cross-entropy of all regions, GIoU of the true class's box of the positive ones.
+    """Cross-entropy of all regions; 1 - GIoU of the positive ones, of the box of their true class.
 
-    Both are divided by the number of regions of this batch (code). rois (R, 4), labels (R,), boxes
-    (R, 4) of the objects; the others as in `RoIHead.forward` -> {"cls", "giou"}."""
+    Both are divided by the number of regions of this batch (code). rois (R, 4): the regions, labels
+    (R,), N for background, boxes (R, 4): of their objects; the others as in `RoIHead.forward`
+    -> {"cls", "giou"}."""
     count = max(1, len(labels))
     cls = F.cross_entropy(logits, labels, reduction="sum")
     rows = (labels < deltas.shape[1]).nonzero()[:, 0]
@@ -246,7 +252,7 @@ def roi_losses(
     return {"cls": cls / count, "giou": GIOU_WEIGHT * giou / count}
 
 
-def train_both_stages(
+def predict_both_stages(
     rpn: RPN,
     roi: RoIHead,
     pyramid: Pyramid,
@@ -256,12 +262,12 @@ def train_both_stages(
     num_proposals: int,
     roi_samples: int,
 ) -> tuple[dict, dict, Tensor, list[int]]:
-    """Predictions of both stages with their targets.
+    """Predictions of both stages with their targets, in training.
 
-    -> arguments of `rpn_losses`, of `roi_losses`, features of the sampled regions (R, 7, 7, C), and
-    how many regions each image has."""
+    -> arguments of `rpn_losses`, arguments of `roi_losses`, features of the sampled regions (R, 7,
+    7, C), and how many regions each image has."""
     logits, deltas = rpn(pyramid.maps)                                             # (B, A, ...)
-    anchors = grid_anchors(pyramid, NINE_SIDES)
+    anchors = grid_anchors(pyramid, NINE_SIZES)
     first = {"logits": logits, "deltas": deltas}
     first |= rpn_targets(pyramid, anchors, objects, rpn_samples)
 
@@ -283,15 +289,16 @@ def classify_proposals(
     roi: RoIHead,
     pyramid: Pyramid,
     pre_nms: int,
-    most: int,
+    num_proposals: int,
     threshold: float,
 ) -> tuple:
-    """Both stages without sampling -> per image logits (P, N + 1), deltas (P, N, 4), boxes (P,
-    4)."""
+    """Predictions of both stages at test time: the second reads all proposals.
+
+    -> per image logits (P, N + 1), deltas (P, N, 4), boxes of the proposals (P, 4)."""
     logits, deltas = rpn(pyramid.maps)
-    anchors = grid_anchors(pyramid, NINE_SIDES)
-    proposals = best_proposals(logits, deltas, anchors, pyramid.image_sizes, pre_nms, most,
-                               threshold)
+    anchors = grid_anchors(pyramid, NINE_SIZES)
+    proposals = best_proposals(logits, deltas, anchors, pyramid.image_sizes, pre_nms,
+                               num_proposals, threshold)
     counts = [len(boxes) for boxes in proposals]
     logits, deltas = roi(pool_regions(pyramid, torch.cat(proposals), counts))
     return logits.split(counts), deltas.split(counts), proposals

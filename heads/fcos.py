@@ -5,18 +5,21 @@ four sides of the box, and how central it is.
 
     paper                                              here
     section 3.1, Eq. 1 distances to the sides          FCOS.decode
-    section 3.2 a level for each range of sizes        FCOS.assign, size_ranges
     section 3.1 the smallest of several objects        FCOS.assign
-    section 3.3, Eq. 3 centerness                      centerness_targets
     section 3.1, Eq. 2 losses                          fcos_losses
+    section 3.2 a level for each range of sizes        FCOS.assign, size_ranges
+    section 3.3, Eq. 3 centerness                      CenternessHead, centerness_targets
 
-Letters as in retinanet.py. A point appears as a square box around it, POINT_SIDE strides wide: what
-Co-DETR makes a query of (Table 1). Distances are in strides.
+Letters as in retinanet.py. Where RetinaNet has an anchor, FCOS has a point. It is stored as a
+square box around the point, POINT_SIZE strides wide, of which Co-DETR makes a query (its Table 1).
+Predicted distances are in strides.
 
 Differences from the paper
- 1. Those of retinanet.py, except 3; centerness is predicted with the boxes, GIoU weighs by it, and
-    only points near an object's center are positive (the authors' later improvements).
- 2. The ranges of sizes follow the strides, so that other pyramids than strides 8 to 128 have them.
+ 1. Those of retinanet.py, except 3.
+ 2. Centerness is predicted by the box branch and weights the GIoU loss, and only points near an
+    object's center are positive (the authors' later improvements).
+ 3. The ranges of sizes are multiples of the strides, so that they exist for any pyramid, not only
+    for strides 8 to 128.
 """
 import torch
 import torch.nn.functional as F
@@ -28,14 +31,14 @@ from heads.anchors import (BACKGROUND, Objects, Pyramid, by_anchor, grid_anchors
 from heads.retinanet import GIOU_WEIGHT, RetinaNet
 from matcher import focal_loss
 
-POINT_SIDE = 8.0         # strides
+POINT_SIZE = 8.0         # strides: width and height of the box that stands for a point
 RADIUS = 1.5             # strides: how far from an object's center a point may be positive
 
 
-class FCOS(RetinaNet):
-    """Class logits, distances to the sides, and a centerness for each point of `levels` maps."""
+class CenternessHead(RetinaNet):
+    """RetinaNet with one anchor a cell and its centerness, which multiplies the probabilities.
 
-    sides = ((POINT_SIDE, POINT_SIDE),)
+    FCOS and ATSS inherit from it."""
 
     def __init__(self, dim: int, num_classes: int, levels: int):
         super().__init__(dim, num_classes, levels)
@@ -43,22 +46,38 @@ class FCOS(RetinaNet):
         init_convolutions(self.centerness)
 
     def predict(self, class_features: Tensor, box_features: Tensor, scale: Tensor) -> dict:
-        """As in RetinaNet; `deltas` are distances, not negative. `centerness` logits (B, H W)."""
+        """As in RetinaNet, and the logits `centerness` (B, H W)."""
         outputs = super().predict(class_features, box_features, scale)
-        outputs["deltas"] = F.relu(outputs["deltas"])
         outputs["centerness"] = by_anchor(self.centerness(box_features), 1)[..., 0]
         return outputs
 
+    def score_factor(self, outputs: dict) -> Tensor:
+        """The predicted centerness (B, A, 1)."""
+        return outputs["centerness"].sigmoid()[..., None]                          # (B, A, 1)
+
+
+class FCOS(CenternessHead):
+    """Class logits, distances to the sides, and a centerness of each point of `levels` maps."""
+
+    anchor_sizes = ((POINT_SIZE, POINT_SIZE),)
+
+    def predict(self, class_features: Tensor, box_features: Tensor, scale: Tensor) -> dict:
+        """As in CenternessHead; `deltas` (B, H W, 4) are the distances, none below 0."""
+        outputs = super().predict(class_features, box_features, scale)
+        outputs["deltas"] = F.relu(outputs["deltas"])
+        return outputs
+
     def anchors(self, pyramid: Pyramid) -> list[Tensor]:
-        """Boxes around the centers of all cells, per level (H W, 4)."""
-        levels = zip(grid_anchors(pyramid, self.sides), pyramid.strides)
+        """Points at the centers of all cells, as boxes: per level (H W, 4)."""
+        levels = zip(grid_anchors(pyramid, self.anchor_sizes), pyramid.strides)
         return [corners + stride / 2 for corners, stride in levels]
 
     @staticmethod
     def decode(distances: Tensor, anchors: Tensor) -> Tensor:
-        """Distances (..., 4) to left, top, right, bottom of points (..., 4) -> corners (..., 4)."""
+        """Apply distances (..., 4) to left, top, right, bottom to points, stored as boxes (..., 4)
+        -> corner boxes (..., 4)."""
         point = (anchors[..., :2] + anchors[..., 2:]) / 2                          # (..., 2)
-        stride = (anchors[..., 2:] - anchors[..., :2]) / POINT_SIDE                # (..., 2)
+        stride = (anchors[..., 2:] - anchors[..., :2]) / POINT_SIZE                # (..., 2)
         top_left = point - distances[..., :2] * stride
         bottom_right = point + distances[..., 2:] * stride
         return torch.cat((top_left, bottom_right), -1)
@@ -66,14 +85,15 @@ class FCOS(RetinaNet):
     @staticmethod
     @torch.no_grad()
     def assign(anchors: Tensor, counts: list[int], boxes: Tensor) -> Tensor:
-        """Sections 3.1 and 3.2: points (A, 4) of levels of `counts`, objects (n, 4) -> (A,).
+        """Sections 3.1 and 3.2; arguments and result as in `RetinaNet.assign`.
 
-        Positive: near the object's center, inside it, its largest distance in the level's range. Of
-        several objects the smallest."""
+        A point is positive for an object if it lies inside it and near its center, and if the
+        largest of its four distances is in the level's range. Of several objects, it is assigned to
+        the smallest."""
         if not len(boxes):
             return torch.full(anchors.shape[:1], BACKGROUND, device=anchors.device)
         point = ((anchors[:, :2] + anchors[:, 2:]) / 2)[:, None]                   # (A, 1, 2)
-        stride = (anchors[:, 2:] - anchors[:, :2])[:, None] / POINT_SIDE           # (A, 1, 2)
+        stride = (anchors[:, 2:] - anchors[:, :2])[:, None] / POINT_SIZE           # (A, 1, 2)
         distances = torch.cat((point - boxes[:, :2], boxes[:, 2:] - point), -1)    # (A, n, 4)
         center = (boxes[:, :2] + boxes[:, 2:]) / 2                                 # (n, 2)
         near = ((point - center).abs() < RADIUS * stride).all(-1)                  # (A, n)
@@ -87,18 +107,17 @@ class FCOS(RetinaNet):
         return torch.where(smallest < torch.inf, index, BACKGROUND)
 
     def targets(self, pyramid: Pyramid, objects: list[Objects]) -> dict:
-        """As in RetinaNet, but points of the padding are background (code)."""
-        everywhere = torch.tensor(pyramid.shapes[0]) * pyramid.strides[0]          # (2,)
-        return super().targets(pyramid, [image._replace(size=everywhere) for image in objects])
-
-    def confidence(self, outputs: dict) -> Tensor:
-        return outputs["centerness"].sigmoid()[..., None]                          # (B, A, 1)
+        """As in RetinaNet, but points of the padding are background, not left out (code)."""
+        padded_size = torch.tensor(pyramid.shapes[0]) * pyramid.strides[0]         # (2,)
+        objects = [image._replace(valid_size=padded_size) for image in objects]
+        return super().targets(pyramid, objects)
 
 
 def size_ranges(strides: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
-    """Limits (A,) of the largest distance, pixels, from strides (A,) of levels of `counts` points.
+    """Section 3.2: the range of a point's largest distance, in pixels: lower and upper limits (A,).
 
-    4 to 8 strides; on the finest level from 0, on the coarsest without a limit."""
+    4 to 8 strides of the point's level; on the finest level from 0, on the coarsest without an
+    upper limit. strides (A,), counts: how many points each level has, finest first."""
     lower, upper = 4 * strides, 8 * strides
     lower[:counts[0]] = 0
     upper[len(upper) - counts[-1]:] = torch.inf
@@ -106,7 +125,7 @@ def size_ranges(strides: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
 
 
 def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
-    """Eq. 3 at the centers of anchors (..., 4) inside their objects (..., 4) -> (...)."""
+    """Eq. 3 at the centers of anchors (..., 4), in boxes of their objects (..., 4) -> (...)."""
     center = (anchors[..., :2] + anchors[..., 2:]) / 2                             # (..., 2)
     before = center - boxes[..., :2]                                               # left, top
     after = boxes[..., 2:] - center                                                # right, bottom
@@ -115,17 +134,20 @@ def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
 
 
 def sum_of_centerness(labels: Tensor, boxes: Tensor, anchors: Tensor, num_classes: int) -> Tensor:
-    """Over the positive anchors; labels (B, A), boxes and anchors (B, A, 4) -> scalar."""
-    near = centerness_targets(anchors, boxes)                                      # (B, A)
-    return torch.where(labels < num_classes, near, 0).sum()   # background has no object
+    """Sum over the positive anchors; labels (B, A), boxes and anchors (B, A, 4) -> scalar."""
+    centerness = centerness_targets(anchors, boxes)                                # (B, A)
+    # without an object the centerness of an anchor has no meaning, and may be NaN
+    return torch.where(labels < num_classes, centerness, 0).sum()
 
 
 def fcos_counts(labels: Tensor, boxes: Tensor, anchors: Tensor, num_classes: int) -> Tensor:
     """What a batch's losses are divided by: (2,) positive points, and the sum of their centerness.
 
-    On several GPUs the authors use the means of both over the GPUs."""
-    near = sum_of_centerness(labels, boxes, anchors, num_classes)
-    return torch.stack(((labels < num_classes).sum().to(near), near))
+    labels (B, A), boxes and anchors (B, A, 4). On several GPUs the authors use the means of both
+    over the GPUs."""
+    total_centerness = sum_of_centerness(labels, boxes, anchors, num_classes)
+    positives = (labels < num_classes).sum()
+    return torch.stack((positives.to(total_centerness), total_centerness))
 
 
 def fcos_losses(
@@ -138,7 +160,8 @@ def fcos_losses(
     anchors: Tensor,
     counts: Tensor,
 ) -> dict:
-    """Focal loss of all points; GIoU, weighted by centerness, and centerness of the positive ones.
+    """Eq. 2: focal loss of all points, GIoU loss (weighted by true centerness) and cross-entropy of
+    the centerness of the positive ones.
 
     Shapes as in `FCOS.forward` and `FCOS.targets`; counts (2,) as in `fcos_counts`
     -> {"cls", "giou", "centerness"}."""
@@ -147,9 +170,9 @@ def fcos_losses(
     cls = focal_loss(logits, labels) * weights[..., None]                          # (B, A, N)
     positive = (labels < logits.shape[-1]).nonzero(as_tuple=True)
     anchors, boxes = anchors[positive], boxes[positive]                            # (P, 4) each
-    near = centerness_targets(anchors, boxes)                                      # (P,)
+    truth = centerness_targets(anchors, boxes)                                     # (P,)
     giou = 1 - paired_giou(FCOS.decode(deltas[positive], anchors), boxes)          # (P,)
-    center = F.binary_cross_entropy_with_logits(centerness[positive], near, reduction="sum")
+    bce = F.binary_cross_entropy_with_logits(centerness[positive], truth, reduction="sum")
     return {"cls": cls.sum() / positives,
-            "giou": GIOU_WEIGHT * (giou * near).sum() / total_centerness,
-            "centerness": center / positives}
+            "giou": GIOU_WEIGHT * (giou * truth).sum() / total_centerness,
+            "centerness": bce / positives}

@@ -1,4 +1,4 @@
-"""What detectors with regions share: box deltas, NMS, soft-NMS and RoIAlign, in plain PyTorch.
+"""Box deltas, NMS, soft-NMS and RoIAlign, which detectors share, in plain PyTorch.
 
 To copy this file, take boxes.py with it.
 
@@ -63,13 +63,13 @@ def nms(boxes: Tensor, threshold: float, labels: Tensor | None = None,
         usable: Tensor | None = None) -> Tensor:
     """Greedy non-maximum suppression: which corner boxes (..., n, 4) remain, as (..., n) bool.
 
-    Boxes are sorted by score, best first. A box is suppressed if its IoU with a better box that
-    remains exceeds `threshold`; with `labels` (..., n), only boxes of the same label suppress each
-    other. Boxes that are not `usable` (..., n) neither remain nor suppress.
+    The boxes must come sorted by score, best first. A box is suppressed if its IoU with a better
+    box that remains exceeds `threshold`; with `labels` (..., n), only boxes of the same label
+    suppress each other. Boxes that are not `usable` (..., n) neither remain nor suppress.
 
-    "A box remains if no better box that remains suppresses it" is repeated for all boxes at once
-    until nothing changes. After k rounds the first k + 1 boxes are final, so that the result is the
-    greedy one after n rounds at most; in practice a few are enough.
+    One round applies the rule "a box remains if no better box that remains suppresses it" to all
+    boxes at once. Rounds are repeated until nothing changes. After k rounds the first k + 1 boxes
+    are final, so after n rounds at most the result is the greedy one; in practice few are enough.
     """
     n = boxes.shape[-2]
     if usable is None:
@@ -81,6 +81,7 @@ def nms(boxes: Tensor, threshold: float, labels: Tensor | None = None,
     suppresses = suppresses.float()
     remains = usable                                                               # (..., n)
     for _ in range(n):
+        # how many of the remaining boxes suppress each box
         count = remains[..., None, :].float() @ suppresses                         # (..., 1, n)
         updated = usable & (count[..., 0, :] == 0)                                 # (..., n)
         if torch.equal(updated, remains):
@@ -130,12 +131,13 @@ def roi_align(tokens: Tensor, shapes: list, strides: list, rois: Tensor, image: 
     after the other, row by row. rois (R, 4) are corner boxes in pixels; image (R,) and level (R,)
     say which map each of them is cut from -> (R, bins, bins, C).
 
-    A bin is the mean of `samples` x `samples` bilinear values. With 0, there are as many per axis
-    as the bin has cells, rounded up, for each RoI and axis. Samples more than a cell outside of the
-    map count as zero. Gradients flow into tokens.
+    A RoI is divided into `bins` x `bins` bins. The value of a bin is the mean of `samples` x
+    `samples` bilinear values. With samples 0, there are as many per axis as the bin has cells,
+    rounded up, for each RoI and axis. Samples more than a cell outside of the map count as zero.
+    Gradients flow into tokens.
 
-    All corners of all samples are rows of one index. `embedding_bag` gathers them and sums each
-    bin: nothing is padded to the largest RoI.
+    A bilinear value is a weighted sum of four cells. One call of `embedding_bag` gathers the cells
+    of all samples of all bins and sums them bin by bin: nothing is padded to the largest RoI.
     """
     B, S, C = tokens.shape
     device = tokens.device
@@ -157,30 +159,33 @@ def roi_align(tokens: Tensor, shapes: list, strides: list, rois: Tensor, image: 
             per_axis = bin_size.ceil().long().clamp(min=0)                         # (R, 2)
         per_bin = per_axis.prod(1)                                                 # (R,)
 
-        # Number the N samples of all bins of all RoIs: RoI, bin, and place within the bin.
+        # The T samples of all bins of all RoIs, in one row. For each of them: its bin (numbered
+        # over all RoIs), its place within the bin, its RoI, and the bin's column and row there.
         bin_counts = per_bin.repeat_interleave(bins ** 2)                          # (R bins^2,)
         bin_start = bin_counts.cumsum(0) - bin_counts                              # (R bins^2,)
-        bag = torch.arange(len(bin_counts), device=device).repeat_interleave(bin_counts)     # (N,)
-        place = torch.arange(len(bag), device=device) - bin_start[bag]             # (N,)
-        roi = bag // bins ** 2                                                     # (N,)
-        column = bag % bins                                                        # (N,)
-        row = bag % bins ** 2 // bins                                              # (N,)
+        bin_index = torch.arange(len(bin_counts), device=device)                   # (R bins^2,)
+        bin_index = bin_index.repeat_interleave(bin_counts)                        # (T,)
+        place = torch.arange(len(bin_index), device=device) - bin_start[bin_index]           # (T,)
+        roi = bin_index // bins ** 2                                               # (T,)
+        column = bin_index % bins                                                  # (T,)
+        row = bin_index % bins ** 2 // bins                                        # (T,)
 
         # Positions of the samples, and the four cells around each with their weights.
-        def positions(axis: int, bin_index: Tensor, number: Tensor) -> Tensor:
-            fraction = (number.to(rois) + 0.5) / per_axis[roi, axis]
-            return boxes[roi, axis] + (bin_index + fraction) * bin_size[roi, axis]
+        def positions(axis: int, column: Tensor, place: Tensor) -> Tensor:
+            fraction = (place.to(rois) + 0.5) / per_axis[roi, axis]
+            return boxes[roi, axis] + (column + fraction) * bin_size[roi, axis]
 
-        x = positions(0, column, place % per_axis[roi, 0])                         # (N,)
-        y = positions(1, row, place // per_axis[roi, 0])                           # (N,)
-        x_cells, x_weights = bilinear_cells(x, W[roi])                             # (N, 2) each
-        y_cells, y_weights = bilinear_cells(y, H[roi])                             # (N, 2) each
-        rows = map_start[roi, None] + y_cells * W[roi, None]                       # (N, 2)
-        index = rows[:, :, None] + x_cells[:, None, :]                             # (N, 2, 2)
-        weight = y_weights[:, :, None] * x_weights[:, None, :]                     # (N, 2, 2)
+        x = positions(0, column, place % per_axis[roi, 0])                         # (T,)
+        y = positions(1, row, place // per_axis[roi, 0])                           # (T,)
+        x_cells, x_weights = bilinear_cells(x, W[roi])                             # (T, 2) each
+        y_cells, y_weights = bilinear_cells(y, H[roi])                             # (T, 2) each
+        rows = map_start[roi, None] + y_cells * W[roi, None]                       # (T, 2)
+        index = rows[:, :, None] + x_cells[:, None, :]                             # (T, 2, 2)
+        weight = y_weights[:, :, None] * x_weights[:, None, :]                     # (T, 2, 2)
         weight = weight / per_bin[roi, None, None]
 
-    if not len(bag):
+    if not len(bin_index):
+        # no samples; the sum connects the zeros to the graph
         return tokens.new_zeros(len(rois), bins, bins, C) + 0 * tokens.sum()
     pooled = F.embedding_bag(index.flatten(), tokens.reshape(B * S, C), 4 * bin_start, mode="sum",
                              per_sample_weights=weight.flatten().to(tokens))   # (R bins bins, C)
@@ -188,13 +193,13 @@ def roi_align(tokens: Tensor, shapes: list, strides: list, rois: Tensor, image: 
 
 
 def bilinear_cells(position: Tensor, length: Tensor) -> tuple[Tensor, Tensor]:
-    """The two cells around positions (N,) on axes of `length` (N,) cells, and their weights.
+    """The two cells around positions (T,) on axes of `length` (T,) cells, and their weights.
 
-    -> cells (N, 2) int64 and weights (N, 2). Positions up to one cell outside move to the border;
+    -> cells (T, 2) int64 and weights (T, 2). Positions up to one cell outside move to the border;
     farther ones have weight zero.
     """
-    last = (length - 1).to(position)                                               # (N,)
-    inside = (position >= -1) & (position <= last + 1)                             # (N,)
+    last = (length - 1).to(position)                                               # (T,)
+    inside = (position >= -1) & (position <= last + 1)                             # (T,)
     position = torch.minimum(position.clamp(min=0), last)
     low = position.floor()
     high = torch.minimum(low + 1, last)

@@ -1,12 +1,16 @@
-"""Fixtures. Recorded inputs and outputs of the authors' code live outside this repository, in a folder `shared` beside
-the checkout or wherever PAPERDETR_SHARED points; tests that need them skip by name when it is absent, and fail instead
-when PAPERDETR_STRICT is set. A test that is not slow and takes longer than HANGS seconds ends the run, with a trace."""
+"""Fixtures.
+
+Recorded inputs and outputs of the authors' code lie outside this repository, in a folder `shared`
+beside the checkout or where PAPERDETR_SHARED points. Tests that need them skip and name the folder
+when it is absent; with PAPERDETR_STRICT they fail instead. A test that is not slow and takes longer
+than HANGS seconds ends the run, with a trace."""
 import faulthandler
 import os
 import sys
 from pathlib import Path
 
-os.environ.setdefault("GOMP_SPINCOUNT", "2000")   # read when torch is imported: waiting threads must not spin on a busy machine
+# read when torch is imported: waiting threads must not spin on a busy machine
+os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 
 import numpy as np
 import pytest
@@ -45,7 +49,8 @@ def shared():
     """Folder of recorded data."""
     folder = Path(os.environ.get("PAPERDETR_SHARED", ROOT.parent / "shared"))
     if not folder.is_dir():
-        message = f"no recorded data at {folder}: set PAPERDETR_SHARED to the folder that holds golden/ and data/"
+        message = (f"no recorded data at {folder}: set PAPERDETR_SHARED to the folder that holds "
+                   "golden/ and data/")
         pytest.fail(message) if os.environ.get("PAPERDETR_STRICT") else pytest.skip(message)
     return folder
 

@@ -1,5 +1,8 @@
-"""Weights, maps, images and objects that every machine makes alike: an integer hash of seed, name and place, rounded to half
-precision. Recordings of the authors' code were made with the same numbers, so figures recorded with it can stand in tests."""
+"""Weights, maps, images and objects that are the same on every machine.
+
+They are an integer hash of seed, name and place, rounded to half precision. Recordings of the
+authors' code were made with the same numbers, so figures recorded with it can stand in tests.
+"""
 import math
 import re
 import zlib
@@ -7,8 +10,14 @@ import zlib
 import numpy as np
 import torch
 
-WHOLE, SMALL, CORNER = (0.5, 0.5, 1.0, 1.0), (1 / 64, 1 / 64), (0.875, 0.1875, 0.25, 0.375)   # boxes of the first three objects
-RULES = (   # the first pattern that fits a name, number of dimensions (0: any), value from v in [-1, 1) and fan-in
+# Boxes of the first three objects; of the second only width and height.
+WHOLE = (0.5, 0.5, 1.0, 1.0)
+SMALL = (1 / 64, 1 / 64)
+CORNER = (0.875, 0.1875, 0.25, 0.375)
+
+# Pattern of the name, number of dimensions (0: any), value from v in [-1, 1) and fan-in. The first
+# row that fits a tensor is used.
+RULES = (
     (r"running_var$", 0, lambda v, fan: 1 + 0.3 * v),
     (r"running_mean$", 0, lambda v, fan: 0.1 * v),
     (r"^backbone\.", 4, lambda v, fan: v * (6 / fan) ** 0.5),
@@ -43,13 +52,18 @@ def half(values):
 
 
 def weight(name, shape, seed, tied):
-    """The tensor of one entry of an authors' checkpoint. Entries that are one tensor get the same numbers: the decoder's
-    copies of the heads and, with `tied`, the heads of all layers."""
+    """The tensor of one entry of an authors' checkpoint.
+
+    Entries that are one tensor get the same numbers: the decoder's copies of the heads and, with
+    `tied`, the heads of all layers.
+    """
     name = re.sub(r"^transformer\.decoder\.(?=(class|bbox)_embed\.)", "", name)
     if tied:
         name = re.sub(r"^(class|bbox)_embed\.\d+\.", r"\1_embed.0.", name)
-    rule = next(rule for pattern, dims, rule in RULES if dims in (0, len(shape)) and re.search(pattern, name))
-    return half(rule(signed(name, shape, seed), math.prod(shape[1:])))
+    rules = [rule for pattern, dims, rule in RULES
+             if dims in (0, len(shape)) and re.search(pattern, name)]
+    fan_in = math.prod(shape[1:])
+    return half(rules[0](signed(name, shape, seed), fan_in))
 
 
 def image(i, height, width, seed):
@@ -62,11 +76,16 @@ def feature(level, shape, seed):
 
 
 def objects(i, count, num_classes, seed):
-    """Labels and boxes of image i; the first object fills it, the second is tiny, the third touches its border."""
+    """Labels and boxes of image i.
+
+    The first object fills the image, the second is tiny, the third touches the border.
+    """
     u = (signed(f"boxes{i}", (count, 4), seed) + 1) / 2
     size = 0.05 + 0.6 * u[:, 2:] ** 2
     boxes = half(np.concatenate([size / 2 + u[:, :2] * (1 - size), size], 1)).view(count, 4)
     if count:
-        boxes[0], boxes[1, 2:], boxes[2] = torch.tensor(WHOLE), torch.tensor(SMALL), torch.tensor(CORNER)
-    return {"labels": torch.from_numpy(((signed(f"labels{i}", (count,), seed) + 1) / 2 * num_classes).astype(np.int64)),
-            "boxes": boxes}
+        boxes[0] = torch.tensor(WHOLE)
+        boxes[1, 2:] = torch.tensor(SMALL)
+        boxes[2] = torch.tensor(CORNER)
+    labels = (signed(f"labels{i}", (count,), seed) + 1) / 2 * num_classes
+    return {"labels": torch.from_numpy(labels.astype(np.int64)), "boxes": boxes}

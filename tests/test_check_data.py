@@ -396,6 +396,18 @@ def test_the_shrinking_of_images_is_stated(tmp_path):
     assert check_data.size_note(dataset) == ""
 
 
+def test_the_start_of_a_run_prints_shrinking_and_crowded_images(tmp_path, capsys):
+    boxes = [(0, 1, (5 * k, 6, 40, 40)) for k in range(3)]
+    dataset = data.CocoFolder(write_folder(tmp_path, [(400, 300)], boxes))
+    dataset.transform = data.Transform(sizes=(100,), max_size=200)
+    check_data.quick_check(dataset, num_queries=2)
+    text = capsys.readouterr().out
+    assert "images of 400 x 300 px (median) are resized" in text
+    assert "1 of 1 image have more objects (up to 3) than the model has queries (2)" in text
+    check_data.quick_check(dataset, training=False, num_queries=2)
+    assert capsys.readouterr().out == ""
+
+
 # -------------------------------------------------------------------------------- real data
 
 def test_the_check_passes_the_real_data_sets_with_warnings_only(shared, capsys):
@@ -410,7 +422,7 @@ def test_the_check_passes_the_real_data_sets_with_warnings_only(shared, capsys):
 def test_the_exit_code_of_the_command_is_the_verdict(tmp_path, capsys):
     root = write_folder(tmp_path)
     with pytest.raises(SystemExit) as end:
-        check_data.main(root)
+        check_data.main([str(root)])
     assert end.value.code == 0
     assert capsys.readouterr().out.count("0 errors, 0 warnings") == 2
     edit_json(root, annotation(iscrowd="0"))

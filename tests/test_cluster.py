@@ -15,7 +15,7 @@ import train
 from deformable_attn import KernelError, MSDeformAttn
 from engine import checkpoints, commands, layers, models
 from engine import machine as machines
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
 from engine.machine import lost_peers, set_up_machine
 from engine.recipe import Recipe
 from engine.schedules import is_kept
@@ -162,7 +162,7 @@ def train_until_killed(rank, world, folder, seconds):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 4, lambda: started.append(time.monotonic()))
         try:
-            with machines.user_errors("train.py"), lost_peers(SimpleNamespace(out="runs/x")):
+            with user_errors("train.py"), lost_peers(SimpleNamespace(out="runs/x")):
                 train.train(run(folder, save_every=1), *settings_of(world))
         except SystemExit as error:
             (folder / f"{rank}.txt").write_text(str(error))

@@ -81,7 +81,8 @@ def test_customized_queries_and_their_losses_equal_the_authors(recorded, first_k
         columns = [t(rec[f"{source}/{name}{i}"]) for name in ("coords", "labels", "targets")]
         candidates.append(Candidates(*columns, features[i]))
     cfg = Config(aux_queries=most, aux_negatives=padding == "neg")
-    chosen, weights = choose_rows(candidates, t(rec["image_sizes"]), 11, cfg)
+    chosen = choose_rows(candidates, t(rec["image_sizes"]), 11, cfg)
+    weights = chosen.weights
     at = f"{source}/{padding}_max{most}/"
     close(chosen.boxes, rec[at + "coords"], 1e-5, "boxes")
     assert torch.equal(chosen.labels, t(rec[at + "labels"]))
@@ -494,7 +495,7 @@ def test_candidates_of_one_cell_share_its_feature():
     labels = torch.full((36,), 5)
     labels[[0, 10, 35]] = 1
     candidates = Candidates(torch.rand(36, 4), labels, torch.rand(36, 4), features)
-    chosen, _ = choose_rows([candidates], torch.ones(1, 2), 5, Config(aux_negatives=False))
+    chosen = choose_rows([candidates], torch.ones(1, 2), 5, Config(aux_negatives=False))
     assert chosen.features[0, :3, 0].tolist() == [0, 1, 3]
 
 
@@ -524,10 +525,11 @@ def test_images_with_fewer_positives_get_negatives_then_padding_queries():
         return Candidates(torch.rand(n, 4), labels, torch.rand(n, 4), torch.rand(n, 8))
 
     def weights_of(images, **changes):
-        return choose_rows(images, torch.ones(len(images), 2), 5, Config(**changes))[1]
+        return choose_rows(images, torch.ones(len(images), 2), 5, Config(**changes)).weights
 
     images = [image(20, 100), image(3, 100), image(3, 4)]
-    chosen, weights = choose_rows(images, torch.ones(3, 2), 5, Config())
+    chosen = choose_rows(images, torch.ones(3, 2), 5, Config())
+    weights = chosen.weights
     assert (chosen.labels < 5).sum(1).tolist() == [20, 3, 3]
     assert weights.sum(1).tolist() == [20, 20, 7]
     mask = customized_mask([weights])

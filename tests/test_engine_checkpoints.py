@@ -386,8 +386,8 @@ def test_weights_that_are_not_finite_are_never_saved(tmp_path, monkeypatch):
         ({"rng": None}, "rng"),
         ({"progress": 3}, "progress"),
         ({"optimizer": {}}, "optimizer state"),
-        ({"run": None}, "with run, a dict"),
-        ({"run": {"seed": "x"}}, "--seed to be of type int"),
+        ({"run": None}, "expected run of type dict, got None"),
+        ({"run": {**vars(train.Run()), "seed": "x"}}, "seed"),
     ],
 )
 def test_resuming_a_file_with_wrong_fields_is_one_line(tmp_path, changes, words):

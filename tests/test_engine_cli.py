@@ -2,11 +2,15 @@
 
 import importlib
 import os
+import re
 
 import pytest
 
 from engine.errors import UserError
+from engine.models import paper_files
 from engine.recipe import configure
+import analysis
+import eval as evaluation
 import train
 from small_runs import cheap_runs, config, run  # noqa: F401
 
@@ -103,6 +107,17 @@ def test_wrong_flags_are_refused_by_name(argv, words, capsys):
         train.main(argv)
     printed = " ".join(capsys.readouterr().err.replace("│", " ").split())
     assert words in printed + str(stopped.value) and stopped.value.code != 0
+
+
+@pytest.mark.parametrize("main, words", [
+    *((train.main, [f"--model={name}"]) for name in paper_files()),
+    (evaluation.main, []), (analysis.main, [])])
+def test_every_flag_has_a_help_text(main, words, capsys):
+    with pytest.raises(SystemExit):
+        main([*words, "--help"])
+    text = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert len(re.findall(r"--\w+ .*?\(default: ", text)) > 5
+    assert not re.findall(r"--\w+ (?:\S+ )?\(default: ", text)
 
 
 def test_help_shows_both_defaults(capsys):

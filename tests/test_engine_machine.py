@@ -14,7 +14,7 @@ import torch
 from engine import checkpoints
 from engine import machine as machines
 import train
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
 from small_runs import (
     at_step,
     cheap_runs,
@@ -114,7 +114,7 @@ def test_errors_meant_for_the_user_are_one_line_and_others_keep_their_trace(tmp_
         (["--out", str(tmp_path / "run")], "already holds a run"),
         (
             ["--data", str(tmp_path / "nothing"), "--out", str(tmp_path / "a")],
-            "expected a COCO json there",
+            "expected a data folder with a COCO json",
         ),
         (
             ["--data", coco_folder(tmp_path / "data", empty=True), "--out", str(tmp_path / "b")],
@@ -205,4 +205,6 @@ def test_training_ends_when_nobody_reads_its_output(tmp_path):
 
 
 def test_messages_are_one_line_without_control_characters():
-    assert machines.one_line(UserError("expected\n  \x1b[31ma cat\x07")) == "expected ?[31ma cat?"
+    with pytest.raises(SystemExit) as stopped, user_errors("train.py"):
+        raise UserError("expected\n  \x1b[31ma cat\x07")
+    assert stopped.value.code == "train.py: error: expected ?[31ma cat?"

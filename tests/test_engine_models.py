@@ -87,7 +87,8 @@ def small_checkpoint(path, **changes):
     state = {
         "format": 2, "model_name": "deformable_detr", "config": dataclasses.asdict(cfg),
         "recipe": dataclasses.asdict(recipe), "model": model.state_dict(),
-        "class_names": ["a", "b"], "category_ids": [1, 2], "step": 1, "run": {},
+        "class_names": ["a", "b"], "category_ids": [1, 2], "step": 1,
+        "run": dataclasses.asdict(train.Run()),
     }  # fmt: skip
     checkpoints.save(path, state | changes)
     return state
@@ -144,7 +145,8 @@ def test_checkpoints_of_format_one_still_load(tmp_path):
     flat["detector"] = flat.pop("base")
     state = {
         "format": 1, "model_name": "co_detr", "config": flat, "model": model.state_dict(),
-        "class_names": ["a", "b"], "category_ids": [1, 2], "step": 1, "run": {},
+        "class_names": ["a", "b"], "category_ids": [1, 2], "step": 1,
+        "run": dataclasses.asdict(train.Run()),
     }  # fmt: skip
     checkpoints.save(tmp_path / "old.pt", state)
     loaded = models.load_model(tmp_path / "old.pt")

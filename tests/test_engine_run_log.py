@@ -80,7 +80,7 @@ def test_the_report_says_what_is_about_to_happen(tmp_path, capsys):
 def test_what_a_run_costs_is_told_when_it_is_warm(tmp_path, monkeypatch, capsys):
     """From steps 11 to 20: 40 images in 4 of the 24 seconds so far."""
     settings, (_, recipe) = run(tmp_path, name="."), config("dino", epochs=12)
-    batch = SimpleNamespace(total=4, micro=4, repeats=1, steps=1000)
+    batch = SimpleNamespace(total=4, micro=4, repeats=1, steps_per_epoch=1000)
     progress, optimizer = train.Progress(), torch.optim.SGD([torch.zeros(1)], lr=0.1)
     log = run_log.RunLog(settings, recipe, batch, Machine(), progress)
     clock = iter(

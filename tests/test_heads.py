@@ -11,7 +11,7 @@ from heads.regions import decode_deltas
 from head_recordings import levels, objects_of, pyramid_of, t
 from heads import anchors as anchors_module
 from heads import atss, fcos
-from heads.anchors import (BACKGROUND, DELTA_STD, IGNORED, NINE_SIDES, Objects, Pyramid,
+from heads.anchors import (BACKGROUND, DELTA_STD, IGNORED, NINE_SIZES, Objects, Pyramid,
                            assign_by_iou, assigned_objects, by_anchor, detections_after_nms,
                            grid_anchors, sample, valid_anchors)
 from heads.atss import ATSS
@@ -46,16 +46,16 @@ def test_heads_import_boxes_and_matcher_only():
 
 # ---- parts against the recordings
 
-@pytest.mark.parametrize("name, sides", [("atss5", ATSS.sides), ("atss6", ATSS.sides),
-                                         ("rpn5", NINE_SIDES), ("rpn6", NINE_SIDES)])
-def test_anchors_and_their_validity_equal_the_authors(recorded, name, sides):
+@pytest.mark.parametrize("name, sizes", [("atss5", ATSS.anchor_sizes), ("atss6", ATSS.anchor_sizes),
+                                         ("rpn5", NINE_SIZES), ("rpn6", NINE_SIZES)])
+def test_anchors_and_their_validity_equal_the_authors(recorded, name, sizes):
     rec = recorded("anchors")
     pyramid = pyramid_of(rec[f"{name}/sizes"], rec[f"{name}/strides"].tolist())
-    for level, anchors in enumerate(grid_anchors(pyramid, sides)):
+    for level, anchors in enumerate(grid_anchors(pyramid, sizes)):
         close(anchors, rec[f"{name}/anchors{level}"], 1e-4, f"level {level}")
-    counts = [len(anchors) for anchors in grid_anchors(pyramid, sides)]
+    counts = [len(anchors) for anchors in grid_anchors(pyramid, sizes)]
     start = 0
-    valid = valid_anchors(pyramid, rec[f"{name}/pad_shape"].tolist(), len(sides))
+    valid = valid_anchors(pyramid, rec[f"{name}/pad_shape"].tolist(), len(sizes))
     for level, (rows, count) in enumerate(zip(valid, counts)):
         mask = torch.zeros(count, dtype=torch.bool)
         mask[rows - start] = True
@@ -139,7 +139,7 @@ def test_proposals_equal_the_authors(recorded):
     pyramid = pyramid_of([logits.shape[-2:] for logits, _ in maps], rec["rpn/strides"].tolist())
     logits = torch.cat([by_anchor(logits, 1)[..., 0] for logits, _ in maps], 1)
     deltas = torch.cat([by_anchor(deltas, 4) for _, deltas in maps], 1)
-    anchors = grid_anchors(pyramid, NINE_SIDES)
+    anchors = grid_anchors(pyramid, NINE_SIZES)
     proposals = best_proposals(logits, deltas, anchors, t(rec["rpn/img_shapes"]), 60, 50)
     for i, boxes in enumerate(proposals):
         close(boxes, rec[f"rpn/im{i}/proposals"][:, :4], 1e-3, f"image {i}")
@@ -184,11 +184,11 @@ def test_rpn_losses_equal_the_authors(recorded, first_k, case):
             for name in ("cls", "reg")}
     pyramid = pyramid_of([x.shape[-2:] for x in maps["cls"]], rec["strides"].tolist())
     objects = objects_of(rec, case, rec["image_sizes"], labels=False)
-    targets = rpn_targets(pyramid, grid_anchors(pyramid, NINE_SIDES), objects, 256)
+    targets = rpn_targets(pyramid, grid_anchors(pyramid, NINE_SIZES), objects, 256)
     sampled = t(rec[f"{case}/label_weights"]) > 0
     assert torch.equal(targets["sampled"], sampled)
     assert torch.equal(targets["positive"], (t(rec[f"{case}/target_labels"]) == 0) & sampled)
-    close(targets["to_object"], rec[f"{case}/target_deltas"], 1e-5, "deltas")
+    close(targets["target_deltas"], rec[f"{case}/target_deltas"], 1e-5, "deltas")
 
     logits = torch.cat([by_anchor(x, 1) for x in maps["cls"]], 1)[..., 0]
     deltas = torch.cat([by_anchor(x, 4) for x in maps["reg"]], 1)
@@ -267,7 +267,7 @@ def test_ignored_and_invalid_anchors_have_no_loss():
     objects = [Objects(torch.tensor([2, 4]), boxes, torch.tensor([40, 56]))]
     targets = head.targets(pyramid, objects)
     weights = targets["weights"][0]
-    anchors = torch.cat(grid_anchors(pyramid, NINE_SIDES))
+    anchors = torch.cat(grid_anchors(pyramid, NINE_SIZES))
     valid = torch.zeros(len(anchors), dtype=torch.bool)
     valid[torch.cat(valid_anchors(pyramid, [40, 56], 9))] = True
     ignored = valid & ~weights

@@ -124,5 +124,5 @@ def test_the_command_writes_into_a_new_folder_only(tmp_path, monkeypatch, capsys
         monkeypatch.setattr("sys.argv", ["scenes.py", *argv])
         with pytest.raises(SystemExit) as end:
             scenes.main()
-        assert end.value.code == 2
+        assert end.value.code.startswith("scenes.py: error: ")
     capsys.readouterr()

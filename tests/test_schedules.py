@@ -7,7 +7,8 @@ from torch import nn
 
 import co_detr
 from engine.recipe import Recipe, configure
-from engine.schedules import ema_decay, layer_groups, other_length
+from engine.ema import ema_decay
+from engine.schedules import layer_groups, other_length
 
 
 def test_the_average_of_vit_l_follows_the_authors_momentum():

@@ -312,8 +312,8 @@ def rank_step(rank, cfg, folder, empty):
 
 @pytest.mark.parametrize("model", MODELS[:3])
 def test_two_ranks_compute_the_gradients_of_one(tmp_path, model):
-    """Half the images each, with different numbers of objects. Denoising groups and the counts of
-    Co-DETR's heads follow the micro-batch (Departs), so they are left out."""
+    """Half the images each, with different numbers of objects. Denoising groups follow the
+    micro-batch and batch statistics the rank, so they are left out."""
     cfg = config(model, backbone_norm="group", dropout=0.0, **ALONE.get(model, {}))
     assert forked(2, rank_step, cfg, tmp_path, False) == [0, 0]
     one, *_ = step_of(model, *cfg)
@@ -322,6 +322,38 @@ def test_two_ranks_compute_the_gradients_of_one(tmp_path, model):
     for name, gradient in one.items():
         scale = max(1, gradient.abs().max().item())
         torch.testing.assert_close(ranks[0][name], gradient, rtol=1e-3, atol=1e-5 * scale, msg=name)
+
+
+def gradients_of_share(model, cfg, recipe, places, objects_per_rank):
+    """Gradients of one rank's images alone, its losses divided by the mean count of the ranks."""
+    paper = importlib.import_module(model)
+    scenes, _ = datasets.build_datasets(None, recipe, 0, num_train=8, num_val=1)
+    torch.manual_seed(0)
+    net, criterion = paper.build(cfg, 8)
+    images, padding, targets = data.collate([scenes[i] for i in places])
+    outputs = net.train()(images, padding, targets)
+    sum(criterion(outputs, targets, objects_per_rank).values()).backward()
+    return {name: p.grad for name, p in net.named_parameters()}
+
+
+@pytest.mark.parametrize("model", ["deformable_detr", "dino", "h_detr"])
+def test_two_ranks_with_everything_on_compute_the_mean_of_their_gradients(tmp_path, model):
+    """With denoising, one-to-many queries and batch statistics: each rank has its own groups and
+    statistics, all divide by the mean number of objects, and DDP averages with equal weights.
+    test_co_detr.py has the counts that Co-DETR averages itself."""
+    cfg, recipe = config(model, dropout=0.0)
+    assert forked(2, rank_step, (cfg, recipe), tmp_path, False) == [0, 0]
+    ranks = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
+    same(*ranks)
+    scenes, _ = datasets.build_datasets(None, recipe, 0, num_train=8, num_val=1)
+    counts = [sum(len(scenes[i][1]["labels"]) for i in places) for places in ((0, 1), (2, 3))]
+    assert counts[0] != counts[1]
+    shares = [gradients_of_share(model, cfg, recipe, places, sum(counts) / 2)
+              for places in ((0, 1), (2, 3))]
+    for name, gradient in ranks[0].items():
+        expected = (shares[0][name] + shares[1][name]) / 2
+        scale = max(1, expected.abs().max().item())
+        torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5 * scale, msg=name)
 
 
 @pytest.mark.parametrize(
@@ -348,7 +380,7 @@ def test_sigterm_on_one_rank_stops_all_and_two_ranks_resume_exactly(
     """Rank 1 alone is told to stop: both exit with 143 after the same step. Resumed by two
     processes, the run ends as one left alone. Both ranks evaluate the same model, batch statistics
     included, and what they gather equals the evaluation of one process."""
-    cfg, original = config(model), train.evaluation
+    cfg, original = config(model), train.validate
 
     def run_rank(rank, name, stop_at=None, **changes):
         if rank == 1 and stop_at is not None:
@@ -358,7 +390,7 @@ def test_sigterm_on_one_rank_stops_all_and_two_ranks_resume_exactly(
             torch.save(evaluated.module.state_dict(), tmp_path / f"{name}{rank}.pt")
             return original(evaluated, *rest)
 
-        monkeypatch.setattr(train, "evaluation", evaluation)
+        monkeypatch.setattr(train, "validate", evaluation)
         train.train(run(tmp_path, model, name, num_train=8, **changes), *cfg)
 
     last = tmp_path / "cut" / "last.pt"

@@ -10,13 +10,14 @@ from engine.recipe import configure
 
 SIZES = {"dim": 32, "num_heads": 2, "ffn_dim": 32, "num_queries": 12, "decoder_layers": 2,
          "train_sizes": (64,), "eval_size": 64}
+OWN_SIZES = {"co_detr": {"dim": 64, "roi_dim": 32}}
 
 
 def write_checkpoint(path, name="dino", class_names=scenes.SCENE_CLASSES, change=None, **run):
     """Save a random model of a paper file. change: called with its state dict before. -> path"""
     torch.manual_seed(0)
     paper = importlib.import_module(name)
-    cfg, recipe = configure(paper, paper.SMALL, SIZES)
+    cfg, recipe = configure(paper, paper.SMALL, SIZES, OWN_SIZES.get(name, {}))
     model, _ = paper.build(cfg, len(class_names))
     state = model.state_dict()
     if change:

@@ -22,8 +22,7 @@ from typing import Literal
 import tyro
 
 from engine import checkpoints
-from engine.errors import UserError
-from engine.machine import user_errors
+from engine.errors import UserError, user_errors
 from engine.models import load_paper
 from engine.plots import ladder as plot_ladder
 from engine.plots import read_log

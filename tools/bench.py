@@ -13,7 +13,8 @@ from pathlib import Path
 
 import tyro
 
-from engine.machine import prepare_cpu, user_errors
+from engine.errors import user_errors
+from engine.machine import prepare_cpu
 from tools.bench_data import loading, scoring
 from tools.bench_kernel import kernel
 from tools.bench_masks import mask_cost

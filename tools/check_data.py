@@ -8,6 +8,7 @@ count as errors.
 """
 import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,8 @@ from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_count
 from engine import coco_json
 from engine.class_labels import match_classes
 from engine.coco_json import Problem, plural
-from engine.errors import UserError
+from engine.errors import UserError, user_errors
+from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
 from engine.notices import one_line
 
@@ -157,10 +159,12 @@ def check_as_loaded(directory, split):
     return val.problems[before:]
 
 
-def quick_check(dataset: DetectionData, training: bool = True) -> list[Problem]:
+def quick_check(dataset: DetectionData, training: bool = True,
+                num_queries: int = 0) -> list[Problem]:
     """Check a data set at the start of a run, by its json and some of its image headers.
 
-    Prints and returns the problems. Raises UserError for a training set without one usable box.
+    num_queries: those of the model; 0: it has none. Prints and returns the problems, and prints how
+    much images shrink. Raises UserError for a training set without one usable box.
     """
     problems = list(dataset.problems)
     if isinstance(dataset, CocoFolder):
@@ -175,12 +179,26 @@ def quick_check(dataset: DetectionData, training: bool = True) -> list[Problem]:
         if training:
             problems += unused_classes(dataset)
     report(problems, LINES_AT_START, errors_as_warnings=True)
+    if training:
+        print_notes(dataset, num_queries)
     if training and not class_counts(dataset).any():
         raise UserError(
             f"{dataset.name}: expected at least one usable box to learn from, got none in "
             f"{plural(len(dataset), 'image')} ({dataset.degenerate} degenerate boxes dropped); "
             "python -m tools.check_data DIR shows what is there")
     return problems
+
+
+def print_notes(dataset: DetectionData, num_queries: int) -> None:
+    """Print what is no fault and yet limits the result: small objects, crowded images."""
+    notes = []
+    if isinstance(dataset, CocoFolder):
+        notes.append(size_note(dataset))
+    if num_queries:
+        notes.append(query_warning(dataset, num_queries))
+    for note in notes:
+        if note:
+            print(note)
 
 
 def unused_classes(dataset: DetectionData) -> list[Problem]:
@@ -223,17 +241,21 @@ def size_note(dataset: CocoFolder) -> str:
     return note
 
 
-def main(directory: tyro.conf.Positional[Path], /) -> None:
+@dataclass
+class Options:
     """Check a COCO-layout data set: a table of its classes, and every problem by file and id.
 
     fatal: training refuses the data set. error: training runs, but results may suffer. warning: the
-    program handles it. Ends with exit code 1 if there are fatal problems or errors.
+    program handles it. Ends with exit code 1 if there are fatal problems or errors."""
+    directory: tyro.conf.Positional[str]   # data folder, with annotations/ and images
 
-    Args:
-        directory: data folder, with annotations/ and images
-    """
-    sys.exit(1 if check(directory) else 0)
+
+def main(argv: list[str] | None = None) -> None:
+    with user_errors("tools.check_data"):
+        with one_line_usage("python -m tools.check_data"):
+            options = tyro.cli(Options, args=argv, prog="python -m tools.check_data")
+        sys.exit(1 if check(options.directory) else 0)
 
 
 if __name__ == "__main__":
-    tyro.cli(main, prog="python -m tools.check_data")
+    main()

@@ -9,8 +9,7 @@ from pathlib import Path
 import torch
 import tyro
 
-from engine.errors import UserError
-from engine.machine import user_errors
+from engine.errors import UserError, user_errors
 
 EVERY = 50     # steps between lines
 DIGITS = 5     # significant digits of numbers

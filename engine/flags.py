@@ -1,0 +1,33 @@
+"""Flags that tyro refuses end a program like every other mistake: in one line."""
+import contextlib
+import io
+import re
+import sys
+
+from engine.errors import UserError
+
+LONGEST = 400   # characters of the message
+
+
+@contextlib.contextmanager
+def one_line_usage(program: str):
+    """Turn the framed message of tyro about wrong flags into a UserError of one line. Help stays
+    as it is."""
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except SystemExit as end:
+        if not end.code:
+            raise             # --help
+        raise UserError(without_frame(said.getvalue(), program)) from None
+    sys.stderr.write(said.getvalue())
+
+
+def without_frame(text: str, program: str) -> str:
+    """The sentences inside tyro's frame as one line."""
+    lines = [line.strip("│┃| ") for line in text.splitlines() if line[:1] in "│┃|"]
+    lines = [line for line in lines if line and not set(line) <= set("─━-")]
+    sentences = " ".join(lines).partition("For full helptext")[0]
+    sentences = re.sub(r"\s+", " ", sentences or text).strip(" .")
+    return f"{sentences[:LONGEST]}. See {program} --help"

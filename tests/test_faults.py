@@ -1,0 +1,369 @@
+"""Damaged files and wrong command lines: whatever is drawn, a program ends within a time limit, in
+success or in one line that begins with its name; it runs no foreign code, writes nothing outside
+its folder, and what was on disk before is complete afterwards.
+
+    pytest tests/test_faults.py                                        a fixed small number of cases
+    PAPERDETR_FAULTS=5000 pytest tests/test_faults.py --slow -s        as many as you like
+    PAPERDETR_FAULTS=1 PAPERDETR_FAULTS_SEED=17 pytest ... --slow -s   a single one again
+
+The damages are in faults.py. Every case runs in a forked child.
+"""
+import functools
+import json
+import os
+import resource
+import shutil
+import signal
+import sys
+import tempfile
+import time
+import traceback
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+
+import analysis
+import eval as evaluation
+import faults
+import scenes
+import train
+import visualize
+from backbones import resnet
+from engine import batches
+from engine import checkpoints
+from engine import plots
+from engine import released
+from tools import check_data
+
+CASES = 40            # in the suite
+LIMIT = 60            # seconds; machines may be busy
+MEMORY = 6 * 2 ** 30  # bytes, beyond what the tests use
+LONGEST_LINE = 1500   # of an error message
+TRACEBACK = 70        # exit code of a child
+VERDICTS = ("ok", "one line", "unclear", "traceback", "hang", "crash", "ran code",
+            "wrote outside", "lost or half a file")
+PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "analysis.py": analysis.main,
+            "visualize.py": visualize.main, "scenes.py": scenes.main,
+            "tools.check_data": check_data.main}
+WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND
+CHANGING_EVENTS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink",
+                   "os.truncate")
+
+
+class Result(NamedTuple):
+    seed: int
+    damage: str        # function
+    what: str          # its choice
+    command: str
+    verdict: str
+    text: str          # output, or what was wrong
+    seconds: float
+
+
+@pytest.fixture(scope="module")
+def materials(tmp_path_factory):
+    """A folder of intact files, for models of a few thousand parameters."""
+    folder = tmp_path_factory.mktemp("materials")
+    with narrow_backbones(), working_in(folder):
+        faults.make_materials(folder)
+        yield folder
+
+
+def narrow_backbones():
+    narrow = functools.partial(resnet.ResNet, resnet.BasicBlock, (1, 1, 1, 1), (8, 16, 24, 32), 8,
+                               small_stem=True)
+    patch = pytest.MonkeyPatch.context()
+    monkeypatch = patch.__enter__()
+    for name in ("tiny", "resnet50"):
+        monkeypatch.setitem(resnet.RESNETS, name, narrow)
+    monkeypatch.setattr(batches, "OVERFIT_STEPS", 2)
+    # Drawing takes seconds: every picture is small, and the curves of a run are only read.
+    monkeypatch.setattr(train.visualize, "curves", plots.read_log)
+    monkeypatch.setattr(Figure, "tight_layout", lambda *args, **options: None)
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **more: save(self, path, dpi=20))
+    released.published_shapes.cache_clear()
+    return Closing(patch)
+
+
+class Closing:
+    """Ends a patch, and forgets the shapes of narrow backbones."""
+
+    def __init__(self, patch):
+        self.patch = patch
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.patch.__exit__(*error)
+        released.published_shapes.cache_clear()
+
+
+class working_in:
+    """Within the block, a folder is the current one."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __enter__(self):
+        self.before = os.getcwd()
+        os.chdir(self.folder)
+
+    def __exit__(self, *error):
+        os.chdir(self.before)
+
+
+# ---- one case ------------------------------------------------------------------------------------
+
+def run_case(seed, materials, folder) -> Result:
+    """Draw a case, run it in a child, and judge it. `folder` is made and removed."""
+    shutil.copytree(materials, folder)
+    damage, rng, program, words = faults.draw_case(seed)
+    what = damage(rng, folder)
+    (folder / "temporary").mkdir()
+    environment = folder / "environment.json"
+    settings = json.loads(environment.read_text()) if environment.exists() else {}
+    before = contents(folder)
+    output = folder.with_suffix(".txt")
+    start = time.perf_counter()
+    code = in_child(output, lambda: run_program(folder, settings, program, words))
+    seconds = time.perf_counter() - start
+    text = output.read_text(errors="replace")
+    fault = file_fault(folder, before, words)
+    verdict, reason = judge(program, code, text, fault)
+    shutil.rmtree(folder)
+    output.unlink()
+    command = f"{program} {' '.join(words)}"
+    return Result(seed, damage.__name__, what, command, verdict, reason or text, seconds)
+
+
+def in_child(output, function):
+    """Run a function in a forked child with a time limit -> its exit code, -signal, None: too long.
+    """
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setsid()
+            descriptor = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(descriptor, 1)
+            os.dup2(descriptor, 2)
+            sys.stdout = open(1, "w", errors="backslashreplace", closefd=False)
+            sys.stderr = open(2, "w", errors="backslashreplace", closefd=False)
+            code = exit_code(function)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code)
+        finally:
+            os._exit(99)   # the child never returns into pytest
+    status = wait(child)
+    kill_group(child)      # whatever it has left running
+    if status is None:
+        os.waitpid(child, 0)
+        return None
+    return os.waitstatus_to_exitcode(status)
+
+
+def exit_code(function) -> int:
+    """What Python would end with after calling a function as a program."""
+    try:
+        function()
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):
+            return end.code or 0
+        print(end.code, file=sys.stderr)
+        return 1
+    except BaseException:
+        traceback.print_exc()
+        return TRACEBACK
+    return 0
+
+
+def wait(child):
+    deadline = time.monotonic() + LIMIT
+    pause = 0.005
+    while time.monotonic() < deadline:
+        finished, status = os.waitpid(child, os.WNOHANG)
+        if finished:
+            return status
+        time.sleep(pause)
+        pause = min(0.1, 1.3 * pause)
+    return None
+
+
+def kill_group(child):
+    try:
+        os.killpg(child, signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+
+
+def run_program(folder, settings, program, words):
+    """In the child: one thread, a memory limit, a watch on what is written, then the program."""
+    torch.set_num_threads(1)
+    os.chdir(folder)
+    tempfile.tempdir = str(folder / "temporary")
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + MEMORY, used + MEMORY))
+    limit = settings.pop("file size", None)
+    os.environ.update({"PYTHONWARNINGS": "ignore", **settings})
+    watch_writing(folder)
+    if limit is not None:
+        # The output of the child is a file as well.
+        output = os.fstat(2).st_size + 10 ** 5
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max(limit, output), max(limit, output)))
+    sys.argv = [program, *words]
+    PROGRAMS[program](words)
+
+
+def watch_writing(folder):
+    """Print a line for everything that this process writes outside of a folder."""
+    inside = os.path.realpath(folder)
+
+    def watch(event, details):
+        if event == "open":
+            path, mode, flags = details
+            writes = (flags or 0) & WRITING if mode is None else set(mode) & set("wax+")
+        elif event in CHANGING_EVENTS:
+            path = details[1] if event == "os.rename" else details[0]
+            writes = True
+        else:
+            return
+        if not writes or isinstance(path, int):
+            return
+        location = os.path.realpath(os.path.dirname(os.fsdecode(path)) or ".")
+        if not (location + "/").startswith(inside + "/") and location != "/dev":
+            os.write(2, f"\nOUTSIDE {event} {os.fsdecode(path)!r}\n".encode())
+
+    sys.addaudithook(watch)
+
+
+# ---- judging -------------------------------------------------------------------------------------
+
+def judge(program, code, text, fault) -> tuple:
+    """-> verdict, what was wrong (empty where the output says it)"""
+    if "OUTSIDE" in text:
+        return "wrote outside", ""
+    if fault:
+        kind = "ran code" if "executed" in fault else "lost or half a file"
+        return kind, f"{fault}\n{text}"
+    if code is None:
+        return "hang", ""
+    if code < 0 or code == 99:
+        return "crash", f"exit code {code}\n{text}"
+    if code == TRACEBACK or "Traceback (most recent" in text:
+        return "traceback", ""
+    if "\x1b" in text:
+        return "unclear", f"terminal escapes in {text!r}"
+    if code == 0:
+        return "ok", ""
+    lines = text.strip().splitlines() or [""]
+    if program in ("tools.check_data", "train.py") and lines[-1].endswith("warnings"):
+        return "ok", ""       # the check reports errors by its exit code
+    if not lines[-1].startswith(f"{program}: ") or len(lines[-1]) > LONGEST_LINE:
+        return "unclear", f"exit code {code}\n{text}"
+    return "one line", ""
+
+
+def contents(folder) -> dict:
+    """{path: bytes} of all regular files of a folder."""
+    found = {}
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink() and path.stat().st_size < 10 ** 8:
+            found[path] = path.read_bytes()
+    return found
+
+
+def file_fault(folder, before, words) -> str:
+    """What is wrong with the files after a case, or nothing."""
+    after = contents(folder)
+    for path in folder.rglob("*"):
+        if path.name == "executed":
+            return "executed: the code in a checkpoint was run"
+        if path not in before and (path.suffix == ".tmp" or path.name.startswith(".photo")):
+            return f"{path.name} was left behind"
+    for path, content in before.items():
+        name = str(path.relative_to(folder))
+        written = name.startswith(("runs/", "out/")) or any(name in word for word in words)
+        if path not in after:
+            if path.suffix != ".tmp" and content not in after.values():
+                return f"{name} is gone"
+        elif after[path] != content and not written:
+            return f"{name} was changed"
+        elif after[path] != content and not is_complete(path):
+            return f"{name} is only half written"
+    return ""
+
+
+def is_complete(path) -> bool:
+    """Whether a file that a program wrote can be read again. A log may end within a line."""
+    try:
+        if path.suffix in (".pt", ".prev"):
+            checkpoints.load(path)
+        elif path.suffix == ".json":
+            json.loads(path.read_text())
+        elif path.suffix == ".jsonl":
+            for line in path.read_text().splitlines()[:-1]:
+                json.loads(line)
+        elif path.suffix in (".png", ".jpg"):
+            with Image.open(path) as image:
+                image.load()
+    except (ValueError, OSError):
+        return False
+    return True
+
+
+# ---- the property --------------------------------------------------------------------------------
+
+def run_cases(seeds, materials, folder, report=None) -> list:
+    results = []
+    for seed in seeds:
+        result = run_case(seed, materials, folder / f"case{seed}")
+        results.append(result)
+        if report:
+            report(result)
+    return results
+
+
+def table(results) -> str:
+    """Counts of verdicts by damage, as Markdown."""
+    counts = Counter((result.damage, result.verdict) for result in results)
+    lines = ["| damage | " + " | ".join(VERDICTS) + " |", "|---" * (len(VERDICTS) + 1) + "|"]
+    for damage in sorted({result.damage for result in results}):
+        numbers = [str(counts[damage, verdict]) for verdict in VERDICTS]
+        lines.append(f"| {damage.replace('_', ' ')} | " + " | ".join(numbers) + " |")
+    sums = [str(sum(result.verdict == verdict for result in results)) for verdict in VERDICTS]
+    return "\n".join([*lines, f"| all {len(results)} | " + " | ".join(sums) + " |"])
+
+
+def describe(result) -> str:
+    return (f"seed {result.seed}: {result.verdict}: {result.damage}, {result.what}\n"
+            f"{result.command}\n{result.text[-3000:]}\n")
+
+
+def check(results):
+    bad = [result for result in results if result.verdict not in ("ok", "one line")]
+    assert not bad, "\n".join(map(describe, bad[:20])) + table(results)
+
+
+def test_every_fault_ends_in_success_or_in_one_line(materials, tmp_path):
+    check(run_cases(range(CASES), materials, tmp_path))
+
+
+@pytest.mark.slow
+def test_every_fault_of_many_ends_in_success_or_in_one_line(materials, tmp_path):
+    count = int(os.environ.get("PAPERDETR_FAULTS", 2000))
+    first = int(os.environ.get("PAPERDETR_FAULTS_SEED", 0))
+    results = run_cases(range(first, first + count), materials, tmp_path, report=print_if_bad)
+    print(table(results))
+    check(results)
+
+
+def print_if_bad(result):
+    if result.verdict not in ("ok", "one line"):
+        print(describe(result), flush=True)
