@@ -41,7 +41,8 @@ Differences from the paper
  9. The box head runs once a layer; the authors evaluate it twice on the same input.
 10. Classes are 0..n-1 of the data set (80 in COCO), not COCO's ids (91 columns).
 11. Where the hardware supports it, train.py computes in bfloat16 autocast (not with `--amp false`),
-    reference points and all class and box heads in float32; the authors compute in float32.
+    reference points and all class and box heads in float32; the authors compute in float32. What
+    stays float32 there has TF32 matrix products on a GPU; eval.py multiplies exactly.
 12. train.py skips a step whose loss is not finite; the authors stop.
 """
 import math

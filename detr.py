@@ -25,7 +25,8 @@ Differences from the paper
  3. Detections are sorted by score; the authors list them in the order of the queries.
  4. Classes are 0..K-1 of the data, not the 91 columns of COCO's ids.
  5. `train.py` computes in bfloat16 autocast where the hardware supports it (`--amp false` does not;
-    the authors use float32), and skips a step whose loss is not finite, where the authors stop.
+    the authors use float32) and multiplies float32 matrices in TF32 on a GPU, where `eval.py` is
+    exact; it skips a step whose loss is not finite, where the authors stop.
  6. Not built: learned positions, positions at the input only (Table 3), panoptic segmentation.
 """
 import math

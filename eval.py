@@ -44,6 +44,7 @@ from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_image
 from engine.inference import detect_image, predict, require_finite
+from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
 from engine.tiles import detect_tiled
@@ -387,12 +388,15 @@ class Options:
     workers: int = -1            # processes that read images; -1: depends on the CPU cores
     device: str = ""             # cpu or cuda; none: cuda if there is a GPU
     amp: bool = False            # bfloat16 autocast
+    # deformable attention: kernel or torch; default: the kernel where it can be built
+    impl: str = ""
     variant: str = ""            # variant of released weights whose file does not show it: dc5
     detector: str = ""           # a mask network's frozen detector, if the file has moved
 
     def check(self):
         """UserError for values that cannot work."""
         require = commands.require
+        require(self.impl in ("", "kernel", "torch"), "--impl kernel or torch", self.impl)
         require(self.max_dets >= 1, "--max_dets of at least 1", self.max_dets)
         require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
         require(self.workers >= -1, "--workers of at least -1", self.workers)
@@ -445,7 +449,7 @@ def run_on_images(options, detector, out):
     scores = ", ".join(f"{value:.2f}" for value in sorted(set(least)))
     print(f"{read} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
     if not read:
-        sys.exit(1)
+        raise UserError(f"--images: expected an image that can be read, got none among {len(paths)}")
 
 
 def run_on_data(options, detector, out, device, rank, world):
@@ -454,7 +458,7 @@ def run_on_data(options, detector, out, device, rank, world):
     detector, dataset = commands.with_data(detector, options.data, options.json)
     labeled = dataset.split != "test"
     folder = files.prepare_folder(options.out or out)
-    workers = options.workers if options.workers >= 0 else commands.default_workers(world)
+    workers = options.workers if options.workers >= 0 else commands.default_workers()
     if rank == 0:
         print(settings(detector.cfg, detector.recipe))
 
@@ -509,6 +513,7 @@ def main(argv=None):
                                config=(tyro.conf.FlagCreatePairsOff,))
         options.check()
         device, rank, world = commands.join_processes(options.device)
+        prepare_attention(options.impl, device)
         detector = open_detector(options.checkpoint, device, options.variant, options.detector)
         top_k = max(detector.cfg.top_k, options.max_dets)
         detector = detector._replace(cfg=replace(detector.cfg, top_k=top_k))

@@ -36,6 +36,8 @@ from dataclasses import dataclass
 # OpenMP reads this when torch is imported. Threads that wait in a long busy loop slow each other
 # down when other programs use the cores too.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+# GPU memory in segments that grow: images of many sizes leave no gaps of unusable memory
+os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import torch
 
@@ -48,11 +50,13 @@ from engine.checkpoints import RunFolder
 from engine.datasets import build_datasets
 from engine.ema import make_ema
 from engine.errors import UserError, user_errors
-from engine.layers import compile_or_recompute
-from engine.machine import Machine, StopSignals, memory_advice, prepare_cpu, set_up_machine
+from engine.layers import compile_or_recompute, order_channels_last, prepare_attention
+from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, prepare_cpu,
+                            set_up_machine)
 from engine.models import build_model, load_paper, start_weights
 from engine.recipe import Recipe
 from engine.run_log import RunLog
+from engine.schedules import is_kept
 from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
@@ -81,11 +85,15 @@ class Run:
     accum: int = 1                   # micro-batches per optimizer step: less memory, same gradients
     recompute: bool = False          # recompute activations in the backward pass: less memory
     compile: bool = False            # torch.compile layers and backbone blocks
+    channels_last: bool = False      # GPU only: ResNet in NHWC order, faster on many GPUs
+    impl: str = ""                   # deformable attention: kernel or torch; none: kernel if built
     deterministic: bool = False      # bit-identical runs on a GPU too; slower
     workers: int = -1                # processes that read images; -1: depends on the CPU cores
     threads: int = 0                 # CPU threads; 0: OMP_NUM_THREADS, or one per core, at most 8
     eval_every: int = 1              # epochs between evaluations
     save_every: int = 1000           # steps between saves; every epoch is saved too
+    keep_every: int = 0              # keep epoch_NNNN.pt of every N epochs; 0: before lr drops only
+    max_steps: int = 0               # end, saved, after this many optimizer steps; 0: all epochs
 
 
 @dataclass
@@ -117,8 +125,12 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
 
         # model and optimizer: same initial weights on every rank, other random numbers afterwards
         model, criterion = build_model(paper, cfg, len(train_set.class_names), run.detector)
-        notes = start_weights(run, cfg, model, train_set.class_names)
+        with machine.first_on_node():     # one process downloads and compiles for all others
+            notes = start_weights(run, cfg, model, train_set.class_names)
+            prepare_attention(run.impl, machine.device)
         model.to(machine.device)
+        if run.channels_last:
+            order_channels_last(model, machine.device)
         machine.seed_rank(run.seed)
         ema = make_ema(model, recipe.ema, recipe.ema_warmup)
         optimizer, base_lrs = make_optimizer(paper, model, recipe, batch)
@@ -129,6 +141,9 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         progress = Progress()
         if run.resume:
             progress = folder.restore(progress, model, ema, optimizer, batch.steps_per_epoch)
+        if run.max_steps and progress.step >= run.max_steps:
+            raise UserError(f"expected --max_steps above {progress.step}, the steps this run has "
+                            f"made, got {run.max_steps}: give more, or leave it out")
         folder.describe(cfg, recipe, train_set)
         log = RunLog(run, recipe, batch, machine, progress)
         log.report(paper, cfg, train_set, val_set, model, notes)
@@ -142,12 +157,16 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                 for micro_batches in batches:
                     factor = lr_factor(recipe, progress.step, batch.steps_per_epoch)
                     set_lr(optimizer, base_lrs, factor)
-                    losses, grad_norm, finite = step(
-                        net, model, criterion, optimizer, ema, micro_batches, recipe.clip, machine)
+                    # the one small message between ranks: all stop after the same step
+                    count, signal = machine.share(count_objects(micro_batches), stop.signal)
+                    losses, grad_norm, finite = step(net, model, criterion, optimizer, ema,
+                                                     micro_batches, recipe.clip, machine, count)
                     progress.count(finite)
 
-                    signal = machine.max(stop.signal)     # all ranks stop after the same step
-                    saving = progress.step % run.save_every == 0 or signal > 0
+                    if machine.world == 1:
+                        signal = stop.signal     # also one that came during the step
+                    ended = progress.step == run.max_steps
+                    saving = progress.step % run.save_every == 0 or signal > 0 or ended
                     log.step(progress, losses, grad_norm, finite, optimizer, write=saving)
                     if not finite:
                         log.bad_step(progress, losses, model, micro_batches)
@@ -157,9 +176,15 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                     if signal:
                         log.stopped(progress, signal)
                         sys.exit(128 + signal)
+                    if ended:
+                        machine.say(f"--max_steps: ended at step {progress.step}, saved; continue "
+                                    "with --resume and a larger number")
+                        return record
 
                 # not counted as done yet: a run killed from here on evaluates when it is resumed
                 folder.save("last.pt", progress, model, ema, optimizer)
+                if is_kept(run.keep_every, recipe, epoch, batch.steps_per_epoch):
+                    folder.save(f"epoch_{epoch + 1:04}.pt", progress, model, ema, optimizer)
                 with stop.nothing_to_save():
                     if (epoch + 1) % run.eval_every == 0 or epoch + 1 == recipe.epochs:
                         record = validate(ema, paper, val_set, cfg, batch, machine, progress)
@@ -177,18 +202,20 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         return record
 
 
-def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
+def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine, count=None):
     """Make one optimizer step. -> {loss name: number}, gradient norm, whether all of it is finite
 
     net: the model, or its DistributedDataParallel. clip: limit of the gradient norm, 0 for none.
+    count: objects in the micro-batches of all ranks, summed here where it is not given.
     A step that is not finite changes nothing: parameters, optimizer, EMA and batch statistics stay
     as they were.
 
     The loss is the mean over all micro-batches of all ranks. Every micro-batch divides its losses
     by the same `num_boxes`, the mean number of objects of a micro-batch. So the gradient is that
     of one large batch, except where a criterion counts objects itself (Co-DETR)."""
-    count = sum(len(t["labels"]) for *_, targets in micro_batches for t in targets)
-    num_boxes = max(machine.sum(count), 1) / (machine.world * len(micro_batches))
+    if count is None:
+        count, _ = machine.share(count_objects(micro_batches), 0)
+    num_boxes = max(count, 1) / (machine.world * len(micro_batches))
     statistics = batch_statistics(model)
     before = [buffer.clone() for buffer in statistics]
 
@@ -204,7 +231,10 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
         with machine.autocast():
             outputs = net(images, padding, targets)
         weighted = criterion(outputs, targets, num_boxes)
-        (sum(weighted.values()) / len(micro_batches)).backward()
+        loss = sum(weighted.values()) / len(micro_batches)
+        # 0 x NaN and 0 x infinity are NaN: a bad loss makes bad gradients on every rank, and
+        # all skip the step without another message
+        (loss * (1 + 0 * loss.detach())).backward()
         for name, value in weighted.items():
             losses[name] = losses.get(name, 0.0) + value.detach() / len(micro_batches)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -212,7 +242,7 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
 
     # read all numbers from the GPU at once; a clip that is not finite makes a bad step, too
     numbers = torch.stack([*losses.values(), grad_norm]).tolist()
-    finite = machine.all(all(math.isfinite(x) for x in [*numbers, clip]))
+    finite = all(math.isfinite(x) for x in [*numbers, clip])
     if finite:
         optimizer.step()
         machine.average(statistics)     # every rank has seen its own images
@@ -221,6 +251,10 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine):
         for buffer, old in zip(statistics, before):
             buffer.copy_(old)
     return dict(zip(losses, numbers)), numbers[-1], finite
+
+
+def count_objects(micro_batches) -> int:
+    return sum(len(target["labels"]) for *_, targets in micro_batches for target in targets)
 
 
 # ---- optimizer and learning rate -----------------------------------------------------------------
@@ -310,7 +344,7 @@ def main(argv: list[str] | None = None) -> None:
         run, cfg, recipe = parse(sys.argv[1:] if argv is None else argv)
         if run.check_data:
             sys.exit(1 if check_data.check(run.check_data) else 0)
-        with memory_advice(run, recipe):
+        with memory_advice(run, recipe), lost_peers(run):
             train(run, cfg, recipe)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -22,7 +22,8 @@ from engine.schedules import other_length
 
 CHANGEABLE_ON_RESUME = {
     "model", "out", "resume", "detector", "device", "workers", "threads", "eval_every",
-    "save_every", "accum", "amp", "recompute", "compile", "deterministic"}
+    "save_every", "keep_every", "max_steps", "accum", "amp", "recompute", "compile",
+    "channels_last", "impl", "deterministic"}
 OVERFIT_EPOCHS = 30
 
 registry = ConstructorRegistry()

@@ -9,7 +9,7 @@ from engine.class_rows import fit_classes, without_unused
 from engine.coco_json import read_json
 from engine.datasets import validation_set
 from engine.errors import UserError
-from engine.machine import cores
+from engine.machine import cores, node_processes
 from engine.models import load_model
 from engine.processes import own_place
 
@@ -66,6 +66,9 @@ def join_processes(device):
         raise UserError("--device cuda: PyTorch finds no GPU here; leave the flag out")
     if name.partition(":")[0] not in ("cpu", "cuda"):
         raise UserError(f"--device: expected cpu or cuda, got {name!r}")
+    # products and convolutions in float32, which training may compute in TF32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
     rank, world, local_rank, _ = own_place()
     if world > 1:
         if name == "cuda":
@@ -76,9 +79,9 @@ def join_processes(device):
     return name, rank, world
 
 
-def default_workers(world):
-    """Processes that read images for each of `world` processes: at most 4, a core each."""
-    return min(4, cores() // world)
+def default_workers():
+    """Processes that read images for each process of this node: at most 4, a core each."""
+    return min(4, cores() // node_processes())
 
 
 def summary(doc):

@@ -3,6 +3,7 @@ import contextlib
 import ctypes
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -16,11 +17,13 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.errors import UserError, is_out_of_memory
+from engine.errors import UserError, is_out_of_memory, one_line
 from engine.processes import own_place
 
 SAME_REQUEST_SECONDS = 2.0   # stop signals within this time are one request
 QUIT_SECONDS = 1.0           # after a second request: time for the program to end by itself
+# In what gloo and NCCL say about a process that is gone.
+LOST_PEER = "(?i)closed by peer|reset by peer|broken pipe|timed out|remote process exited|NCCL"
 STOP_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP")
                 if hasattr(signal, name)]
 
@@ -34,6 +37,7 @@ class Machine:
     amp: bool = False            # bfloat16 autocast
     rank: int = 0
     world: int = 1               # number of processes
+    local_rank: int = 0          # among the processes of this node
     threads: int = 1             # CPU threads of PyTorch
     workers: int = 0             # processes that read images
 
@@ -49,24 +53,33 @@ class Machine:
     def autocast(self):
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp)
 
-    def sum(self, number: float) -> float:
-        """Sum of every rank's number."""
-        return self._reduce(number, dist.ReduceOp.SUM)
-
-    def max(self, number: int) -> int:
-        """Largest of every rank's number."""
-        return int(self._reduce(number, dist.ReduceOp.MAX))
-
-    def all(self, flag: bool) -> bool:
-        """Whether the flag is true on every rank."""
-        return bool(self._reduce(flag, dist.ReduceOp.MIN))
-
-    def _reduce(self, number, op):
+    def share(self, count: int, signal: int) -> tuple[int, int]:
+        """Sum of every rank's count, and largest of every rank's signal, in one message."""
         if self.world == 1:
-            return number
-        tensor = torch.tensor(float(number), dtype=torch.float64)   # on the CPU: gloo, no GPU wait
-        dist.all_reduce(tensor, op)
-        return tensor.item()
+            return count, signal
+        mine = torch.tensor([count, signal])                  # on the CPU: gloo, no GPU wait
+        ranks = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(ranks, mine)
+        counts, signals = torch.stack(ranks).unbind(1)        # (world,) each
+        return int(counts.sum()), int(signals.max())
+
+    @contextlib.contextmanager
+    def first_on_node(self):
+        """Run a block on one process of each node, then on the others: what the first downloads or
+        compiles, they find."""
+        if self.world == 1:
+            yield
+            return
+        if self.local_rank > 0:
+            self._barrier()
+        try:
+            yield
+        finally:     # after an error too: the others must not wait for ever
+            if self.local_rank == 0:
+                self._barrier()
+
+    def _barrier(self):
+        dist.all_reduce(torch.zeros(1))
 
     def gather(self, value) -> list:
         """Every rank's value, in the order of ranks."""
@@ -112,19 +125,22 @@ def set_up_machine(run) -> Machine:
                             "--device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
+        # matrix products in TF32, as the authors trained; eval.py computes them exactly
+        torch.set_float32_matmul_precision("high")
     if world > 1 and not dist.is_initialized():
         # gloo: counts and flags, from CPU to CPU; nccl: gradients, from GPU to GPU
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
 
-    threads = run.threads or omp_threads() or max(1, min(8, cores() // world))
+    share = cores() // node_processes()
+    threads = run.threads or omp_threads() or max(1, min(8, share))
     torch.set_num_threads(threads)
     workers = run.workers
     if workers < 0:
-        workers = min(4, cores() // world // (2 if name == "cuda" else 4))
+        workers = min(4, share // (2 if name == "cuda" else 4))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # for --deterministic on a GPU
     torch.use_deterministic_algorithms(run.deterministic)
 
-    machine = Machine(device, bool(run.amp), rank, world, threads, workers)
+    machine = Machine(device, bool(run.amp), rank, world, local_rank, threads, workers)
     if run.amp is None:   # only where the hardware multiplies bfloat16; emulation is slow
         machine.amp = (torch.cuda.is_bf16_supported(False) if name == "cuda"
                        else torch.cpu._is_avx512_bf16_supported())
@@ -138,6 +154,11 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
+
+
+def node_processes() -> int:
+    """Processes of the run on this node, which share its cores."""
+    return own_place().local_world
 
 
 def omp_threads() -> int:
@@ -279,3 +300,17 @@ def next_flag(error, run, recipe) -> str:
     state = (f"{last} is complete: add --resume to continue from there" if saved
              else "nothing was saved yet")
     return f"out of memory ({error}). Try {flag}; {state}"
+
+
+@contextlib.contextmanager
+def lost_peers(run):
+    """Turn the error of a message to a process that is gone into a UserError."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search(LOST_PEER, str(error)):
+            raise
+        raise UserError(
+            "another process of this run has ended or does not answer; the first error among those "
+            f"of all processes says why ({one_line(error)[:200]}). Continue with --resume --out "
+            f"{run.out}") from error

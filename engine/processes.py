@@ -16,8 +16,9 @@ class Place(NamedTuple):
 def own_place() -> Place:
     """Read the environment. UserError for what torchrun does not write: another program may have
     left it there, and a process that takes itself for the second writes nothing."""
-    place = Place(number("RANK", 0), number("WORLD_SIZE", 1), number("LOCAL_RANK", 0),
-                  number("LOCAL_WORLD_SIZE", 1))
+    world = number("WORLD_SIZE", 1)
+    place = Place(number("RANK", 0), world, number("LOCAL_RANK", 0),
+                  number("LOCAL_WORLD_SIZE", world))
     if not 0 <= place.rank < place.world:
         raise UserError(f"expected RANK from 0 to WORLD_SIZE - 1, got {place.rank} of "
                         f"{place.world}: unset both, or start with torchrun")

@@ -14,7 +14,8 @@ NUMBER = (0, 1_000_000)
 RANGES = {
     # Run
     "overfit": (0, 1_000_000), "seed": (0, 2**31 - 1), "accum": (1, 10_000),
-    "workers": (-1, 256), "threads": (0, 1024),
+    "workers": (-1, 256), "threads": (0, 1024), "keep_every": (0, 1_000_000),
+    "max_steps": (0, 1_000_000_000),
     # Recipe
     "lr": (0, 1000), "lr_backbone": (0, 1000), "lr_offsets": (0, 1000), "layer_decay": FRACTION,
     "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION, "ema": (0, 0.999999),
@@ -32,6 +33,7 @@ RANGES = {
 }
 CHOICES = {
     "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda"),
+    "impl": ("", "kernel", "torch"),
     "schedule": ("step", "drops", "cosine", "flat"),
 }
 

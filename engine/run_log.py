@@ -11,7 +11,7 @@ import torch
 from tqdm import tqdm
 
 import data
-from deformable_attn import BuildError, ms_deform_attn
+from deformable_attn import verify_kernel
 from engine.batch_norm import restore_statistics
 from engine.errors import printable
 from engine.machine import cores
@@ -263,20 +263,17 @@ def describe_machine(run, machine) -> str:
         if machine.threads > 1 and load > cores() / 2:
             name += f" (busy: load {load:.1f}; --threads 1 may be faster)"
     precision = "bfloat16 autocast" if machine.amp else "float32"
-    options = [flag for flag in ("recompute", "compile", "deterministic") if getattr(run, flag)]
-    return "; ".join([name, precision, f"deformable attention: {attention(machine.device)}",
+    flags = ("recompute", "compile", "channels_last", "deterministic")
+    options = [flag for flag in flags if getattr(run, flag)]
+    return "; ".join([name, precision, f"deformable attention: {attention(run, machine)}",
                       *options])
 
 
-def attention(device) -> str:
-    """Run deformable attention on one pixel. -> which implementation this device has"""
-    value = torch.zeros(1, 1, 1, 4, device=device)
-    locations = torch.zeros(1, 1, 1, 1, 1, 2, device=device)
-    try:
-        ms_deform_attn(value, [(1, 1)], locations, locations[..., 0], impl="kernel")
-    except BuildError as error:
-        return f"plain PyTorch ({error})"
-    return "kernel"
+def attention(run, machine) -> str:
+    """Which deformable attention this run uses."""
+    if run.impl == "torch":
+        return "plain PyTorch (--impl torch)"
+    return "kernel" if verify_kernel(machine.device) else "plain PyTorch (no kernel, see above)"
 
 
 def batch_hint(run, paper, batch) -> str:

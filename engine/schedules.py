@@ -23,6 +23,22 @@ def other_length(paper, variant: str, recipe: Recipe, epochs: int) -> tuple[dict
     return {"lr_drop": drop}, text + f"all else as for {recipe.epochs} epochs"
 
 
+def is_kept(keep_every: int, recipe: Recipe, epoch: int, steps_per_epoch: int) -> bool:
+    """Whether the checkpoint after this epoch, counted from 0, is kept: every keep_every epochs,
+    and where lr drops during the next epoch."""
+    if keep_every and (epoch + 1) % keep_every == 0:
+        return True
+    total = steps_per_epoch * recipe.epochs
+    drops = []
+    if recipe.schedule == "step":
+        drops = [recipe.lr_drop * steps_per_epoch]
+    elif recipe.schedule == "drops":
+        drops = [round(part * total) for part in recipe.lr_drops]
+    begin = (epoch + 1) * steps_per_epoch
+    end = min(begin + steps_per_epoch, total)
+    return any(begin <= drop < end for drop in drops)
+
+
 def layer_groups(model, backbone: str, recipe: Recipe) -> list[dict]:
     """Parameter groups whose learning rate falls from block to block of a ViT towards the image.
 

@@ -1,0 +1,311 @@
+"""Runs of several processes: what they send each other, what they share, and what a loss of one of
+them does to the others."""
+import importlib
+import json
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import train
+from deformable_attn import KernelError, MSDeformAttn
+from engine import checkpoints, commands, layers, models
+from engine import machine as machines
+from engine.errors import UserError, user_errors
+from engine.machine import lost_peers, set_up_machine
+from engine.recipe import Recipe
+from engine.schedules import is_kept
+from small_runs import FLAGS, at_step, cheap_runs, config, forked, run, same  # noqa: F401
+
+KILLED_PEER_SECONDS = 20     # within which the others end, on a busy machine
+
+
+# ---- messages ------------------------------------------------------------------------------------
+
+def count_messages(rank, folder, model):
+    """Record the collective calls of every step of a run."""
+    steps = []
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            steps[-1].append(name)
+            return function(*args, **kwargs)
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("all_reduce", "all_gather", "all_gather_object", "broadcast"):
+            patch.setattr(dist, name, counted(name, getattr(dist, name)))
+        original = train.set_lr
+        patch.setattr(train, "set_lr", lambda *args: steps.append([]) or original(*args))
+        steps.append([])     # of the beginning
+        train.train(run(folder, model, num_train=12, max_steps=2), *config(model))
+    (folder / f"{rank}.json").write_text(json.dumps(steps))
+
+
+@pytest.mark.parametrize("model, more", [("dino", []), ("co_detr", ["all_reduce"])])
+def test_a_step_sends_one_small_message_beside_gradients_and_batch_statistics(
+        tmp_path, model, more):
+    """The number of objects and the stop signal; Co-DETR's heads also average their counts.
+    DistributedDataParallel sends gradients below the functions that are counted here."""
+    assert forked(2, count_messages, tmp_path, model) == [0, 0]
+    for rank in (0, 1):
+        steps = json.loads((tmp_path / f"{rank}.json").read_text())
+        assert steps[1] == ["all_gather", *more, "all_reduce"]      # the last: batch statistics
+
+
+def skip_a_bad_step(rank, folder):
+    """Rank 1 alone has a loss that is not finite."""
+    paper = importlib.import_module("deformable_detr")
+    build = paper.build
+
+    def bad_build(*args):
+        model, criterion = build(*args)
+        calls = []
+
+        def sometimes_bad(*inputs):
+            losses = criterion(*inputs)
+            calls.append(1)
+            if rank == 1 and len(calls) == 2:
+                losses["cls"] = losses["cls"].detach() / 0
+            return losses
+        return model, sometimes_bad
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(paper, "build", bad_build)
+        settings = config("deformable_detr", epochs=1, lr=1e-4)
+        train.train(run(folder, num_train=12), *settings)
+
+
+def test_ranks_skip_a_step_together_when_one_of_them_has_a_bad_loss(tmp_path):
+    assert forked(2, skip_a_bad_step, tmp_path) == [0, 0]
+    lines = (tmp_path / "run" / "nan_report.jsonl").read_text().splitlines()
+    report, = [json.loads(line) for line in lines]
+    assert report["step"] == 2 and report["losses"] == ["cls"] and len(report["images"]) == 2
+    state = checkpoints.load(tmp_path / "run" / "last.pt")
+    assert state["step"] == 3 and state["progress"]["bad_steps"] == 0
+
+
+# ---- processes of one node -----------------------------------------------------------------------
+
+def test_threads_and_workers_share_the_cores_of_their_own_node(monkeypatch):
+    monkeypatch.setattr(machines, "cores", lambda: 16)
+    monkeypatch.setattr(commands, "cores", lambda: 16)
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    threads = torch.get_num_threads()
+    for node, expected in (("2", (8, 2)), ("4", (4, 1))):
+        monkeypatch.setenv("WORLD_SIZE", "8")
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", node)
+        machine = set_up_machine(train.Run(device="cpu"))
+        assert (machine.threads, machine.workers) == expected
+        assert commands.default_workers() == 4
+    torch.set_num_threads(threads)
+
+
+def fetch_in_order(rank, folder):
+    machine = set_up_machine(train.Run(device="cpu"))
+    with machine.first_on_node():
+        if rank == 0:
+            time.sleep(0.5)
+            (folder / "weights").write_text("complete")
+        else:
+            assert (folder / "weights").read_text() == "complete"
+    try:
+        with machine.first_on_node():
+            if rank == 0:
+                raise UserError("no network")
+    except UserError:
+        pass
+
+
+def test_one_process_of_a_node_fetches_weights_before_the_others(tmp_path):
+    """An error of the first one leaves nobody waiting."""
+    assert forked(2, fetch_in_order, tmp_path, timeout=60) == [0, 0]
+
+
+def start_and_record(rank, folder):
+    """Which rank reads weights, and which examines the data."""
+    def record(name):
+        with open(folder / "events", "a") as file:
+            file.write(f"{name} {rank}\n")
+
+    with pytest.MonkeyPatch.context() as patch:
+        weights = models.load_backbone_weights
+        patch.setattr(models, "load_backbone_weights",
+                      lambda *args: record("weights") or time.sleep(0.3 * (rank == 0))
+                      or record("done") or weights(*args))
+        check = train.check_data.quick_check
+        patch.setattr(train.check_data, "quick_check",
+                      lambda *args, **more: record("check") or check(*args, **more))
+        train.train(run(folder, max_steps=1), *config("deformable_detr"))
+
+
+def test_training_reads_weights_first_on_one_process_and_examines_data_on_it_alone(tmp_path):
+    assert forked(2, start_and_record, tmp_path, timeout=60) == [0, 0]
+    events = (tmp_path / "events").read_text().split("\n")[:-1]
+    assert [e for e in events if "check" in e] == ["check 0", "check 0"]
+    assert [e for e in events if "check" not in e] == ["weights 0", "done 0", "weights 1", "done 1"]
+
+
+# ---- a process that dies -------------------------------------------------------------------------
+
+def train_until_killed(rank, world, folder, seconds):
+    if rank == world - 1:
+        with pytest.MonkeyPatch.context() as patch:
+            at_step(patch, 4, lambda: os.kill(os.getpid(), signal.SIGKILL))
+            train.train(run(folder, save_every=1), *settings_of(world))
+    started = []
+    with pytest.MonkeyPatch.context() as patch:
+        at_step(patch, 4, lambda: started.append(time.monotonic()))
+        try:
+            with user_errors("train.py"), lost_peers(SimpleNamespace(out="runs/x")):
+                train.train(run(folder, save_every=1), *settings_of(world))
+        except SystemExit as error:
+            (folder / f"{rank}.txt").write_text(str(error))
+            assert time.monotonic() - started[0] < seconds
+            os._exit(3)
+
+
+def settings_of(world):
+    """A batch of `world` images, of two sizes."""
+    return config("deformable_detr", batch_size=world, train_sizes=(64, 96), epochs=2)
+
+
+@pytest.mark.parametrize("world", (2, 4))
+def test_processes_end_with_the_reason_when_one_is_killed_and_nothing_is_lost(tmp_path, world):
+    args = world, tmp_path, KILLED_PEER_SECONDS
+    codes = forked(world, train_until_killed, *args, timeout=120)
+    assert codes == [3] * (world - 1) + [-signal.SIGKILL]
+    for rank in range(world - 1):
+        text = (tmp_path / f"{rank}.txt").read_text()
+        assert text.startswith("train.py: error: another process of this run has ended")
+        assert "--resume" in text and "\n" not in text
+    last = tmp_path / "run" / "last.pt"
+    assert checkpoints.load(last)["step"] == 4
+
+    def resume(rank):
+        train.train(run(tmp_path, resume=str(last), max_steps=5), *settings_of(world))
+
+    assert forked(world, resume, timeout=120) == [0] * world
+    assert checkpoints.load(last)["step"] == 5
+
+
+def test_other_errors_are_not_taken_for_a_lost_process():
+    with pytest.raises(RuntimeError, match="^shapes do not fit$"):
+        with lost_peers(train.Run(out="x")):
+            raise RuntimeError("shapes do not fit")
+
+
+def train_with_flags(rank, folder, name, flags):
+    settings = config("dino", dropout=0.0, train_sizes=(64, 96), backbone_norm="group",
+                      denoising="none", batch_size=4)
+    train.train(run(folder, "dino", name, max_steps=2, save_every=1, **flags), *settings)
+
+
+def test_two_processes_recompute_in_two_micro_batches_of_varying_sizes(tmp_path):
+    """Recomputing changes nothing; micro-batches of other images average their losses."""
+    for name, flags in (("plain", dict(accum=2)), ("again", dict(accum=2, recompute=True))):
+        assert forked(2, train_with_flags, tmp_path, name, flags, timeout=120) == [0, 0]
+    plain = checkpoints.load(tmp_path / "plain" / "last.pt")
+    again = checkpoints.load(tmp_path / "again" / "last.pt")
+    assert plain["step"] == 2
+    same(plain["model"], again["model"])
+
+
+# ---- the end of a run, and what is kept ----------------------------------------------------------
+
+def test_max_steps_ends_a_run_that_a_larger_number_continues(tmp_path, capsys):
+    settings = config("deformable_detr")
+    train.train(run(tmp_path, name="one"), *settings)
+    train.train(run(tmp_path, name="two", max_steps=2), *settings)
+    last = tmp_path / "two" / "last.pt"
+    assert checkpoints.load(last)["step"] == 2
+    assert "--max_steps: ended at step 2" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--max_steps above 2"):
+        train.train(run(tmp_path, name="two", resume=str(last), max_steps=2), *settings)
+    train.train(run(tmp_path, name="two", resume=str(last)), *settings)
+    one = checkpoints.load(tmp_path / "one" / "last.pt")
+    same(one["model"], checkpoints.load(last)["model"])
+
+
+def test_checkpoints_before_a_drop_and_of_every_n_epochs_are_kept(tmp_path):
+    step = Recipe(epochs=12, lr_drop=11)
+    drops = Recipe(epochs=10, schedule="drops", lr_drops=(0.5, 0.75))
+
+    def kept(recipe, keep_every):
+        return [e + 1 for e in range(recipe.epochs) if is_kept(keep_every, recipe, e, 100)]
+
+    assert kept(step, 0) == [11] and kept(step, 4) == [4, 8, 11, 12]
+    assert kept(drops, 0) == [5, 7]
+    assert kept(Recipe(epochs=12, schedule="cosine"), 0) == []
+    settings = config("deformable_detr", schedule="step", lr_drop=1)
+    train.train(run(tmp_path), *settings)
+    assert [p.name for p in sorted((tmp_path / "run").glob("epoch_*"))] == ["epoch_0001.pt"]
+    before = tmp_path / "run" / "epoch_0001.pt"
+    assert checkpoints.load(before)["step"] == 3
+    end = checkpoints.load(tmp_path / "run" / "last.pt")
+    train.train(run(tmp_path, resume=str(before)), *settings)
+    same(end["model"], checkpoints.load(tmp_path / "run" / "last.pt")["model"])
+
+
+# ---- arithmetic ----------------------------------------------------------------------------------
+
+def test_training_multiplies_in_tf32_on_a_gpu_only_and_evaluation_exactly(monkeypatch):
+    chosen = []
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", chosen.append)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    set_up_machine(train.Run(device="cpu", threads=1))
+    assert chosen == []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(torch, "manual_seed", lambda seed: None)
+    set_up_machine(train.Run(device="cuda", amp=False, threads=1))
+    assert chosen == ["high"]
+    commands.join_processes("cpu")
+    assert chosen == ["high", "highest"] and not torch.backends.cudnn.allow_tf32
+
+
+def test_channels_last_is_refused_on_a_cpu_and_reorders_resnets_elsewhere():
+    model, _ = importlib.import_module("deformable_detr").build(config("deformable_detr")[0], 3)
+    with pytest.raises(UserError, match="expected a GPU with --channels_last"):
+        layers.order_channels_last(model, torch.device("cpu"))
+    images = torch.randn(2, 3, 64, 96)
+    expected = model.backbone(images)
+    layers.order_channels_last(model, SimpleNamespace(type="cuda"))
+    assert model.backbone.conv1.weight.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(model.backbone(images), expected, rtol=1e-3, atol=1e-4)
+
+
+def test_a_wrong_kernel_ends_training_and_evaluation_in_one_line(tmp_path, monkeypatch):
+    def wrong(device):
+        raise KernelError("the kernel is wrong here: error 1; go on without it by --impl torch")
+
+    monkeypatch.setattr(layers, "verify_kernel", wrong)
+    monkeypatch.setattr(MSDeformAttn, "impl", None)
+    command = [*FLAGS, "--model=deformable_detr", "--epochs=1", f"--out={tmp_path / 'run'}"]
+    message = "^train.py: error: the kernel is wrong here.*--impl torch$"
+    with pytest.raises(SystemExit, match=message):
+        train.main(command)
+    train.main([*command, "--impl=torch"])
+    assert MSDeformAttn.impl == "torch"
+    evaluation = importlib.import_module("eval")
+    command = ["--checkpoint", str(tmp_path / "run"), "--workers=0"]
+    with pytest.raises(SystemExit, match="^eval.py: error: the kernel is wrong here"):
+        evaluation.main(command)
+    evaluation.main([*command, "--impl=torch"])
+    with pytest.raises(SystemExit, match="--impl kernel or torch"):
+        evaluation.main([*command, "--impl=fast"])
+    with pytest.raises(SystemExit, match="--impl kernel or torch"):
+        train.main([*FLAGS, "--model=deformable_detr", "--impl=fast"])
+
+
+def test_an_impl_that_cannot_be_built_is_refused(monkeypatch):
+    monkeypatch.setattr(layers, "verify_kernel", lambda device: False)
+    monkeypatch.setattr(MSDeformAttn, "impl", None)
+    layers.prepare_attention("", "cpu")
+    with pytest.raises(UserError, match="got none that can be built here"):
+        layers.prepare_attention("kernel", "cpu")

@@ -1,0 +1,192 @@
+"""Predict the GPU memory that training needs, without a GPU.
+
+    python -m tools.predict_memory                    every published recipe
+    python -m tools.predict_memory co_detr vit_l      one of them
+
+The model runs forward on tensors without values, and the bytes that autograd saves for the backward
+pass are counted, each storage once. The image is the largest of the recipe (800 x 1333 pixels in
+most), in float32, with 20 objects.
+
+    for each image    what autograd saves. With --recompute: the inputs of the layers, what is saved
+                      outside of them, and what the largest layer saves
+    for the model     parameters, gradients and two moments of AdamW, and the average where there is
+                      one, 4 bytes each
+
+Not counted: temporary tensors of single operations, losses, gradients of activations, the buckets
+of DistributedDataParallel (4 bytes a parameter), the CUDA context, fragmentation; for Co-DETR the
+RoI head. The figures are counts, not measurements; 10 to 20 % more should be free.
+"""
+import sys
+from dataclasses import dataclass
+from types import SimpleNamespace
+from unittest import mock
+
+import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves
+
+from engine.layers import compile_or_recompute, find_layers
+from engine.models import load_paper
+from engine.recipe import configure
+
+GIB = 2 ** 30
+OBJECTS = 20
+NUM_CLASSES = 80
+PAPERS = ("detr", "deformable_detr", "dino", "h_detr", "co_detr")
+
+
+@dataclass
+class Prediction:
+    """Bytes."""
+    model: int          # whatever the batch
+    image: int          # for each image of a micro-batch
+    recomputed: int     # for each image, with --recompute
+
+
+class AsOnGPU(TorchFunctionMode):
+    """Take the branches for GPUs: fused attention, which does not save its matrix."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.Tensor.is_cuda.__get__:
+            return True
+        if function is F.scaled_dot_product_attention:
+            q, k, v, *more = args
+            mask = more[0] if more else kwargs.get("attn_mask")
+            return function(q, k, v, mask)     # without dropout, which is not fused on CPUs
+        return function(*args, **kwargs)
+
+
+class SavedBytes:
+    """`with SavedBytes(model) as saved:` counts what autograd saves inside, each storage once."""
+
+    def __init__(self, model):
+        self.own = {x.untyped_storage()._cdata for x in model.state_dict().values()}
+        self.storages = {}
+
+    def add(self, x):
+        if x.untyped_storage()._cdata not in self.own:
+            self.storages[x.untyped_storage()._cdata] = x.untyped_storage()
+        return x
+
+    @property
+    def total(self) -> int:
+        return sum(storage.nbytes() for storage in self.storages.values())
+
+    def __enter__(self):
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self.add, lambda x: x)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self.hooks.__exit__(*error)
+
+
+def predict(paper, cfg, recipe, size: tuple[int, int]) -> Prediction:
+    """Count for a training step on images of this height and width."""
+    image, _ = count(paper, cfg, size, recompute=False)
+    recomputed, parameters = count(paper, cfg, size, recompute=True)
+    copies = 5 if recipe.ema else 4
+    return Prediction(4 * copies * parameters, image, recomputed)
+
+
+def count(paper, cfg, size, recompute: bool) -> tuple[int, int]:
+    """-> bytes for one image, number of parameters"""
+    with FakeTensorMode(allow_non_fake_inputs=True), AsOnGPU():
+        with mock.patch("torch.nn.init.trunc_normal_"):     # it reads values, which are not there
+            model, _ = paper.build(cfg, NUM_CLASSES)
+        model.train()
+        largest = [0]
+        if recompute:
+            settings = SimpleNamespace(compile=False, recompute=True, model=paper.__name__)
+            for layer in find_layers(model):
+                measure(layer, model, largest)
+            compile_or_recompute(model, settings)
+        with SavedBytes(model) as saved:
+            if recompute:
+                for layer in find_layers(model):
+                    keep_inputs(layer, saved)
+            outputs = forward(model, cfg, size)
+        total = saved.total + largest[0]
+        parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        del outputs
+    return total, parameters
+
+
+def measure(layer, model, largest: list[int]) -> None:
+    """Note in `largest` what the layer saves, if that is the most so far."""
+    original = layer.forward
+
+    def measured(*args):
+        with SavedBytes(model) as saved:
+            result = original(*args)
+        largest[0] = max(largest[0], saved.total)
+        return result
+
+    layer.forward = measured
+
+
+def keep_inputs(layer, saved: SavedBytes) -> None:
+    """Count the inputs of a layer that is recomputed: they stay in memory."""
+    original = layer.forward
+
+    def kept(*args):
+        for x in tree_leaves(args):
+            if isinstance(x, torch.Tensor):
+                saved.add(x)
+        return original(*args)
+
+    layer.forward = kept
+
+
+def forward(model, cfg, size):
+    """One image through everything that is computed in training."""
+    images = torch.rand(1, 3, *size)                                     # (1, 3, H, W)
+    padding = torch.zeros(1, *size, dtype=torch.bool)                    # (1, H, W)
+    boxes = torch.rand(OBJECTS, 4)
+    targets = [{"labels": torch.zeros(OBJECTS, dtype=torch.int64), "boxes": boxes}]
+    if not hasattr(model, "collaborate"):
+        return model(images, padding, targets)
+
+    # Co-DETR: which anchors are positive depends on values; the shapes do not, except few.
+    outputs = model.detector(images, padding, targets)
+    memory = outputs["memory"]
+    maps = model.pyramid(memory).maps
+    heads = []
+    for name in model.heads:
+        module = model.rpn if name == "rcnn" else getattr(model, name)
+        heads.append(module(maps))
+    M = cfg.aux_queries
+    rows = SimpleNamespace(boxes=torch.rand(1, M, 4), features=torch.rand(1, M, cfg.dim))
+    chosen = [(rows, torch.ones(1, M)) for _ in model.heads]
+    return outputs, heads, model.decode_customized(memory, chosen)
+
+
+def largest_size(recipe) -> tuple[int, int]:
+    """Height and width of the largest training image."""
+    limit = recipe.train_max_size or recipe.max_size
+    return max(recipe.train_sizes), limit
+
+
+def main(argv: list[str]) -> None:
+    rows = []
+    for name in argv[:1] or PAPERS:
+        paper = load_paper(name)
+        for variant in argv[1:] or ["", *paper.VARIANTS]:
+            overrides = paper.VARIANTS[variant] if variant else {}
+            cfg, recipe = configure(paper, overrides)
+            shape = {**vars(cfg), "size": largest_size(recipe), "ema": recipe.ema}
+            if shape in rows:     # differs from an earlier one in its schedule only
+                continue
+            rows.append(shape)
+            size = largest_size(recipe)
+            result = predict(paper, cfg, recipe, size)
+            print(f"{name:16} {variant or 'default':26} {size[0]:4} x {size[1]:4}"
+                  f"  model {result.model / GIB:5.1f} GiB  image {result.image / GIB:5.1f} GiB"
+                  f"  with --recompute {result.recomputed / GIB:5.1f} GiB", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
