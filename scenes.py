@@ -23,6 +23,7 @@ from pycocotools import mask as coco_mask
 from data import LARGE_AREA, DetectionData, Objects, Transform, join_annotations, random_generator
 from engine.coco_json import json_path
 from engine.errors import UserError, user_errors
+from engine.files import complete_file, complete_picture
 from engine.flags import one_line_usage
 from engine.notices import one_line
 from engine.ranges import check_ranges
@@ -417,8 +418,10 @@ def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEE
         folder.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(exist_ok=True)
         for index in range(count):
-            scenes.image(index).save(folder / scenes.file_name(index), compress_level=1)
-        path.write_text(json.dumps(scenes.coco().dataset))
+            with complete_picture(folder / scenes.file_name(index)) as file:
+                scenes.image(index).save(file, "PNG", compress_level=1)
+        with complete_file(path) as temporary:
+            temporary.write_text(json.dumps(scenes.coco().dataset))
         print(f"{one_line(str(path))}: {count} images, {len(scenes.annotations.labels)} objects")
 
 

@@ -536,6 +536,7 @@ def noised_boxes_of_checkpoint(checkpoint: str, out: str = "noised_boxes.jpg", d
         if picture is not None and len(dataset.objects(index).labels) > 1 and len(targets) < n:
             pictures.append(picture)
             targets.append(dataset[index][1])
+    require(targets, "an image with two objects or more", f"none in {dataset.name}")
     torch.manual_seed(0)
     num_classes = model.class_embed[0].out_features
     denoising = paper.denoising_queries(targets, model.label_enc, num_classes, cfg, cfg.num_queries)

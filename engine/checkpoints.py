@@ -6,7 +6,6 @@ holds progress, ema_updates, optimizer and rng, so that a run continues bit-exac
 """
 import contextlib
 import dataclasses
-import json
 import os
 import pathlib
 import pickle
@@ -21,7 +20,7 @@ import safetensors.torch
 import torch
 
 from engine.errors import UserError
-from engine.files import prepare_folder
+from engine.files import prepare_folder, write_json
 from engine.forms import mismatch
 from engine.notices import one_line
 from engine.ranges import check_ranges, check_values
@@ -338,7 +337,7 @@ class RunFolder:
             "class_names": list(dataset.class_names),
             "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name}
         if self.machine.is_main:
-            (self.path / "config.json").write_text(json.dumps(described, indent=1) + "\n")
+            write_json(self.path / "config.json", described)
 
     def save(self, name: str, progress, model, ema, optimizer=None, **more) -> None:
         """Write a checkpoint from rank 0; all ranks call this. `more`: further fields. Without an

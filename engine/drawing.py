@@ -11,7 +11,7 @@ import numpy as np
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
 
-from engine.files import complete_picture
+from engine.files import complete_picture, picture_format
 
 MIN_SIDE = 480   # px: smaller images are enlarged by an integer factor, so that labels are legible
 CROWD = 40       # with more objects, boxes are thin and a key replaces the labels
@@ -163,8 +163,9 @@ def tile(pictures, path, columns, titles=None, gap=GAP):
 
 def save_picture(picture, path):
     """Write a picture; the file is complete or absent. -> path"""
-    with complete_picture(path) as temporary:
-        if temporary.suffix == ".png":
+    with complete_picture(path) as file:
+        kind = picture_format(path)
+        if kind == "PNG":
             picture = picture.quantize(256)   # a third of the size
-        picture.save(temporary, quality=88, optimize=True)
+        picture.save(file, kind, quality=88, optimize=True)
     return path

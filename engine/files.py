@@ -1,5 +1,6 @@
 """Results on disk: folders that can be written to, files that are complete or absent."""
 import contextlib
+import io
 import json
 import os
 import tempfile
@@ -26,23 +27,38 @@ def prepare_folder(path):
 @contextlib.contextmanager
 def complete_file(path):
     """Yield a temporary name beside `path`; it gets its name when the block ends without an error,
-    and is removed otherwise. Whoever finds `path` finds a complete file."""
+    and is removed otherwise. Whoever finds `path` finds a complete file. UserError where the disk
+    refuses."""
     path = Path(path)
     if not path.parent.is_dir():
         prepare_folder(path.parent)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         os.replace(temporary, path)
+    except OSError as error:
+        raise UserError(f"expected to write {path}, got: {error.strerror or error}; free some "
+                        "space, or name another folder with --out") from error
     finally:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
 def complete_picture(path):
-    """`complete_file` of a picture. UserError for a name that is neither .png nor .jpg."""
-    if Path(path).suffix.lower() not in (".png", ".jpg", ".jpeg"):
+    """Yield a file in memory, which is written to `path` when the block ends without an error: the
+    encoders of pictures do not notice a disk that takes only a part. UserError for a name that is
+    neither .png nor .jpg."""
+    if picture_format(path) is None:
         raise UserError(f"--out: expected a picture to write, .png or .jpg, got {path}")
-    return complete_file(path)
+    memory = io.BytesIO()
+    yield memory
+    with complete_file(path) as temporary:
+        temporary.write_bytes(memory.getvalue())
+
+
+def picture_format(path):
+    """Pillow's name for the format of a picture; None for a suffix that is not ours."""
+    return {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG"}.get(Path(path).suffix.lower())
 
 
 def write_json(path, value):

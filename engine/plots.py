@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from engine.errors import UserError
-from engine.files import complete_picture
+from engine.files import complete_picture, picture_format
 from engine.forms import mismatch, read_results, read_text
 
 MAX_CLASSES = 10     # curves in one plot of precision and recall
@@ -31,9 +31,10 @@ def save_figure(figure, path, dpi=110, rect=(0, 0, 1, 1)):
     """Write and close a figure; the file is complete or absent. -> path"""
     figure.tight_layout(pad=0.6, rect=rect)
     path = Path(path)
-    options = {"quality": 88} if path.suffix == ".jpg" else {"optimize": True}
-    with complete_picture(path) as temporary:
-        figure.savefig(temporary, dpi=dpi, bbox_inches="tight", pad_inches=0.08,
+    with complete_picture(path) as file:
+        kind = picture_format(path)
+        options = {"quality": 88} if kind == "JPEG" else {"optimize": True}
+        figure.savefig(file, format=kind.lower(), dpi=dpi, bbox_inches="tight", pad_inches=0.08,
                        pil_kwargs=options)
     plt.close(figure)
     return path

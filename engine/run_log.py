@@ -14,6 +14,7 @@ import data
 from deformable_attn import verify_kernel
 from engine.batch_norm import restore_statistics
 from engine.errors import printable
+from engine.files import complete_file
 from engine.machine import cores
 from engine.recipe import configure, preset_values
 
@@ -175,11 +176,10 @@ def remove_later_lines(path: Path, step: int) -> None:
                 last += 1                       # step evaluates again
             if line.endswith("\n") and last <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             continue
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept))
-    os.replace(temporary, path)
+    with complete_file(path) as temporary:
+        temporary.write_text("".join(kept))
 
 
 @torch.no_grad()

@@ -569,7 +569,7 @@ def check_command(rng):
 
 
 def eval_data_command(rng):
-    more = rng.choice(([], ["--save_detections", "true"], ["--tile", "32"], ["--workers", "1"]))
+    more = rng.choice(([], ["--save_detections"], ["--tile", "32"], ["--workers", "1"]))
     return "eval.py", ["--checkpoint=runs/small", "--data=data", "--out=out", *CPU, *more]
 
 

@@ -8,6 +8,7 @@ its folder, and what was on disk before is complete afterwards.
 
 The damages are in faults.py. Every case runs in a forked child.
 """
+import contextlib
 import functools
 import json
 import os
@@ -70,54 +71,31 @@ class Result(NamedTuple):
 def materials(tmp_path_factory):
     """A folder of intact files, for models of a few thousand parameters."""
     folder = tmp_path_factory.mktemp("materials")
-    with narrow_backbones(), working_in(folder):
+    with narrow_backbones(), contextlib.chdir(folder):
         faults.make_materials(folder)
         yield folder
 
 
+@contextlib.contextmanager
 def narrow_backbones():
+    """Within the block, ResNets have few channels, and what only takes long is shortened."""
     narrow = functools.partial(resnet.ResNet, resnet.BasicBlock, (1, 1, 1, 1), (8, 16, 24, 32), 8,
                                small_stem=True)
-    patch = pytest.MonkeyPatch.context()
-    monkeypatch = patch.__enter__()
-    for name in ("tiny", "resnet50"):
-        monkeypatch.setitem(resnet.RESNETS, name, narrow)
-    monkeypatch.setattr(batches, "OVERFIT_STEPS", 2)
-    # Drawing takes seconds: every picture is small, and the curves of a run are only read.
-    monkeypatch.setattr(train.visualize, "curves", plots.read_log)
-    monkeypatch.setattr(Figure, "tight_layout", lambda *args, **options: None)
     save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **more: save(self, path, dpi=20))
-    released.published_shapes.cache_clear()
-    return Closing(patch)
 
+    def save_small(figure, file, format=None, **options):
+        save(figure, file, format=format, dpi=20)
 
-class Closing:
-    """Ends a patch, and forgets the shapes of narrow backbones."""
-
-    def __init__(self, patch):
-        self.patch = patch
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.patch.__exit__(*error)
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("tiny", "resnet50"):
+            patch.setitem(resnet.RESNETS, name, narrow)
+        patch.setattr(batches, "OVERFIT_STEPS", 2)
+        patch.setattr(train.visualize, "curves", plots.read_log)
+        patch.setattr(Figure, "tight_layout", lambda *args, **options: None)
+        patch.setattr(Figure, "savefig", save_small)
         released.published_shapes.cache_clear()
-
-
-class working_in:
-    """Within the block, a folder is the current one."""
-
-    def __init__(self, folder):
-        self.folder = folder
-
-    def __enter__(self):
-        self.before = os.getcwd()
-        os.chdir(self.folder)
-
-    def __exit__(self, *error):
-        os.chdir(self.before)
+        yield
+    released.published_shapes.cache_clear()
 
 
 # ---- one case ------------------------------------------------------------------------------------
@@ -286,7 +264,7 @@ def file_fault(folder, before, words) -> str:
     for path in folder.rglob("*"):
         if path.name == "executed":
             return "executed: the code in a checkpoint was run"
-        if path not in before and (path.suffix == ".tmp" or path.name.startswith(".photo")):
+        if path not in before and path.suffix == ".tmp":
             return f"{path.name} was left behind"
     for path, content in before.items():
         name = str(path.relative_to(folder))

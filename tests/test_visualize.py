@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from coco_folders import write_folder
 from tiny_checkpoint import two_checkpoints, write_checkpoint
 
 import data
@@ -121,8 +122,8 @@ def test_an_untrained_model_may_give_boxes_outside_the_image_and_inside_out():
 def test_a_picture_is_complete_or_absent(tmp_path, monkeypatch):
     save = Image.Image.save
 
-    def full(self, path, **options):
-        save(self, path, **options)
+    def full(self, *args, **options):
+        save(self, *args, **options)
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Image.Image, "save", full)
@@ -421,6 +422,13 @@ def test_noised_boxes_of_images_without_objects_are_refused(tmp_path):
     if queries is not None:
         with pytest.raises(UserError, match="at least one object"):
             visualize.noised_boxes([Image.new("RGB", (9, 9))], targets, queries, tmp_path / "n.jpg")
+
+
+def test_noised_boxes_need_an_image_with_two_objects(tmp_path):
+    folder = write_folder(tmp_path / "data", categories=((1, "cat"),))
+    path = write_checkpoint(tmp_path / "dino.pt", "dino", ["cat"])
+    with pytest.raises(SystemExit, match="expected an image with two objects or more, got"):
+        visualize.main(["noised_boxes", "--checkpoint", str(path), "--data", str(folder)])
 
 
 def test_what_was_analyzed_is_drawn_for_two_checkpoints(tmp_path):
