@@ -149,6 +149,7 @@ def forked(world, function, *args, timeout=240, wait_for=None):
         port = free.getsockname()[1]
 
     def begin(rank):
+        torch.set_num_threads(1)   # the OpenMP threads of the parent do not exist in a fork
         os.environ.update(
             RANK=str(rank),
             WORLD_SIZE=str(world),

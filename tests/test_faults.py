@@ -42,7 +42,7 @@ from engine import plots
 from engine import released
 from tools import check_data
 
-CASES = 40            # in the suite
+CASES = 60            # in the suite
 LIMIT = 60            # seconds; machines may be busy
 MEMORY = 6 * 2 ** 30  # bytes, beyond what the tests use
 LONGEST_LINE = 1300   # characters of an error message
