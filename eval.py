@@ -400,7 +400,7 @@ class Options:
         require(self.max_dets >= 1, "--max_dets of at least 1", self.max_dets)
         require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
         require(self.workers >= -1, "--workers of at least -1", self.workers)
-        require(self.eval_size >= 0, "--eval_size of at least 1", self.eval_size)
+        require(0 <= self.eval_size <= 10_000, "--eval_size in 1..10000", self.eval_size)
         require(self.tile == 0 or self.tile >= 16, "--tile of at least 16", self.tile)
         require(0 <= self.overlap <= 0.9, "--overlap in 0..0.9", self.overlap)
         threshold = self.score_threshold
@@ -449,7 +449,7 @@ def run_on_images(options, detector, out):
     scores = ", ".join(f"{value:.2f}" for value in sorted(set(least)))
     print(f"{read} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
     if not read:
-        sys.exit(1)
+        raise UserError(f"--images: expected an image that can be read, got none among {len(paths)}")
 
 
 def run_on_data(options, detector, out, device, rank, world):

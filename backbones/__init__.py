@@ -15,7 +15,6 @@ published weights, so that these load by name.
     c2, c3, c4, c5 = backbone(images)
 """
 import math
-import pickle
 import re
 from http.client import HTTPException
 from pathlib import Path
@@ -156,7 +155,7 @@ def read_state_dict(path: Path) -> dict[str, Tensor]:
                         "is no file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError) as error:
+    except Exception as error:   # a damaged file can raise nearly anything
         reason = str(error).partition("\n")[0]
         raise UserError(f"expected PyTorch weights in {path}, got a file that is broken or holds "
                         f"more than tensors ({reason}): copy it again, or save its tensors alone, "

@@ -21,6 +21,7 @@ import safetensors.torch
 import torch
 
 from engine.errors import UserError
+from engine.files import prepare_folder
 from engine.forms import mismatch
 from engine.notices import one_line
 from engine.ranges import check_ranges, check_values
@@ -299,7 +300,7 @@ class RunFolder:
 
     def __enter__(self):
         if self.machine.is_main:
-            self.path.mkdir(parents=True, exist_ok=True)
+            prepare_folder(self.path)
             self._refuse_other_kinds()
             self.lock = lock_folder(self.path)
             if not self.run.resume:

@@ -1,5 +1,4 @@
 """What the command lines of eval.py, analysis.py and visualize.py share."""
-import os
 from pathlib import Path
 
 import torch
@@ -12,10 +11,12 @@ from engine.datasets import validation_set
 from engine.errors import UserError
 from engine.machine import cores, node_processes
 from engine.models import load_model
+from engine.processes import own_place
 
 
 def open_detector(checkpoint, device="cpu", variant="", detector=""):
     """Load a checkpoint file, or the best.pt of a run folder -> Loaded."""
+    require(str(checkpoint).strip(), "--checkpoint FILE", "no path")   # "" is the current folder
     path = Path(checkpoint)
     if path.is_dir():
         path = path / "best.pt"
@@ -68,11 +69,10 @@ def join_processes(device):
     # products and convolutions in float32, which training may compute in TF32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world, local_rank, _ = own_place()
     if world > 1:
         if name == "cuda":
-            name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+            name = f"cuda:{local_rank}"
             torch.cuda.set_device(name)
         if not dist.is_initialized():
             dist.init_process_group("gloo")     # only results travel: counts, matches, figures

@@ -6,6 +6,9 @@ import sys
 import torch
 
 
+LONGEST_MESSAGE = 1200   # characters
+
+
 class UserError(ValueError):
     """A mistake that a user can correct. The message is one line: what was expected, what was
     given instead, and what to do."""
@@ -45,8 +48,10 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """The message of an error in one line, without control characters."""
-    return printable(" ".join(str(error).split()))
+    """The message of an error in one line, without control characters. A damaged file may put
+    values of any length into it: the end of a very long message is left out."""
+    text = printable(" ".join(str(error).split()))
+    return text if len(text) <= LONGEST_MESSAGE else text[:LONGEST_MESSAGE] + "..."
 
 
 def printable(text: str) -> str:

@@ -28,7 +28,8 @@ def complete_file(path):
     """Yield a temporary name beside `path`; it gets its name when the block ends without an error,
     and is removed otherwise. Whoever finds `path` finds a complete file."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir():
+        prepare_folder(path.parent)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary

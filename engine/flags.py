@@ -26,8 +26,8 @@ def one_line_usage(program: str):
 
 def without_frame(text: str, program: str) -> str:
     """The sentences inside tyro's frame as one line."""
-    lines = [line.strip("│┃| ") for line in text.splitlines() if line[:1] in "│┃|"]
-    lines = [line for line in lines if line and not set(line) <= set("─━-")]
+    lines = [line.strip("│┃| ") for line in text.splitlines()[1:]]     # the first is a title
+    lines = [line for line in lines if re.search(r"\w", line)]
     sentences = " ".join(lines).partition("For full helptext")[0]
     sentences = re.sub(r"\s+", " ", sentences or text).strip(" .")
     return f"{sentences[:LONGEST]}. See {program} --help"

@@ -3,7 +3,6 @@
 A detection is a dictionary: scores (k,), labels (k,) in 0..N-1, boxes (k, 4) xyxy in pixels of the
 original image, query (k,), and where the model makes masks, masks (k, h, w) and mask_scores (k,).
 """
-import os
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ from tqdm import tqdm
 import data
 from engine.errors import UserError
 from engine.images import read_image, to_rgb
+from engine.processes import own_place
 
 ARRAYS = "a NumPy array (h, w) of uint8 or uint16, or (h, w, 3) RGB or (h, w, 4) RGBA of uint8"
 ARRAY_KINDS = (((), "uint8"), ((), "uint16"), ((3,), "uint8"), ((4,), "uint8"))
@@ -31,7 +31,7 @@ def predict(model, dataset, indices, device, batch_size=1, amp=False, workers=0)
     model.eval()
     try:
         # one bar for all processes; None: no bar where standard error is not a terminal
-        hidden = True if int(os.environ.get("RANK", 0)) else None
+        hidden = True if own_place().rank else None
         with tqdm(total=len(indices), unit="image", leave=False, disable=hidden) as bar:
             for images, padding, targets in data.batches(dataset, chunks, workers):
                 with torch.no_grad(), torch.autocast(device.type, torch.bfloat16, enabled=amp):

@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.errors import UserError, is_out_of_memory, one_line
+from engine.processes import own_place
 
 SAME_REQUEST_SECONDS = 2.0   # stop signals within this time are one request
 QUIT_SECONDS = 1.0           # after a second request: time for the program to end by itself
@@ -115,9 +116,7 @@ class Machine:
 def set_up_machine(run) -> Machine:
     """Choose device, threads and workers of a run, and join its process group. Seed PyTorch with
     the same number on every rank, so that all of them build the same model."""
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    rank, world, local_rank, _ = own_place()
     name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if name == "cuda":
@@ -159,7 +158,7 @@ def cores() -> int:
 
 def node_processes() -> int:
     """Processes of the run on this node, which share its cores."""
-    return int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", 1)))
+    return own_place().local_world
 
 
 def omp_threads() -> int:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 from engine.errors import UserError
 from engine.notices import notice_once, one_line
+from engine.processes import own_place
 
 TIMEOUT = 600   # seconds to wait for a batch
 
@@ -21,7 +22,7 @@ def affordable_workers(workers: int, batch_bytes: int) -> int:
     """
     if not os.path.isdir("/dev/shm"):
         return workers
-    processes = int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+    processes = own_place().local_world
     free = shutil.disk_usage("/dev/shm").free / processes
     affordable = int((free / batch_bytes - 1) / 2)   # solves free = needed, below
     if affordable >= workers:

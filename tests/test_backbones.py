@@ -16,7 +16,7 @@ import dino
 import h_detr
 import train
 from backbones import (WEIGHT_FILES, build_backbone, drop_derived_buffers, fetch_imagenet_weights,
-                       load_backbone_weights)
+                       load_backbone_weights, read_state_dict)
 from backbones.focalnet import FOCALNETS, FocalBlock, FocalNet
 from backbones.layers import DropPath, drop_rates
 from backbones.swin import SWINS, Swin, SwinBlock, relative_position_index
@@ -100,6 +100,13 @@ def test_a_file_without_tensors_is_refused_in_one_line(tmp_path, content):
     with pytest.raises(UserError, match="weights.pth.*--backbone_weights none") as error:
         load_backbone_weights(build_backbone("tiny", "file"), "tiny", str(path))
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x02.", b"\x80\x02}0.", b"PK\x03\x04", b"{}"])
+def test_a_damaged_weight_file_is_one_error_whatever_reading_it_raises(tmp_path, content):
+    (tmp_path / "weights.pth").write_bytes(content)
+    with pytest.raises(UserError, match="expected PyTorch weights"):
+        read_state_dict(tmp_path / "weights.pth")
 
 
 def test_imagenet_weights_that_cannot_be_downloaded_name_the_remedy(monkeypatch, tmp_path):

@@ -318,11 +318,27 @@ def test_a_run_that_cannot_write_ends_in_one_line(tmp_path, monkeypatch):
     command = [*FLAGS, "--model=deformable_detr", "--out"]
     (tmp_path / "file").write_text("")
     for out in (tmp_path / "file", tmp_path / "file" / "run"):
-        with pytest.raises(SystemExit, match="^train.py: error: (File exists|Not a directory): "):
+        with pytest.raises(SystemExit, match="^train.py: error: --out: expected a folder"):
             train.main([*command, str(out)])
     at_step(monkeypatch, 1, lambda: shutil.rmtree(tmp_path / "gone"))
     with pytest.raises(SystemExit, match="^train.py: error: .*No such file or directory"):
         train.main([*command, str(tmp_path / "gone")])
+
+
+@pytest.mark.parametrize("kind", ["folder", "pipe", "device", "link to itself"])
+@pytest.mark.parametrize("name", ["last.pt", "nan_report.jsonl", "log.jsonl", ".lock"])
+def test_something_else_in_place_of_a_file_of_the_run_is_refused(tmp_path, kind, name):
+    """A pipe would block, a device would give zeros without end."""
+    path = tmp_path / name
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero" if kind == "device" else name)
+    command = [*FLAGS, "--model=deformable_detr", "--out", str(tmp_path)]
+    with pytest.raises(SystemExit, match=f"^train.py: error: expected .*{name} to be a file"):
+        train.main(command)
 
 
 def hold_lock(rank, folder, connection):

@@ -208,3 +208,22 @@ def test_messages_are_one_line_without_control_characters():
     with pytest.raises(SystemExit) as stopped, user_errors("train.py"):
         raise UserError("expected\n  \x1b[31ma cat\x07")
     assert stopped.value.code == "train.py: error: expected ?[31ma cat?"
+
+
+def test_a_message_has_a_longest_length():
+    with pytest.raises(SystemExit) as stopped, user_errors("train.py"):
+        raise UserError("got " + "x" * 100_000)
+    assert len(stopped.value.code) < 1300 and stopped.value.code.endswith("x...")
+
+
+@pytest.mark.parametrize("error", [
+    MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+    RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")])
+def test_every_program_ends_in_one_line_where_memory_is_used_up(error):
+    with pytest.raises(SystemExit, match="^eval.py: error: out of memory"), user_errors("eval.py"):
+        raise error
+
+
+def test_other_errors_of_the_program_keep_their_traceback():
+    with pytest.raises(RuntimeError, match="a bug"), user_errors("eval.py"):
+        raise RuntimeError("a bug")

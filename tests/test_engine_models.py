@@ -155,3 +155,46 @@ def test_checkpoints_of_format_one_still_load(tmp_path):
     assert checkpoints.saved_detector(mask_network) == "runs/dino/best.pt"
     paper = importlib.import_module("mask_frozen_detr")
     assert checkpoints.settings(paper, mask_network)[0] == paper.Config()
+
+
+def test_a_checkpoint_of_a_model_that_no_memory_holds_is_refused_by_its_shapes(tmp_path):
+    """The settings ask for 5 TB; nothing of it is made before the tensors are compared."""
+    cfg, _ = config("deformable_detr")
+    large = {"dim": 8192, "ffn_dim": 65536, "encoder_layers": 100, "decoder_layers": 100}
+    small_checkpoint(tmp_path / "a.pt", config={**dataclasses.asdict(cfg), **large})
+    with pytest.raises(UserError, match="expected the tensors of this model, got .* do not fit"):
+        models.load_model(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("changes, words", [
+    ({"class_names": ["a", None]}, "an entry of class_names of type str, got None"),
+    ({"class_names": ["a"]}, "as many category_ids as class_names"),
+    ({"category_ids": [1, "2"]}, "an entry of category_ids of type int"),
+    ({"recipe": 3}, "recipe of type dict"), ({"run": "x"}, "run of type dict"),
+    ({"run": {"num_val": 10**9}}, "--num_val from 1 to"), ({"format": "2"}, "format of type int"),
+    ({"run": {"seed": torch.zeros(3)}}, "--seed to be of type int"),
+    ({"thresholds": {"a": "high"}}, "a number as a, got high"), ({"ema": []}, "ema of type dict")])
+def test_values_of_another_type_in_a_checkpoint_are_named(tmp_path, changes, words):
+    small_checkpoint(tmp_path / "a.pt", **changes)
+    with pytest.raises(UserError, match=words):
+        models.load_model(tmp_path / "a.pt")
+
+
+@pytest.mark.parametrize("tensor", [
+    torch.zeros(()).expand(10**6, 10**6), torch.zeros(3, device="meta"),
+    torch.sparse_coo_tensor(size=(4, 4), check_invariants=True)], ids=["view", "meta", "sparse"])
+def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, tensor):
+    """A view of one number with a shape of terabytes is a few bytes in a file."""
+    state = small_checkpoint(tmp_path / "a.pt")
+    weights = {**state["model"], next(iter(state["model"])): tensor}
+    small_checkpoint(tmp_path / "a.pt", model=weights)
+    with pytest.raises(UserError, match="expected tensors with all their numbers"):
+        models.load_model(tmp_path / "a.pt")
+
+
+def test_a_start_from_weights_that_are_no_tensors_is_refused(tmp_path):
+    state = small_checkpoint(tmp_path / "a.pt")
+    small_checkpoint(tmp_path / "a.pt", model={**state["model"], "level_embed": "x"})
+    net = importlib.import_module("deformable_detr").build(config("deformable_detr")[0], 2)[0]
+    with pytest.raises(UserError, match="expected tensors by name, got str as level_embed"):
+        models.start_weights(train.Run(init=str(tmp_path / "a.pt")), None, net, ["a", "b"])

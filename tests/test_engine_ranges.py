@@ -58,3 +58,11 @@ def test_the_presets_and_variants_of_every_paper_are_within_the_ranges():
             for variant in ("", *paper.VARIANTS):
                 values = train.cli.preset_values(paper, preset, variant)
                 check_ranges(*train.cli.configure(paper, values))
+
+
+@pytest.mark.parametrize("model, dim", [("dino", 48), ("deformable_detr", 16), ("co_detr", 32)])
+def test_widths_that_group_normalization_cannot_divide_are_refused(model, dim):
+    """32 groups; the auxiliary heads also meet maps of one token, where a channel is no group."""
+    with pytest.raises(UserError, match=f"expected --dim .*got {dim}"):
+        train.parse(["--model", model, "--preset=small", f"--dim={dim}", "--num_heads=2"])
+    train.parse(["--model=detr", "--preset=small", "--dim=48", "--num_heads=2"])

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 
 import co_detr
 import deformable_detr
+import detr
 import dino
 import eval as evaluation
 import h_detr
@@ -476,6 +477,12 @@ def test_a_random_sample_represents_the_objects_of_a_crowded_image():
     r = masks(images, padding, targets)["regions"]
     assert r.counts == [2, 1] and r.image.tolist() == [0, 0, 1]
     assert r.weight.tolist() == [2.5, 2.5, 1.0] and len(set(r.object[:2].tolist())) == 2
+
+
+def test_a_detector_without_feature_levels_is_refused():
+    model, _ = detr.build(override(detr.Config(), detr.SMALL), 5)
+    with pytest.raises(UserError, match="several feature levels, got a DETR"):
+        FrozenDetector(model, detr.detect, 0)
 
 
 ABLATIONS = [

@@ -312,6 +312,24 @@ def test_a_broken_config_json_is_one_line(tmp_path, text, message):
         models.load_model(path)
 
 
+@pytest.mark.parametrize("change, words", [
+    (lambda state: state["model"].update({"transformer.level_embed": 3}), "got int as"),
+    (lambda state: state["model"].update({7: torch.zeros(3)}), "expected tensors by name"),
+    (lambda state: state.update(args="x"), "expected args to be a dictionary, got str"),
+    (lambda state: state.update(meta=[]), "expected meta to be a dictionary, got list"),
+    (lambda state: state["model"].pop("transformer.decoder.layers.0.linear1.weight"), "linear1"),
+    (lambda state: setattr(state["args"], "nheads", 10 ** 9), "--num_heads from 1 to 64")])
+def test_a_damaged_released_file_is_one_line(tmp_path, change, words):
+    path = tmp_path / "a.pth"
+    released_file(path, "dino", nheads=8)
+    with torch.serialization.safe_globals([argparse.Namespace]):
+        state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=words):
+        models.load_model(path)
+
+
 def test_another_model_of_transformers_is_refused(tmp_path):
     path, _ = transformers_file(tmp_path)
     state = {key.replace("decoder.layers.0.self_attn.q_proj", "decoder.layers.0.self_attn.query"):

@@ -169,6 +169,51 @@ def test_curves_of_an_empty_log_say_nothing_and_do_not_fail(tmp_path):
     assert (tmp_path / "curves.png").exists()
 
 
+def test_broken_lines_of_a_log_are_left_out_and_counted(tmp_path, capsys):
+    good = {"kind": "step", "step": 1, "train_seconds": 1, "lr": 0.1, "loss": 2, "losses": {"a": 2}}
+    evaluated = {"kind": "eval", "step": 1, "train_seconds": 1, "bbox": {"AP": 0.1, "AP50": 0.2}}
+    broken = [{**good, "losses": {"a": None}}, {**good, "step": "x"}, {"kind": 3}, [], 10 ** 400,
+              {**good, "lr": 1e300}, {**evaluated, "bbox": {"AP": 0.1}}]
+    lines = [json.dumps(line) for line in (good, *broken, evaluated)] + ['{"kind": "st', "\x00"]
+    (tmp_path / "log.jsonl").write_text("\n".join(lines))
+    assert plots.read_log(tmp_path) == ([good], [evaluated])
+    assert "9 broken lines are left out" in capsys.readouterr().err
+    visualize.curves(tmp_path)
+
+
+CURVE = {"IoB": [0, 1], "IoF": [1, 0], "area": 0.5}
+
+
+@pytest.mark.parametrize("entries, words", [
+    ({}, "at least one checkpoint"), ({"a": 3}, "a of type dict"), ({"a": {}}, "checkpoint in a"),
+    ({"a": {"checkpoint": "x", "encoder": {"IoB": [0]}}}, "IoF, area in encoder"),
+    ({"a": {"checkpoint": "x", "decoder": {**CURVE, "IoB": []}}}, "as many numbers IoB as IoF"),
+    ({"a": {"checkpoint": "x", "conflict": {"heads": ["b"], "S": [[1, 2]]}}}, "a row and a column"),
+    ({"a": {"checkpoint": "x", "conflict": {"heads": [], "S": []}}}, "a row and a column")])
+def test_an_analysis_of_another_form_is_refused_in_one_line(tmp_path, entries, words):
+    path = tmp_path / "analysis.json"
+    path.write_text(json.dumps(entries))
+    with pytest.raises(SystemExit, match=f"^visualize.py: error: .*{words}"):
+        visualize.main(["analysis", "--analysis", str(path), "--out", str(tmp_path / "a.png")])
+
+
+@pytest.mark.parametrize("entries", [{}, {"bbox": 3}, {"bbox": {"curves": {}, "per_class": []}},
+                                     {"bbox": {"curves": {"a": {}}, "per_class": {}}}])
+def test_an_evaluation_of_another_form_is_refused_in_one_line(tmp_path, entries):
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps(entries))
+    with pytest.raises(SystemExit, match="^visualize.py: error: expected an evaluation of bbox"):
+        visualize.main(["precision_recall", "--evaluation", str(path)])
+
+
+@pytest.mark.parametrize("command, words", [("anchors", "queries start at anchors, got 'detr'"),
+                                            ("sampling_points", "deformable attention, got")])
+def test_detr_has_neither_anchors_nor_sampling_points(tmp_path, picture, command, words):
+    path = write_checkpoint(tmp_path / "detr.pt", "detr")
+    with pytest.raises(SystemExit, match=f"^visualize.py: error: expected a model .*{words}"):
+        visualize.main([command, "--checkpoint", str(path), "--image", str(picture)])
+
+
 def test_losses_are_grouped_by_the_part_they_belong_to():
     groups = {"cls": "cls", "l1": "l1", "aux0.cls": "aux (sum)", "aux11.giou": "aux (sum)",
               "dn.cls": "dn (sum)", "dn.aux0.l1": "dn (sum)", "enc.cls": "enc (sum)"}
@@ -405,7 +450,7 @@ def test_every_command_and_flag_is_explained_and_abbreviations_are_refused():
             assert re.search(rf"\n        {flag}: [A-Za-z]", function.__doc__), (name, flag)
     with pytest.raises(SystemExit) as stopped:
         visualize.main(["scenes", "--ou", "x.jpg"])
-    assert stopped.value.code == 2
+    assert stopped.value.code.startswith("visualize.py: error: Unrecognized options: --ou")
 
 
 def test_the_python_lines_of_the_readme_run(checkpoint, picture, capsys):

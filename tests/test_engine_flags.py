@@ -1,0 +1,48 @@
+"""Flags that no program knows end in one line."""
+import pytest
+
+from engine.errors import UserError
+from engine.flags import one_line_usage, without_frame
+from small_runs import FLAGS
+import analysis
+import eval as evaluation
+import scenes
+import train
+import visualize
+from tools import check_data
+
+PROGRAMS = {"train.py": train.main, "eval.py": evaluation.main, "analysis.py": analysis.main,
+            "visualize.py": visualize.main, "scenes.py": scenes.main,
+            "tools.check_data": check_data.main}
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("words", [["--nothing", "3"], ["--nothing"], ["--nothing=\ud800"]])
+def test_wrong_flags_end_in_one_line_that_begins_with_the_name_of_the_program(program, words):
+    with pytest.raises(SystemExit) as end:
+        PROGRAMS[program](words)
+    assert end.value.code.startswith(f"{program}: error: ") and "\n" not in end.value.code
+    assert "--help" in end.value.code and "──" not in end.value.code and "--- " not in end.value.code
+
+
+def test_the_near_name_stays_in_the_line():
+    with pytest.raises(SystemExit, match=r"Unrecognized options: --lrr, 3 .*--lr FLOAT"):
+        train.main([*FLAGS, "--lrr", "3"])
+
+
+@pytest.mark.parametrize("frame", ["│ {} │", "| {} |", "  {}  "])
+def test_every_kind_of_frame_is_removed(frame):
+    lines = ["Unrecognized options: --x", "─" * 20, "For full helptext, run a.py --help"]
+    text = "\n".join(["╭─ Title ─╮", *map(frame.format, lines), "╰──────╯"])
+    assert without_frame(text, "a.py") == "Unrecognized options: --x. See a.py --help"
+
+
+def test_help_is_left_as_it_is(capsys):
+    with pytest.raises(SystemExit) as end, one_line_usage("a.py"):
+        raise SystemExit(0)
+    assert end.value.code == 0
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(UserError, match="another"), one_line_usage("a.py"):
+        raise UserError("another")
