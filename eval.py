@@ -449,7 +449,8 @@ def run_on_images(options, detector, out):
     scores = ", ".join(f"{value:.2f}" for value in sorted(set(least)))
     print(f"{read} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
     if not read:
-        raise UserError(f"--images: expected an image that can be read, got none among {len(paths)}")
+        raise UserError("--images: expected an image that can be read, got none among "
+                        f"{len(paths)}")
 
 
 def run_on_data(options, detector, out, device, rank, world):

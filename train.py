@@ -50,10 +50,10 @@ from engine.checkpoints import RunFolder
 from engine.datasets import build_datasets
 from engine.ema import make_ema
 from engine.errors import UserError, user_errors
-from engine.layers import compile_or_recompute, order_channels_last, prepare_attention
+from engine.layers import compile_or_recompute
 from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, prepare_cpu,
                             set_up_machine)
-from engine.models import build_model, load_paper, start_weights
+from engine.models import load_paper, make_model
 from engine.recipe import Recipe
 from engine.run_log import RunLog
 from engine.schedules import is_kept
@@ -124,13 +124,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         batch = BatchSizes(recipe.batch_size, run, machine, len(train_set))
 
         # model and optimizer: same initial weights on every rank, other random numbers afterwards
-        model, criterion = build_model(paper, cfg, len(train_set.class_names), run.detector)
-        with machine.first_on_node():     # one process downloads and compiles for all others
-            notes = start_weights(run, cfg, model, train_set.class_names)
-            prepare_attention(run.impl, machine.device)
-        model.to(machine.device)
-        if run.channels_last:
-            order_channels_last(model, machine.device)
+        model, criterion, notes = make_model(run, paper, cfg, train_set.class_names, machine)
         machine.seed_rank(run.seed)
         ema = make_ema(model, recipe.ema, recipe.ema_warmup)
         optimizer, base_lrs = make_optimizer(paper, model, recipe, batch)
@@ -141,9 +135,6 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         progress = Progress()
         if run.resume:
             progress = folder.restore(progress, model, ema, optimizer, batch.steps_per_epoch)
-        if run.max_steps and progress.step >= run.max_steps:
-            raise UserError(f"expected --max_steps above {progress.step}, the steps this run has "
-                            f"made, got {run.max_steps}: give more, or leave it out")
         folder.describe(cfg, recipe, train_set)
         log = RunLog(run, recipe, batch, machine, progress)
         log.report(paper, cfg, train_set, val_set, model, notes)
@@ -153,8 +144,8 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
             for epoch in range(progress.epoch, recipe.epochs):
                 model.train()
                 log.start_clock()
-                batches = epoch_batches(train_set, batch, run, machine, epoch, progress.batch)
-                for micro_batches in batches:
+                for micro_batches in epoch_batches(
+                        train_set, batch, run, machine, epoch, progress.batch):
                     factor = lr_factor(recipe, progress.step, batch.steps_per_epoch)
                     set_lr(optimizer, base_lrs, factor)
                     # the one small message between ranks: all stop after the same step
@@ -177,8 +168,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                         log.stopped(progress, signal)
                         sys.exit(128 + signal)
                     if ended:
-                        machine.say(f"--max_steps: ended at step {progress.step}, saved; continue "
-                                    "with --resume and a larger number")
+                        log.ended(progress)
                         return record
 
                 # not counted as done yet: a run killed from here on evaluates when it is resumed

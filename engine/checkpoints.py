@@ -377,6 +377,9 @@ class RunFolder:
             raise UserError(f"expected epochs of {saved_steps} steps as in the saved run, got "
                             f"{steps_per_epoch}: train on the same images, with a batch that accum "
                             "x processes divides")
+        if self.run.max_steps and progress.step >= self.run.max_steps:
+            raise UserError(f"expected --max_steps above {progress.step}, the steps this run has "
+                            f"made, got {self.run.max_steps}: give more, or leave it out")
         load_weights(model, state["model"], path)
         if hasattr(ema, "n_averaged"):
             load_weights(ema.module, state.get("ema", {}), path)

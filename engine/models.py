@@ -10,6 +10,7 @@ from torch import nn
 from backbones import load_backbone_weights
 from engine import checkpoints, class_rows
 from engine.errors import UserError
+from engine.layers import order_channels_last, prepare_attention
 from engine.recipe import Recipe
 from engine.released import convert
 
@@ -128,3 +129,17 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
     fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)
     model.load_state_dict(fitted)
     return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]
+
+
+def make_model(run, paper, cfg, class_names: list[str], machine) -> tuple:
+    """Build the model of a run with its initial weights, on its device.
+
+    -> model, criterion, lines for the report"""
+    model, criterion = build_model(paper, cfg, len(class_names), run.detector)
+    with machine.first_on_node():     # one process downloads and compiles for all others
+        notes = start_weights(run, cfg, model, class_names)
+        prepare_attention(run.impl, machine.device)
+    model.to(machine.device)
+    if run.channels_last:
+        order_channels_last(model, machine.device)
+    return model, criterion, notes

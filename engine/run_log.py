@@ -119,6 +119,11 @@ class RunLog:
             f"{duration(seconds * self.recipe.epochs)} in all without evaluations; memory at most "
             f"{peak_memory(self.machine.device)} so far")
 
+    def ended(self, progress) -> None:
+        """Say that --max_steps ended the run."""
+        self.machine.say(f"--max_steps: ended at step {progress.step}, saved; continue with "
+                         "--resume and a larger number")
+
     def stopped(self, progress, signal: int) -> None:
         self.machine.say(f"stopped by signal {signal} at step {progress.step}, saved; continue "
                          "with --resume")

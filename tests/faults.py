@@ -136,7 +136,8 @@ def tensor_value(rng):
                torch.zeros(shape, dtype=torch.int64), torch.zeros(shape, dtype=torch.bool),
                torch.zeros(shape, dtype=torch.complex64), torch.zeros(shape, dtype=torch.float16),
                torch.zeros((), dtype=torch.float64).expand(10 ** 6, 10 ** 6),
-               torch.sparse_coo_tensor(size=(4, 4), check_invariants=True), torch.zeros(shape, device="meta"))
+               torch.sparse_coo_tensor(size=(4, 4), check_invariants=True),
+               torch.zeros(shape, device="meta"))
     return rng.choice(tensors)
 
 
@@ -652,7 +653,8 @@ def results_command(rng):
 WORDS = ("", "-1", "0", "1", "2", "nan", "inf", "-inf", "1e9", "1e-400", "abc", "1,2", ",", "--",
          "-", "\u0669", "0x10", "1_0", "99999999999999999999", "None", "none", "true", "[1]", "{}",
          "\ud800", "\x1b[31m", "a b", "x" * 300, "*", "~", "/dev/null", "/proc/self/mem", "data",
-         "photos/photo.jpg", "weights/dino.pt", "runs/small", "nothing/there", "\u00e9", "%s", "$HOME")
+         "photos/photo.jpg", "weights/dino.pt", "runs/small", "nothing/there", "\u00e9", "%s",
+         "$HOME")
 # A correct large number would only take long.
 FLAGS_OF_TRAIN = (
     "model", "data", "preset", "variant", "out", "resume", "overfit", "init", "detector",
@@ -661,7 +663,8 @@ FLAGS_OF_TRAIN = (
     "weight_decay", "clip", "batch_size", "epochs", "schedule", "lr_drop", "warmup", "ema",
     "train_sizes", "max_size", "eval_size", "crop", "backbone", "backbone_weights", "dim",
     "num_feature_levels", "num_heads", "num_points", "encoder_layers", "decoder_layers", "ffn_dim",
-    "num_queries", "dropout", "top_k", "with_box_refine", "two_stage", "lr_drops", "typo", "lr-drop")
+    "num_queries", "dropout", "top_k", "with_box_refine", "two_stage", "lr_drops", "typo",
+    "lr-drop")
 FLAGS_OF_EVAL = (
     "checkpoint", "data", "json", "images", "score_threshold", "max_dets", "save_detections",
     "boxes_only", "tile", "overlap", "eval_size", "out", "batch_size", "workers", "device", "amp",

@@ -22,9 +22,10 @@ def write_run(folder, ap, epoch=2, **settings):
     folder.mkdir(parents=True)
     lines = []
     for step, seconds in ((1, 5), (2, 5.1), (4, 9), (5, 9.1)):
-        lines.append({"kind": "step", "step": step, "train_seconds": seconds})
+        lines.append({"kind": "step", "step": step, "train_seconds": seconds, "epoch": 0,
+                      "lr": 1e-4, "loss": 1.0, "losses": {"cls": 1.0}})
     sizes = dict.fromkeys(("AP", "AP50", "AP75", "APs", "APl"), ap)
-    record = {"kind": "eval", "epoch": epoch, "bbox": sizes}
+    record = {"kind": "eval", "epoch": epoch, "step": 5, "train_seconds": 9.1, "bbox": sizes}
     if settings.get("model") == "mask_frozen_detr":
         record |= {"bbox": {**sizes, "AP": 0.8}, "segm": sizes, "segm_cls": {"AP": ap - 0.1}}
     lines.append(record)
@@ -76,7 +77,8 @@ def test_every_choice_of_dino_has_a_row():
 
 # ---- tables --------------------------------------------------------------------------------------
 
-def test_the_ladder_reads_finished_runs_and_compares_means_over_seeds(tmp_path, capsys):
+def test_the_ladder_reads_finished_runs_and_compares_means_over_seeds(
+        tmp_path, monkeypatch, capsys):
     """DINO 0.6 with a spread of 0.2, static 0.35 (larger difference), once 0.55 (smaller)."""
     static = {"model": "dino", "query_selection": "static"}
     once = {"model": "dino", "look_forward_twice": False}
@@ -87,6 +89,7 @@ def test_the_ladder_reads_finished_runs_and_compares_means_over_seeds(tmp_path, 
     for seed, ap in enumerate((0.55, 0.55)):
         write_run(tmp_path / f"dino_looking_forward_once_{seed}", ap, **once)
     rows = ("dino", "dino_with_static_queries", "dino_looking_forward_once")
+    monkeypatch.setattr(ablations, "run_train", None)     # nothing is trained
     Ladder(out=tmp_path, rows=rows, seeds=2, jobs=2).run()
     head, dino, static, once = rows_of(capsys.readouterr().out)
     assert head[0] == "1000 steps, 2 seeds"

@@ -621,7 +621,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, trained, masks_folder,
         raise KeyboardInterrupt
 
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(train, "evaluation", killed)
+        m.setattr(train, "validate", killed)
         run(*MASKS, "--detector", trained, "--epochs", "2", "--out", str(tmp_path / "cut"))
     run(*MASKS[:2], "--out", str(tmp_path / "cut"), "--resume")
     complete = checkpoints.load(masks_folder / "last.pt")

@@ -46,24 +46,28 @@ class Prediction:
 
 
 class AsOnGPU(TorchFunctionMode):
-    """Take the branches for GPUs: fused attention, which does not save its matrix."""
+    """Take the branches for GPUs."""
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs = kwargs or {}
         if function is torch.Tensor.is_cuda.__get__:
             return True
-        if function is F.scaled_dot_product_attention:
-            q, k, v, *more = args
-            mask = more[0] if more else kwargs.get("attn_mask")
-            return function(q, k, v, mask)     # without dropout, which is not fused on CPUs
-        return function(*args, **kwargs)
+        return function(*args, **(kwargs or {}))
+
+
+scaled_dot_product_attention = F.scaled_dot_product_attention
+
+
+def fused_attention(q, k, v, attn_mask=None, dropout_p=0.0, *args, **kwargs):
+    """Attention that does not save its matrix: on CPUs only without dropout, on GPUs also with."""
+    return scaled_dot_product_attention(q, k, v, attn_mask, 0.0, *args, **kwargs)
 
 
 class SavedBytes:
     """`with SavedBytes(model) as saved:` counts what autograd saves inside, each storage once."""
 
     def __init__(self, model):
-        self.own = {x.untyped_storage()._cdata for x in model.state_dict().values()}
+        own = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
+        self.own = {storage._cdata: storage for storage in own}     # alive: no address comes twice
         self.storages = {}
 
     def add(self, x):
@@ -86,43 +90,43 @@ class SavedBytes:
 
 def predict(paper, cfg, recipe, size: tuple[int, int]) -> Prediction:
     """Count for a training step on images of this height and width."""
-    image, _ = count(paper, cfg, size, recompute=False)
-    recomputed, parameters = count(paper, cfg, size, recompute=True)
+    image, largest, parameters = count(paper, cfg, size, recompute=False)
+    recomputed, _, _ = count(paper, cfg, size, recompute=True)
     copies = 5 if recipe.ema else 4
-    return Prediction(4 * copies * parameters, image, recomputed)
+    return Prediction(4 * copies * parameters, image, recomputed + largest)
 
 
-def count(paper, cfg, size, recompute: bool) -> tuple[int, int]:
-    """-> bytes for one image, number of parameters"""
-    with FakeTensorMode(allow_non_fake_inputs=True), AsOnGPU():
+def count(paper, cfg, size, recompute: bool) -> tuple[int, int, int]:
+    """-> bytes saved for one image, those of them in the largest layer, number of parameters"""
+    fused = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
+    with fused, FakeTensorMode(allow_non_fake_inputs=True), AsOnGPU():
         with mock.patch("torch.nn.init.trunc_normal_"):     # it reads values, which are not there
             model, _ = paper.build(cfg, NUM_CLASSES)
         model.train()
-        largest = [0]
         if recompute:
             settings = SimpleNamespace(compile=False, recompute=True, model=paper.__name__)
-            for layer in find_layers(model):
-                measure(layer, model, largest)
             compile_or_recompute(model, settings)
+        layers = [0]
         with SavedBytes(model) as saved:
-            if recompute:
-                for layer in find_layers(model):
+            for layer in find_layers(model):
+                if recompute:
                     keep_inputs(layer, saved)
+                else:
+                    measure(layer, saved, layers)
             outputs = forward(model, cfg, size)
-        total = saved.total + largest[0]
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         del outputs
-    return total, parameters
+    return saved.total, max(layers), parameters
 
 
-def measure(layer, model, largest: list[int]) -> None:
-    """Note in `largest` what the layer saves, if that is the most so far."""
+def measure(layer, saved: SavedBytes, layers: list[int]) -> None:
+    """Append to `layers` what the layer saves."""
     original = layer.forward
 
     def measured(*args):
-        with SavedBytes(model) as saved:
-            result = original(*args)
-        largest[0] = max(largest[0], saved.total)
+        before = saved.total
+        result = original(*args)
+        layers.append(saved.total - before)
         return result
 
     layer.forward = measured
@@ -159,8 +163,9 @@ def forward(model, cfg, size):
         module = model.rpn if name == "rcnn" else getattr(model, name)
         heads.append(module(maps))
     M = cfg.aux_queries
-    rows = SimpleNamespace(boxes=torch.rand(1, M, 4), features=torch.rand(1, M, cfg.dim))
-    chosen = [(rows, torch.ones(1, M)) for _ in model.heads]
+    rows = SimpleNamespace(boxes=torch.rand(1, M, 4), features=torch.rand(1, M, cfg.dim),
+                           weights=torch.ones(1, M))
+    chosen = [rows for _ in model.heads]
     return outputs, heads, model.decode_customized(memory, chosen)
 
 
