@@ -54,6 +54,7 @@ from engine.layers import compile_or_recompute
 from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, prepare_cpu,
                             set_up_machine)
 from engine.models import load_paper, make_model
+from engine.muon import Muon, split_groups
 from engine.recipe import Recipe
 from engine.run_log import RunLog
 from engine.schedules import is_kept
@@ -89,7 +90,7 @@ class Run:
     impl: str = ""                   # deformable attention: kernel or torch; none: kernel if built
     deterministic: bool = False      # bit-identical runs on a GPU too; slower
     workers: int = -1                # processes that read images; -1: depends on the CPU cores
-    threads: int = 0                 # CPU threads; 0: OMP_NUM_THREADS, or one per core, at most 8
+    threads: int = 0                 # CPU threads; 0: OMP_NUM_THREADS or one per idle core, up to 8
     eval_every: int = 1              # epochs between evaluations
     save_every: int = 1000           # steps between saves; every epoch is saved too
     keep_every: int = 0              # keep epoch_NNNN.pt of every N epochs; 0: before lr drops only
@@ -250,9 +251,13 @@ def count_objects(micro_batches) -> int:
 # ---- optimizer and learning rate -----------------------------------------------------------------
 
 def make_optimizer(paper, model, recipe: Recipe, batch: BatchSizes) -> tuple:
-    """-> AdamW; the learning rate of each group, which follows the batch size in proportion"""
+    """-> optimizer; the learning rate of each group, which follows the batch size in proportion"""
     groups = paper.param_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    optimizer_class = torch.optim.AdamW
+    if recipe.muon:
+        groups = split_groups(groups, model, recipe.muon)
+        optimizer_class = Muon
+    optimizer = optimizer_class(groups, weight_decay=recipe.weight_decay, fused=True)
     scale = batch.total / recipe.batch_size
     return optimizer, [group["lr"] * scale for group in optimizer.param_groups]
 

@@ -146,6 +146,35 @@ def test_threads_do_not_spin():
     assert os.environ["GOMP_SPINCOUNT"]
 
 
+def test_busy_cores_are_measured():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as loop:
+        try:
+            assert machines.busy_cores() >= 0.4     # beside others it may not get a whole core
+        finally:
+            loop.kill()
+
+
+def test_threads_follow_the_load_and_a_resumed_run_has_as_many(tmp_path, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machines, "cores", lambda: 4)
+    out = tmp_path / "run"
+    for busy, extra, expected in (
+        (1.8, ["--out", str(out)], 2),
+        (0.0, ["--resume", str(out)], 2),     # the load has gone, but not the run's setting
+        (0.2, ["--out", str(tmp_path / "idle")], 4),
+        (9.0, ["--out", str(tmp_path / "crowded")], 1),
+    ):
+        monkeypatch.setattr(machines, "busy_cores", lambda: busy)
+        flags = [flag for flag in FLAGS if not flag.startswith("--threads")]
+        train.main([*flags, "--model", "deformable_detr", "--max_steps", "1", *extra])
+        text = capsys.readouterr().out
+        assert ("cores busy" in text) == (busy > 1)
+        assert f"cpu, {expected} threads" in text and torch.get_num_threads() == expected
+        assert checkpoints.load(out / "last.pt")["run"]["threads"] == 2
+    torch.set_num_threads(threads)
+
+
 def wait_for_a_stopped_peer(rank, folder):
     """Rank 1 stops (it is not dead) before its second step; rank 0, which waits for it inside a
     collective call, is asked twice to end."""
