@@ -42,7 +42,7 @@ from engine.commands import open_detector
 from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
-from engine.images import UnreadableImage, read_image
+from engine.images import SUFFIXES, UnreadableImage, read_image
 from engine.inference import detect_image, predict, require_finite
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
@@ -54,7 +54,6 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # the kinds of figures and their names in short; segm_cls: masks ranked without their own score
 KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}
 DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint has none
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 # data set -> its ground truth for pycocotools, made once: training evaluates after every epoch
 _TRUTHS = weakref.WeakKeyDictionary()
 

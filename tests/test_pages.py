@@ -15,7 +15,7 @@ import train
 import visualize
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, reduce_log
+from tools import ablations, bench, check_data, convert, reduce_log
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -81,6 +81,12 @@ def parse_ablations(arguments):
     parse_options(ablations.COMMANDS[arguments[0]], arguments[1:])
 
 
+def parse_convert(arguments):
+    """The pages write --from yolo|voc|csv."""
+    choices = [word.partition("|")[0] for word in arguments]
+    parse_options(convert.Options, choices)
+
+
 def parse_pytest(arguments):
     for word in arguments:
         assert word.startswith("-") or (ROOT / word).exists(), word
@@ -99,6 +105,7 @@ PROGRAMS = {
     "deformable_attn": parse_nothing,
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,
+    "tools.convert": parse_convert,
     "tools.check_data": functools.partial(parse_function, check_data.main),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
     "pytest": parse_pytest}
