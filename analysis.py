@@ -455,8 +455,7 @@ def main(argv=None):
         commands.require(options.k >= 1, "--k of at least 1", options.k)
         commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)
         commands.require(options.workers >= 0, "--workers of at least 0", options.workers)
-        first = Path(options.checkpoint[0])
-        folder = first if first.is_dir() else first.parent
+        folder = commands.results_folder(options.checkpoint[0])
         out = files.prepare_folder(options.out or folder)
         analyses = analyze_files(options)
         print(analysis_table(analyses))

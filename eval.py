@@ -366,7 +366,8 @@ def write_csv(path, head, rows):
 @dataclass
 class Options:
     """COCO AP of a checkpoint, or detections on your own images."""
-    checkpoint: str              # best.pt of a run, its folder, or released weights
+    # best.pt of a run, its folder, released weights, their address, or a name of assets/weights
+    checkpoint: str
     data: str = ""               # COCO-layout folder; none: the data of the checkpoint's own run
     # COCO json to use instead of the folder's annotations/instances_val2017.json. Without
     # annotations in it, only detections.json is written. With --images: where the image ids are
@@ -520,8 +521,7 @@ def main(argv=None):
         if options.eval_size:
             recipe = replace(detector.recipe, eval_size=options.eval_size)
             detector = detector._replace(recipe=recipe)
-        checkpoint = Path(options.checkpoint)
-        out = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        out = commands.results_folder(options.checkpoint)
         if options.images:
             commands.require(world == 1, "one process with --images", f"{world} processes")
             print(settings(detector.cfg, detector.recipe))

@@ -74,7 +74,7 @@ class Run:
     out: str = ""                    # run folder; none: runs/MODEL
     resume: cli.OptionalText = ""    # continue the run in --out (give no value) or in this folder
     overfit: int = 0                 # overfit this many images, without augmentation; 0: off
-    init: str = ""                   # initial weights; classifiers are copied by class name
+    init: str = ""                   # initial weights: file, name of assets/weights, URL, or none
     detector: str = ""               # trained detector, for models that add masks to one
     check_data: str = ""             # check this COCO-layout folder and exit
     num_train: int = NUM_TRAIN       # generated scenes to train on

@@ -16,9 +16,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 
+from engine import weight_files
 from engine.errors import UserError
 from engine.files import prepare_folder, write_json
 from engine.forms import mismatch
@@ -110,7 +110,11 @@ def load(path: str | Path, map_location="cpu") -> dict:
         raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} "
                         "holds")
     if path.suffix == ".safetensors":
-        return load_safetensors(path)
+        state = weight_files.read(path)
+        if "model_name" in state:
+            check_fields(path, state, FIELDS)
+            check_forms(path, state)
+        return state
     try:
         with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location=map_location, weights_only=True)
@@ -209,15 +213,6 @@ def check_forms(path: Path, state: dict) -> None:
         raise UserError(f"{path}: expected {fault}: the file is damaged; copy it again")
     if "run" in state:
         check_values(state["run"], RUN_DEFAULTS)
-
-
-def load_safetensors(path: Path) -> dict:
-    """Tensors of a .safetensors file."""
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:   # the library has its own exception, and raises built-in ones
-        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
-                        f"short ({type(error).__name__}: {error}). Copy it again") from error
 
 
 def newest(folder: str | Path) -> Path:

@@ -9,6 +9,7 @@ from torch import nn
 
 from backbones import load_backbone_weights
 from engine import checkpoints, class_rows
+from engine.assets import find_weights, start_for
 from engine.errors import UserError
 from engine.layers import order_channels_last, prepare_attention
 from engine.recipe import Recipe
@@ -57,8 +58,10 @@ class Loaded(NamedTuple):
 def load_model(path: str | Path, device="cpu", variant: str = "", detector: str = "") -> Loaded:
     """Load a checkpoint of ours or a released one.
 
+    path: a file, or whatever `find_weights` reads.
     variant: one of the paper file's VARIANTS, for what a released file does not show (`dc5`).
     detector: path of a mask network's frozen detector; default: its path when it was trained."""
+    path = find_weights(path)
     state = checkpoints.load(path)
     if "model_name" not in state:
         state = convert(state, path, variant)
@@ -97,7 +100,8 @@ def load_detector(path: str) -> Loaded:
         raise UserError("expected --detector FILE, a trained detector to put masks on, got none: "
                         "python train.py --model dino makes runs/dino/best.pt, with --data DIR on "
                         "your own images")
-    if not Path(path).is_file():
+    path = find_weights(path)
+    if not path.is_file():
         raise UserError(f"expected the detector at {path}, found no file: say where it lies with "
                         "--detector FILE")
     loaded = load_model(path)
@@ -119,16 +123,22 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
                         "--data what it was trained on")
     if run.resume:
         return [f"resumed from {run.resume}"]
-    if not run.init:
+    init = run.init
+    chosen_by = ""
+    if not init:
+        init = start_for(run, cfg, model)
+        chosen_by = " (weights of the same model come with the program; --init none: from scratch)"
+    if init in ("", "none"):
         backbones = [m for name, m in model.named_modules() if name.split(".")[-1] == "backbone"]
         return [load_backbone_weights(m, cfg.backbone, cfg.backbone_weights) for m in backbones]
-    state = checkpoints.load(run.init)
+    path = find_weights(init)
+    state = checkpoints.load(path)
     if "model_name" not in state:
-        state = convert(state, run.init)
-    weights = checkpoints.saved_weights(run.init, state)
+        state = convert(state, path)
+    weights = checkpoints.saved_weights(path, state)
     fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)
     model.load_state_dict(fitted)
-    return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]
+    return [f"started from {init}{chosen_by}"] + [f"  skipped {line}" for line in skipped]
 
 
 def make_model(run, paper, cfg, class_names: list[str], machine) -> tuple:

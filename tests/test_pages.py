@@ -15,7 +15,7 @@ import train
 import visualize
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, convert, reduce_log
+from tools import ablations, bench, check_data, convert, reduce_log, ship
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -106,6 +106,7 @@ PROGRAMS = {
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,
     "tools.convert": parse_convert,
+    "tools.ship": functools.partial(parse_options, ship.Options),
     "tools.check_data": functools.partial(parse_function, check_data.main),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
     "pytest": parse_pytest}
