@@ -417,7 +417,7 @@ class Options:
     out: str = ""           # folder for analysis.json; none: that of the first checkpoint
     batch_size: int = 1     # images per batch
     workers: int = 0        # processes that read images
-    device: str = ""        # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""        # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool = False       # bfloat16 autocast
     variant: str = ""       # variant of released weights whose file does not show it: dc5
 

@@ -386,7 +386,7 @@ class Options:
     out: str = ""                # folder for results; none: that of the checkpoint
     batch_size: int = 1          # images per batch; with 1 no image is padded
     workers: int = -1            # processes that read images; -1: depends on the CPU cores
-    device: str = ""             # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""             # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool = False            # bfloat16 autocast
     # deformable attention: kernel or torch; default: the kernel where it can be built
     impl: str = ""

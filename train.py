@@ -75,12 +75,13 @@ class Run:
     resume: cli.OptionalText = ""    # continue the run in --out (give no value) or in this folder
     overfit: int = 0                 # overfit this many images, without augmentation; 0: off
     init: str = ""                   # initial weights: file, name of assets/weights, URL, or none
+    freeze: str = ""                 # backbone: keep its initial weights; none: train everything
     detector: str = ""               # trained detector, for models that add masks to one
     check_data: str = ""             # check this COCO-layout folder and exit
     num_train: int = NUM_TRAIN       # generated scenes to train on
     num_val: int = NUM_VAL           # generated scenes to evaluate on
     seed: int = 0                    # random seed; runs with the same seed are bit-identical
-    device: str = ""                 # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""                 # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool | None = None          # bfloat16 autocast; auto: if the hardware supports it
     accum: int = 1                   # micro-batches per optimizer step: less memory, same gradients
     recompute: bool = False          # recompute activations in the backward pass: less memory

@@ -11,7 +11,7 @@ from backbones import load_backbone_weights
 from engine import checkpoints, class_rows
 from engine.assets import find_weights, start_for
 from engine.errors import UserError
-from engine.layers import order_channels_last, prepare_attention
+from engine.layers import freeze_backbone, order_channels_last, prepare_attention
 from engine.recipe import Recipe
 from engine.released import convert
 
@@ -129,6 +129,9 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
         init = start_for(run, cfg, model)
         chosen_by = " (weights of the same model come with the program; --init none: from scratch)"
     if init in ("", "none"):
+        if run.freeze and getattr(cfg, "backbone_weights", "") == "none":
+            raise UserError("expected trained weights with --freeze backbone, got random ones: "
+                            "give --init FILE, or --backbone_weights imagenet")
         backbones = [m for name, m in model.named_modules() if name.split(".")[-1] == "backbone"]
         return [load_backbone_weights(m, cfg.backbone, cfg.backbone_weights) for m in backbones]
     path = find_weights(init)
@@ -148,6 +151,8 @@ def make_model(run, paper, cfg, class_names: list[str], machine) -> tuple:
     model, criterion = build_model(paper, cfg, len(class_names), run.detector)
     with machine.first_on_node():     # one process downloads and compiles for all others
         notes = start_weights(run, cfg, model, class_names)
+        if run.freeze:
+            notes += freeze_backbone(model)
         prepare_attention(run.impl, machine.device)
     model.to(machine.device)
     if run.channels_last:

@@ -104,9 +104,9 @@ def test_a_server_that_does_not_answer_in_time_is_one_line(site, tmp_path, monke
     assert not cached(tmp_path)
 
 
-@pytest.mark.parametrize("address", ["ftp://host/a.pt", "file:///etc/passwd", "https://", "s3://a/b",
-                                     "http://127.0.0.1:1/a.pt", "http://no-such-host.invalid/a.pt",
-                                     "http://127.0.0.1:99999/a.pt", "http://[a/b"])
+@pytest.mark.parametrize("address", [
+    "ftp://host/a.pt", "file:///etc/passwd", "https://", "s3://a/b", "http://127.0.0.1:1/a.pt",
+    "http://no-such-host.invalid/a.pt", "http://127.0.0.1:99999/a.pt", "http://[a/b"])
 def test_foreign_and_dead_addresses_are_one_line(address, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
