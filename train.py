@@ -45,7 +45,7 @@ import data
 import visualize
 from engine import cli
 from engine.batch_norm import batch_statistics
-from engine.batches import BatchSizes, epoch_batches
+from engine.batches import OVERFIT_AP, BatchSizes, epoch_batches
 from engine.checkpoints import RunFolder
 from engine.datasets import build_datasets
 from engine.ema import make_ema
@@ -60,8 +60,6 @@ from engine.schedules import is_kept
 from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
-
-OVERFIT_AP = 0.95   # at which --overfit ends
 
 
 @dataclass

@@ -293,6 +293,7 @@ class RunFolder:
         self.lock = None
 
     def __enter__(self):
+        self.is_new = not self.path.exists()
         if self.machine.is_main:
             prepare_folder(self.path)
             self._refuse_other_kinds()
@@ -303,9 +304,14 @@ class RunFolder:
                 temporary.unlink()
         return self
 
-    def __exit__(self, *error):
-        if self.lock:
-            self.lock.close()
+    def __exit__(self, kind, *error):
+        if not self.lock:
+            return
+        self.lock.close()
+        failed_at_start = kind is not None and os.listdir(self.path) == [".lock"]
+        if failed_at_start and self.is_new:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
 
     def _refuse_other_kinds(self):
         """A pipe or a device in place of a file would block, a folder would fail late."""

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from backbones import load_backbone_weights
+from backbones import PUBLISHED, load_backbone_weights
 from engine import checkpoints, class_rows
 from engine.assets import find_weights, start_for
 from engine.errors import UserError
@@ -133,7 +133,7 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
             raise UserError("expected trained weights with --freeze backbone, got random ones: "
                             "give --init FILE, or --backbone_weights imagenet")
         backbones = [m for name, m in model.named_modules() if name.split(".")[-1] == "backbone"]
-        return [load_backbone_weights(m, cfg.backbone, cfg.backbone_weights) for m in backbones]
+        return [backbone_start(m, cfg) for m in backbones]
     path = find_weights(init)
     state = checkpoints.load(path)
     if "model_name" not in state:
@@ -142,6 +142,14 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
     fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)
     model.load_state_dict(fitted)
     return [f"started from {init}{chosen_by}"] + [f"  skipped {line}" for line in skipped]
+
+
+def backbone_start(module, cfg) -> str:
+    """Load --backbone_weights into a backbone -> a line that says so. A module of the user's own,
+    which is none of backbones/, keeps the weights that `build` gave it."""
+    if not isinstance(module, PUBLISHED):
+        return f"backbone: {type(module).__name__} with the weights that `build` gave it"
+    return load_backbone_weights(module, cfg.backbone, cfg.backbone_weights)
 
 
 def make_model(run, paper, cfg, class_names: list[str], machine) -> tuple:

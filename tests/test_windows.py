@@ -1,4 +1,4 @@
-"""What exists on POSIX systems only is used behind a guard, so that the programs start on Windows."""
+"""What exists on POSIX systems only has a guard, so that the programs start on Windows."""
 import ast
 import pickle
 import re
