@@ -45,7 +45,7 @@ import data
 import visualize
 from engine import cli
 from engine.batch_norm import batch_statistics
-from engine.batches import BatchSizes, epoch_batches
+from engine.batches import OVERFIT_AP, BatchSizes, epoch_batches
 from engine.checkpoints import RunFolder
 from engine.datasets import build_datasets
 from engine.ema import make_ema
@@ -62,8 +62,6 @@ from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
 
-OVERFIT_AP = 0.95   # at which --overfit ends
-
 
 @dataclass
 class Run:
@@ -75,13 +73,14 @@ class Run:
     out: str = ""                    # run folder; none: runs/MODEL
     resume: cli.OptionalText = ""    # continue the run in --out (give no value) or in this folder
     overfit: int = 0                 # overfit this many images, without augmentation; 0: off
-    init: str = ""                   # initial weights; classifiers are copied by class name
+    init: str = ""                   # initial weights: file, name of assets/weights, URL, or none
+    freeze: str = ""                 # backbone: keep its initial weights; none: train everything
     detector: str = ""               # trained detector, for models that add masks to one
     check_data: str = ""             # check this COCO-layout folder and exit
     num_train: int = NUM_TRAIN       # generated scenes to train on
     num_val: int = NUM_VAL           # generated scenes to evaluate on
     seed: int = 0                    # random seed; runs with the same seed are bit-identical
-    device: str = ""                 # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""                 # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool | None = None          # bfloat16 autocast; auto: if the hardware supports it
     accum: int = 1                   # micro-batches per optimizer step: less memory, same gradients
     recompute: bool = False          # recompute activations in the backward pass: less memory

@@ -11,6 +11,7 @@ import data
 from engine.errors import UserError
 
 OVERFIT_STEPS = 100   # steps in one epoch of --overfit
+OVERFIT_AP = 0.95     # at which --overfit ends
 
 
 class BatchSizes:

@@ -16,9 +16,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 
+from engine import weight_files
 from engine.errors import UserError
 from engine.files import prepare_folder, write_json
 from engine.forms import mismatch
@@ -110,7 +110,11 @@ def load(path: str | Path, map_location="cpu") -> dict:
         raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} "
                         "holds")
     if path.suffix == ".safetensors":
-        return load_safetensors(path)
+        state = weight_files.read(path)
+        if "model_name" in state:
+            check_fields(path, state, FIELDS)
+            check_forms(path, state)
+        return state
     try:
         with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location=map_location, weights_only=True)
@@ -211,15 +215,6 @@ def check_forms(path: Path, state: dict) -> None:
         check_values(state["run"], RUN_DEFAULTS)
 
 
-def load_safetensors(path: Path) -> dict:
-    """Tensors of a .safetensors file."""
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:   # the library has its own exception, and raises built-in ones
-        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
-                        f"short ({type(error).__name__}: {error}). Copy it again") from error
-
-
 def newest(folder: str | Path) -> Path:
     """The newest complete checkpoint that a run folder can continue from: last.pt, or else
     last.pt.prev. Prints which one."""
@@ -298,6 +293,7 @@ class RunFolder:
         self.lock = None
 
     def __enter__(self):
+        self.is_new = not self.path.exists()
         if self.machine.is_main:
             prepare_folder(self.path)
             self._refuse_other_kinds()
@@ -308,9 +304,14 @@ class RunFolder:
                 temporary.unlink()
         return self
 
-    def __exit__(self, *error):
-        if self.lock:
-            self.lock.close()
+    def __exit__(self, kind, *error):
+        if not self.lock:
+            return
+        self.lock.close()
+        failed_at_start = kind is not None and os.listdir(self.path) == [".lock"]
+        if failed_at_start and self.is_new:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
 
     def _refuse_other_kinds(self):
         """A pipe or a device in place of a file would block, a folder would fail late."""

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.errors import UserError, is_out_of_memory, one_line
+from engine.notices import notice_once
 from engine.processes import own_place
 
 MAX_THREADS = 8              # by default; more help little at these sizes
@@ -120,12 +121,9 @@ def set_up_machine(run) -> Machine:
     """Choose device, threads and workers of a run, and join its process group. Seed PyTorch with
     the same number on every rank, so that all of them build the same model."""
     rank, world, local_rank, _ = own_place()
-    name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = choose_device(run.device)
     device = torch.device(name)
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no GPU here; leave the flag out, or give "
-                            "--device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         # matrix products in TF32, as the authors trained; eval.py computes them exactly
@@ -145,12 +143,37 @@ def set_up_machine(run) -> Machine:
     torch.use_deterministic_algorithms(run.deterministic)
 
     machine = Machine(device, bool(run.amp), rank, world, local_rank, run.threads, workers)
-    if run.amp is None:   # only where the hardware multiplies bfloat16; emulation is slow
-        machine.amp = (torch.cuda.is_bf16_supported(False) if name == "cuda"
-                       else torch.cpu._is_avx512_bf16_supported())
+    if run.amp is None:
+        machine.amp = multiplies_bfloat16(name)
     machine.seed_rank(run.seed)
     torch.manual_seed(run.seed)
     return machine
+
+
+def choose_device(name: str) -> str:
+    """Return a device by its name; "" stands for cuda if there is a GPU, else cpu. UserError for a
+    device that PyTorch does not have here."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    kind = name.partition(":")[0]
+    if kind not in ("cpu", "cuda", "mps"):
+        raise UserError(f"expected --device cpu, cuda or mps, got {name!r}")
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+             "mps": torch.backends.mps.is_available()}
+    if not there[kind]:
+        kind_of_gpu = "Apple GPU" if kind == "mps" else "GPU"
+        raise UserError(f"--device {name}: PyTorch finds no {kind_of_gpu} here; leave the flag "
+                        "out, or give --device cpu")
+    if kind == "mps":
+        notice_once("mps", "--device mps is untested: compare its results with --device cpu; if "
+                           "PyTorch lacks an operator there, set PYTORCH_ENABLE_MPS_FALLBACK=1")
+    return name
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16; emulation would be slow."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def cores() -> int:

@@ -32,7 +32,8 @@ RANGES = {
     "test_proposal_nms": FRACTION, "importance": FRACTION, "oversample": (1, 1000),
 }
 CHOICES = {
-    "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda"),
+    "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda", "mps"),
+    "freeze": ("", "backbone"),
     "impl": ("", "kernel", "torch"),
     "schedule": ("step", "drops", "cosine", "flat"),
 }
@@ -81,9 +82,8 @@ def check_value(name: str, value, default) -> None:
     """UserError for a value, or an element of a tuple, that CHOICES or RANGES exclude."""
     if name in CHOICES:
         if value not in CHOICES[name]:
-            choices = [choice for choice in CHOICES[name] if choice]
-            raise UserError(f"expected --{name} {', '.join(choices[:-1])} or {choices[-1]}, got "
-                            f"{value!r}")
+            choices = " or ".join(choice for choice in CHOICES[name] if choice)
+            raise UserError(f"expected --{name} {choices}, got {value!r}")
         return
     usual = NUMBER if type(default) is float else INTEGER
     low, high = RANGES.get(name, usual)

@@ -2,10 +2,14 @@
 import ast
 import functools
 import importlib
+import json
 import re
 import shlex
+import sys
+import types
 
 import pytest
+import torch
 import tyro
 
 import analysis
@@ -15,7 +19,7 @@ import train
 import visualize
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, reduce_log
+from tools import ablations, bench, check_data, convert, reduce_log, ship
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -81,6 +85,12 @@ def parse_ablations(arguments):
     parse_options(ablations.COMMANDS[arguments[0]], arguments[1:])
 
 
+def parse_convert(arguments):
+    """The pages write --from yolo|voc|csv."""
+    choices = [word.partition("|")[0] for word in arguments]
+    parse_options(convert.Options, choices)
+
+
 def parse_pytest(arguments):
     for word in arguments:
         assert word.startswith("-") or (ROOT / word).exists(), word
@@ -99,6 +109,8 @@ PROGRAMS = {
     "deformable_attn": parse_nothing,
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,
+    "tools.convert": parse_convert,
+    "tools.ship": functools.partial(parse_options, ship.Options),
     "tools.check_data": functools.partial(parse_function, check_data.main),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
     "pytest": parse_pytest}
@@ -125,6 +137,25 @@ def test_python_examples_import_what_exists():
                 if isinstance(node, ast.ImportFrom):
                     module = importlib.import_module(node.module)
                     assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def test_the_replay_of_a_log_writes_every_scalar(tmp_path, monkeypatch):
+    block, = [text for text in re.findall(r"```python\n(.*?)```", PAGES["GUIDE.md"], re.S)
+              if "tensorboard" in text]
+    written = []
+    writer = types.SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar),
+                                   close=lambda: None)
+    stub = types.ModuleType("torch.utils.tensorboard")
+    stub.SummaryWriter = lambda folder: writer
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    monkeypatch.setattr(torch.utils, "tensorboard", stub, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/dino").mkdir(parents=True)
+    lines = [{"kind": "step", "step": 10, "loss": 3.0, "lr": 0.1, "losses": {"l1": 2.0}},
+             {"kind": "eval", "step": 12, "AP": 0.5, "bbox": {}}]
+    (tmp_path / "runs/dino/log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    exec(block, {})
+    assert written == [("loss", 3.0, 10), ("lr", 0.1, 10), ("losses/l1", 2.0, 10), ("AP", 0.5, 12)]
 
 
 # ---- the README ----------------------------------------------------------------------------------
