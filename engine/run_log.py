@@ -117,8 +117,8 @@ class RunLog:
         end = f", but --overfit ends at AP {OVERFIT_AP}" if self.run.overfit else ""
         self.machine.say(
             f"expected  {speed:.1f} images/s: {duration(seconds)} an epoch, "
-            f"{duration(seconds * self.recipe.epochs)} in all without evaluations{end}; memory at most "
-            f"{peak_memory(self.machine.device)} so far")
+            f"{duration(seconds * self.recipe.epochs)} in all without evaluations{end}; memory at "
+            f"most {peak_memory(self.machine.device)} so far")
 
     def ended(self, progress) -> None:
         """Say that --max_steps ended the run."""

@@ -6,6 +6,7 @@ import json
 import re
 import shlex
 import sys
+import textwrap
 import types
 
 import pytest
@@ -13,13 +14,15 @@ import torch
 import tyro
 
 import analysis
+import dino
 import eval as evaluation
 import scenes
 import train
 import visualize
+from engine.recipe import configure
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, convert, reduce_log, ship
+from tools import ablations, bench, check_data, convert, follow_image, reduce_log, ship
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -110,6 +113,7 @@ PROGRAMS = {
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,
     "tools.convert": parse_convert,
+    "tools.follow_image": functools.partial(parse_options, follow_image.Options),
     "tools.ship": functools.partial(parse_options, ship.Options),
     "tools.check_data": functools.partial(parse_function, check_data.main),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
@@ -139,9 +143,38 @@ def test_python_examples_import_what_exists():
                     assert all(hasattr(module, alias.name) for alias in node.names)
 
 
+def python_block(word):
+    """The one Python block of GUIDE.md that has this word."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["GUIDE.md"], re.S)
+    block, = [text for text in blocks if word in text]
+    return block
+
+
+def test_the_backbone_of_the_guide_trains_a_detector():
+    """Together with its loss, in a copy of dino.py."""
+    place = "        return losses\n\n    def groups"
+    source = (ROOT / "dino.py").read_text()
+    assert source.count(place) == 1
+    loss = textwrap.indent(python_block("log_size"), "        ")
+    own = types.ModuleType("mine")
+    sys.modules["mine"] = own        # where dataclasses finds the annotations
+    try:
+        exec(source.replace(place, loss + place), vars(own))
+    finally:
+        del sys.modules["mine"]
+    exec(python_block("class Plain"), vars(own))
+    cfg, _ = configure(dino, dino.SMALL, {"dim": 32, "num_heads": 2, "ffn_dim": 32})
+    model = own.DINO(own.Plain(), cfg, 3)
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}]
+    images = torch.randn(1, 3, 64, 64)
+    outputs = model(images, torch.zeros(1, 64, 64, dtype=torch.bool), targets)
+    losses = own.Criterion(cfg)(outputs, targets, 1)
+    sum(losses.values()).backward()
+    assert losses["log_size"] > 0 and model.backbone.stages[0].weight.grad.abs().sum() > 0
+
+
 def test_the_replay_of_a_log_writes_every_scalar(tmp_path, monkeypatch):
-    block, = [text for text in re.findall(r"```python\n(.*?)```", PAGES["GUIDE.md"], re.S)
-              if "tensorboard" in text]
+    block = python_block("tensorboard")
     written = []
     writer = types.SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar),
                                    close=lambda: None)
