@@ -674,7 +674,7 @@ def test_the_systems_of_the_main_comparison_compose(variant):
         masks, _ = mfd.build(mask_cfg, 80, detector)
     assert count(model) == detector_size
     assert count(masks) == masks_size
-    other = replace(detector, cfg=replace(cfg, backbone="resnet50"))
+    other = detector._replace(cfg=replace(cfg, backbone="resnet50"))
     with pytest.raises(UserError, match=f"{mask_cfg.expected_detector}, got .* resnet50"):
         mfd.build(mask_cfg, 80, other)
 
