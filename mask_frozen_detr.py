@@ -121,7 +121,7 @@ class Config:
     train_regions: int = 100             # objects per image in a training step
     train_detector: bool = False         # train a copy of the detector too; else it is frozen
     detector_lr: float = 0.1             # its learning rates, as a fraction of its own recipe's
-    expected_detector: str = ""          # model and backbone it must have: MODEL BACKBONE; none: any
+    expected_detector: str = ""          # model and backbone that it must be of; none: any
     top_k: int = 100                     # detections per image
     cost_class: float = 2.0              # matching: weight of the class cost
     cost_l1: float = 5.0                 # matching: weight of the L1 cost of boxes
