@@ -135,7 +135,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         progress = Progress()
         if run.resume:
             progress = folder.restore(progress, model, ema, optimizer, batch.steps_per_epoch)
-        folder.describe(cfg, recipe, train_set)
+        folder.describe(cfg, recipe, train_set, getattr(model, "carried", None))
         log = RunLog(run, recipe, batch, machine, progress)
         log.report(paper, cfg, train_set, val_set, model, notes)
 

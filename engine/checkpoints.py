@@ -2,7 +2,8 @@
 
 A checkpoint of a run is a dictionary: format, model_name, variant, config, recipe, run,
 class_names, category_ids, data, model, ema (EMA weights), epoch, step, best; last.pt also
-holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly.
+holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly. `detector`
+describes a detector whose weights are among those of a mask network.
 """
 import contextlib
 import dataclasses
@@ -52,7 +53,8 @@ FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
 # The forms of what it may hold besides; see engine.forms.
 FORMS = {"format": int, "class_names": [str], "category_ids": [int], "recipe": {}, "ema": {},
          "run": {},
-         "variant": str, "step": int, "epoch": int, "thresholds": {str: float}}
+         "variant": str, "step": int, "epoch": int, "thresholds": {str: float},
+         "detector": {"model_name": str, "config": {}, "recipe": {}, "class_names": [str]}}
 RUN_DEFAULTS = {"data": "", "seed": 0, "overfit": 0, "num_train": 1, "num_val": 1,
                 "detector": ""}   # what evaluating reads of a run
 RUN_FILES = (".lock", "config.json", "log.jsonl", "nan_report.jsonl", "last.pt", "last.pt.prev",
@@ -328,8 +330,10 @@ class RunFolder:
                 raise UserError(f"{self.path} already holds a run: continue it with --resume, or "
                                 "name another folder with --out")
 
-    def describe(self, cfg, recipe, dataset) -> None:
-        """Set `header`, the part of every checkpoint that describes the run. Write config.json."""
+    def describe(self, cfg, recipe, dataset, carried: dict | None = None) -> None:
+        """Set `header`, the part of every checkpoint that describes the run. Write config.json.
+
+        carried: the description of a detector that the model trains as a part of itself."""
         described = {"run": dataclasses.asdict(self.run), "config": dataclasses.asdict(cfg),
                      "recipe": dataclasses.asdict(recipe)}
         self.header = {
@@ -337,6 +341,8 @@ class RunFolder:
             **described,
             "class_names": list(dataset.class_names),
             "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name}
+        if carried:
+            self.header["detector"] = {"format": FORMAT, **carried}
         if self.machine.is_main:
             write_json(self.path / "config.json", described)
 

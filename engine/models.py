@@ -60,7 +60,8 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
 
     path: a file, or whatever `find_weights` reads.
     variant: one of the paper file's VARIANTS, for what a released file does not show (`dc5`).
-    detector: path of a mask network's frozen detector; default: its path when it was trained."""
+    detector: path of a mask network's frozen detector; default: its path when it was trained. A
+    network that trained its detector has it in its own checkpoint."""
     path = find_weights(path)
     state = checkpoints.load(path)
     if "model_name" not in state:
@@ -71,10 +72,15 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     paper = load_paper(state["model_name"])
     cfg, recipe = checkpoints.settings(paper, state)
     names = state["class_names"]
-    parts = [cfg, len(names)]
-    if getattr(paper, "NEEDS_DETECTOR", False):
-        parts.append(load_detector(detector or checkpoints.saved_detector(state)))
     weights = state.get("ema", state["model"])
+    parts = [cfg, len(names)]
+    if "detector" in state:
+        if detector:
+            raise UserError(f"--detector is for masks on a frozen detector, {path} has trained its "
+                            "own: leave it out")
+        parts.append(carried_detector(state["detector"], weights, path))
+    elif getattr(paper, "NEEDS_DETECTOR", False):
+        parts.append(load_detector(detector or checkpoints.saved_detector(state)))
     # a damaged file may ask for a model that no memory holds: compare the shapes first
     with torch.device("meta"):
         checkpoints.check_fit(paper.build(*parts)[0], weights, path)
@@ -113,6 +119,21 @@ def load_detector(path: str) -> Loaded:
     return loaded._replace(model=model, meta={**loaded.meta, "class_names": names})
 
 
+def carried_detector(description: dict, weights: dict, path: str | Path) -> Loaded:
+    """The detector that a mask network trained and has among its weights, as "detector.NAME"."""
+    paper = load_paper(description["model_name"])
+    cfg, recipe = checkpoints.settings(paper, description)
+    names = description["class_names"]
+    own = {}
+    for name, value in weights.items():
+        if name.startswith("detector."):
+            own[name.removeprefix("detector.")] = value
+    with torch.device("meta"):
+        checkpoints.check_fit(paper.build(cfg, len(names))[0], own, path)
+    model, criterion = paper.build(cfg, len(names))
+    return Loaded(model, paper, cfg, recipe, {"class_names": names}, criterion)
+
+
 def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
     """Fill a fresh model from --init, or its backbones from --backbone_weights. -> report lines"""
     # a mask network has the classes of its frozen detector
@@ -132,6 +153,8 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
         if run.freeze and getattr(cfg, "backbone_weights", "") == "none":
             raise UserError("expected trained weights with --freeze backbone, got random ones: "
                             "give --init FILE, or --backbone_weights imagenet")
+        if not hasattr(cfg, "backbone"):     # a trained detector has its backbone already
+            return []
         backbones = [m for name, m in model.named_modules() if name.split(".")[-1] == "backbone"]
         return [backbone_start(m, cfg) for m in backbones]
     path = find_weights(init)
