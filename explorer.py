@@ -403,10 +403,13 @@ def pack_sampling(records: list, memory, best) -> dict:
     locations = torch.stack([record["locations"][0] for record in records])    # (A, Nq, M, L, K, 2)
     weights = torch.stack([record["weights"][0] for record in records])        # (A, Nq, M, L, K)
     A, _, M, L, K = weights.shape
+    first = torch.stack([record["reference"][0, :, 0] for record in records])  # (A, Nq, 2 or 4)
+    references = first / memory.valid_ratios[0, 0].repeat(first.shape[-1] // 2)
     ratios = memory.valid_ratios[0][:, None]                                   # (L, 1, 2)
     queries = best_queries(best, A * M * L * K * 6)
     return {"queries": pack(queries, "u2"), "shape": [M, L, K],
             "levels": [list(shape) for shape in memory.shapes],
+            "references": pack(references[:, queries], "f4"),
             "locations": pack_range(locations[:, queries] / ratios, LOW, HIGH),
             "weights": pack_range(weights[:, queries])}
 
