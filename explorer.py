@@ -44,7 +44,6 @@ import deformable_detr
 import masks
 import matcher
 from analysis import recorded_attention
-from boxes import box_cxcywh_to_xyxy
 from deformable_detr import Queries, proposal_boxes
 from engine.commands import in_used_classes, open_detector, require
 from engine.datasets import validation_set
