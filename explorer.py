@@ -64,7 +64,7 @@ ATTENDED = 8               # other queries stored for a query: those with the la
 CANDIDATES = 8             # queries stored for an object: those with the lowest costs
 COSTS = 400                # candidates of all objects together
 LOW, HIGH = -1.0, 2.0      # range of stored sampling locations, the image being [0, 1]
-DEFAULT_NUMBER = {"scene": 27, "val": 0}   # scene 27 has five objects
+DEFAULT_NUMBER = {"scene": 15, "val": 0}   # scene 15 has seven objects
 PAPERS = {"DETR": "2005.12872", "Deformable DETR": "2010.04159", "DINO": "2203.03605",
           "DN-DETR": "2203.01305", "H-DETR": "2207.13080", "Co-DETR": "2211.12860",
           "Mask Frozen-DETR": "2308.03747", "Mask R-CNN": "1703.06870"}

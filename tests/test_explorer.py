@@ -19,7 +19,7 @@ import pytest
 import torch
 from PIL import Image
 from coco_folders import write_folder
-from tiny_checkpoint import write_checkpoint
+from tiny_checkpoint import damage, write_checkpoint
 
 import data
 import explorer
@@ -258,7 +258,7 @@ def test_every_model_has_its_views_and_a_line_for_each_that_it_lacks(model, made
     for view in lacking:
         assert view in named.replace("sampling points", "sampling")
     assert ("anchors" in image) == (model != "detr")
-    assert len(image["truth"]["labels"]) == 5 and "matching" in image
+    assert len(image["truth"]["labels"]) == 7 and "matching" in image
 
 
 def test_a_detector_without_denoising_has_no_such_view(tmp_path):
@@ -440,8 +440,26 @@ def test_flags_that_cannot_work_are_errors_and_write_nothing(images, out, words,
     assert not list(tmp_path.iterdir())
 
 
+def test_a_model_that_is_not_finite_is_an_error(tmp_path):
+    checkpoint = write_checkpoint(tmp_path / "best.pt", change=damage)
+    with pytest.raises(UserError, match="expected finite detections"):
+        explorer.explore(str(checkpoint), ["scene"], str(tmp_path / "page.html"))
+
+
 def test_a_model_of_other_classes_explores_a_scene_without_ground_truth(opened, tmp_path):
     explorer.explore(str(opened.folder / "best.pt"), ["scene"], str(tmp_path / "page.html"))
     image, = page_of(tmp_path / "page.html")["images"]
     assert "truth" not in image and "does not know the classes" in image["notes"][0]
     assert Path(tmp_path / "page.html").stat().st_size < 2e6
+
+
+# ---- the example ---------------------------------------------------------------------------------
+
+def test_the_finished_example_is_small_and_its_links_lead_to_files_that_exist():
+    path = explorer.ROOT / "assets" / "explorer.html"
+    assert path.stat().st_size <= 2e6
+    page = page_of(path)
+    links = [entry["link"] for entries in page["views"].values() for entry in entries]
+    assert links
+    for link in filter(None, links):
+        assert (path.parent / link.partition("#")[0]).resolve().is_file(), link
