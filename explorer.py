@@ -94,7 +94,7 @@ class Parts(NamedTuple):
     loaded: object               # what engine.models.load_model returned
     inner: torch.nn.Module       # the detector with `encoder` and `decoder`
     module: object               # Python module of its class
-    rule: tuple                  # weights, epsilon and class cost of its matching
+    rule: tuple | None           # weights, epsilon and class cost of its matching, where known
 
 
 class Records(NamedTuple):
@@ -248,17 +248,22 @@ def best_queries(scores: torch.Tensor, bytes_each: int) -> torch.Tensor:
 # ---- the detector and its hooks ------------------------------------------------------------------
 
 def take_apart(loaded) -> Parts:
-    """Find the parts that the views need: mask networks and Co-DETR have the detector inside."""
+    """Find the parts that the views need: mask networks and Co-DETR have the detector inside.
+    UserError for a model without decoder layers."""
     inner = loaded.model
     if hasattr(inner, "frozen"):
         inner = inner.frozen.model
     inner = getattr(inner, "detector", inner)
+    name = loaded.meta["model_name"]
+    require(hasattr(inner, "decoder"), "a model with decoder layers in `decoder`", name)
     criterion = getattr(loaded.criterion, "base", loaded.criterion)
     if hasattr(criterion, "matching_costs"):
         rule = (criterion.matching_costs, 0.0, None)
-    else:
+    elif hasattr(criterion, "set_loss"):
         set_loss = criterion.set_loss
         rule = (set_loss.cost, set_loss.eps, set_loss.class_cost)
+    else:
+        rule = None
     return Parts(loaded, inner, sys.modules[type(inner).__module__], rule)
 
 
@@ -337,6 +342,7 @@ def inside(parts: Parts, picture: Picture, seed: int, device) -> dict:
     width, height = shown_size(picture.image)
     size = torch.tensor([[height, width]], device=device)                          # (1, 2)
     found = loaded.paper.detect(outputs, size, loaded.cfg)[0]
+    require("query" in found, "detections made of queries", "those of an auxiliary head")
     require_finite(found, picture.name)
 
     page = {"name": picture.name, "notes": picture.notes, "picture": data_uri(picture.image),
@@ -360,7 +366,8 @@ def inside(parts: Parts, picture: Picture, seed: int, device) -> dict:
         page["truth"] = {"labels": picture.target["labels"].tolist(),
                          "boxes": pack(picture.target["boxes"], "f4")}
         if len(picture.target["labels"]):
-            page["matching"] = matching(layers, targets, parts.rule)
+            if parts.rule:
+                page["matching"] = matching(layers, targets, parts.rule)
             if has_denoising(parts):
                 page["denoising"] = denoising(parts, outputs["memory"], targets, seed)
     return page
@@ -563,20 +570,25 @@ def sources(parts: Parts) -> dict:
     paper = parts.loaded.paper
     detect = (*DETECTS.get(paper.__name__, ("Deformable DETR", "section 5")), paper.detect)
     views = {"boxes": [decoder], "classes": [detect]}
-    attention = type(inner.decoder[0].cross_attn)
+    layer = inner.decoder[0]
+    attention = type(layer.cross_attn)
     if attention is deformable_attn.MSDeformAttn:
         views["boxes"].append(("Deformable DETR", "A.3 and A.4", deformable_detr.offset_boxes))
         views["sampling"] = [("Deformable DETR", "section 4.1, Eq. 2-3", attention),
                              ("Deformable DETR", "Eq. 3", deformable_attn.sampling_locations)]
     else:
-        views["maps"] = [("DETR", "section 3.2 and A.1", attention_weights)]
-    views["queries"] = [("DETR", "section 3.2", type(inner.decoder[0].self_attn))]
+        views["maps"] = [("DETR", "section 3.2", type(layer)), ("DETR", "A.1", attention_weights)]
+    # DETR's is PyTorch's own: its decoder layer shows how it is called
+    ours = isinstance(layer.self_attn, deformable_detr.SelfAttention)
+    views["queries"] = [("DETR", "section 3.2", type(layer.self_attn if ours else layer)),
+                        ("DETR", "A.1", attention_weights)]
     if has_proposals(inner):
         section = PROPOSERS.get(kind.__name__, ("", "its own file"))
         views["proposals"] = [(*section, kind.propose),
                               ("Deformable DETR", "A.4", deformable_detr.encoder_proposals)]
-    views["matching"] = [("DETR", "section 3.1, Eq. 1", matcher.match_cost),
-                         ("DETR", "section 3.1", matcher.assign)]
+    if parts.rule:
+        views["matching"] = [("DETR", "section 3.1, Eq. 1", matcher.match_cost),
+                             ("DETR", "section 3.1", matcher.assign)]
     if has_denoising(parts):
         views["denoising"] = [("DINO", "section 3.3", parts.module.denoising_queries),
                               ("DN-DETR", "Eq. 7", parts.module.denoising_mask)]
@@ -614,12 +626,8 @@ def cite(paper: str, section: str, code, out: Path) -> dict:
     code = inspect.unwrap(code)        # the function inside torch.no_grad
     path = Path(inspect.getsourcefile(code)).resolve()
     keyword = "class" if inspect.isclass(code) else "def"
-    if path.is_relative_to(ROOT):
-        link = os.path.relpath(path, out.resolve().parent).replace(os.sep, "/")
-        link += f"#:~:text={keyword}%20{code.__name__}"
-        name = f"{path.stem}.{code.__qualname__}"
-    else:
-        link = ""                      # of PyTorch
-        name = f"torch.nn.{code.__qualname__}"
+    link = os.path.relpath(path, out.resolve().parent).replace(os.sep, "/")
+    link += f"#:~:text={keyword}%20{code.__name__}"
+    name = f"{path.stem}.{code.__qualname__}"
     url = f"https://arxiv.org/abs/{PAPERS[paper]}" if paper in PAPERS else ""
     return {"paper": paper, "section": section, "url": url, "code": name, "link": link}
