@@ -607,7 +607,8 @@ def has_proposals(inner) -> bool:
 def absent(parts: Parts, views: dict) -> list[str]:
     """A line for everything that other models have and this one has not."""
     reasons = {
-        "sampling": "Sampling points: this model attends to every cell; see the attention map.",
+        "sampling": "Sampling points and initial anchors: this model attends to every cell (see "
+                    "the attention map), and its queries are embeddings without a place.",
         "proposals": "Proposals: the queries are learned, not chosen among the encoder's tokens.",
         "denoising": "Denoising: this model was trained without noised queries.",
         "masks": "Masks: this model detects boxes; mask_frozen_detr.py adds masks to a detector."}
