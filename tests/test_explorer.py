@@ -305,6 +305,14 @@ def test_proposals_are_the_anchors_in_the_order_of_the_scores_of_their_tokens(op
     assert (scores == -1).any()    # tokens too near to the border are not usable
 
 
+def test_references_of_the_first_layer_are_the_anchors_although_the_input_is_padded(opened):
+    assert (opened.outputs["memory"].valid_ratios < 1).any()
+    image = opened.page["images"][1]
+    queries = unpacked(image["sampling"]["queries"]).astype(int)
+    references = unpacked(image["sampling"]["references"])
+    assert references[0] == pytest.approx(unpacked(image["anchors"])[queries], abs=1e-6)
+
+
 def test_noised_queries_are_those_of_training_with_their_mask(opened):
     part = opened.page["images"][1]["denoising"]
     model, paper = opened.loaded.model, opened.loaded.paper
