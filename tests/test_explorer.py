@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import urllib.parse
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -416,13 +417,25 @@ def test_an_image_without_objects_has_neither_matching_nor_noised_queries(made, 
     assert "matching" not in image and "denoising" not in image
 
 
-def test_hundreds_of_queries_and_objects_fit_into_a_page(monkeypatch):
-    """What is left out belongs to the queries with the lowest scores."""
-    scores = torch.linspace(0, 1, 900)
-    queries = explorer.best_queries(scores, 6000)
-    assert len(queries) == explorer.MAX_BYTES // 6000
-    assert queries.tolist() == list(range(900 - len(queries), 900))
+def test_the_queries_of_a_published_detector_fit_into_a_megabyte():
+    """900 queries, 6 layers, 80 classes. Sampling points are stored for those with the best
+    scores."""
+    A, Nq, M, L, K = 6, 900, 8, 4, 4
+    torch.manual_seed(0)
+    weights = torch.rand(1, Nq, M, L * K).softmax(-1).unflatten(-1, (L, K))
+    record = {"reference": torch.rand(1, Nq, L, 4), "weights": weights,
+              "locations": torch.rand(1, Nq, M, L, K, 2)}
+    memory = SimpleNamespace(valid_ratios=torch.ones(1, L, 2), shapes=[(100, 134)] * L)
+    sampling = explorer.pack_sampling([record] * A, memory, torch.linspace(0, 1, Nq))
+    queries = unpacked(sampling["queries"])
+    assert len(queries) >= 50 and queries.tolist() == list(range(Nq - len(queries), Nq))
+    parts = [sampling, explorer.pack(torch.rand(A, Nq, 4), "f4"),
+             explorer.pack_scores(torch.rand(A, Nq, 80)),
+             explorer.pack_attention([torch.rand(Nq, Nq).softmax(-1)] * A)]
+    assert len(json.dumps(parts)) < 8e5
 
+
+def test_hundreds_of_objects_are_matched_with_fewer_queries():
     n = 300
     torch.manual_seed(0)
     targets = [{"labels": torch.zeros(n, dtype=torch.int64), "boxes": torch.rand(n, 4)}]
