@@ -13,6 +13,7 @@
     curves            AP, losses and learning rate of a run folder
     compare_curves    AP against training time of several runs
     precision_recall  precision over recall of each class, from eval.json
+    explore           a page to click through: everything a detector computes for an image
 
 train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy in pixels of the
 picture here.
@@ -43,6 +44,7 @@ from engine.inference import above, as_rgb, detect_image, detect_with, infer
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
+from explorer import explore
 from scenes import Shapes
 
 __all__ = ["compare_curves", "curves", "draw_detections", "ladder", "predictions", "read_log",
@@ -611,7 +613,8 @@ COMMANDS = {"detections": detections,
             "scenes": scenes,
             "curves": curves,
             "compare_curves": compare_curves,
-            "precision_recall": precision_recall}
+            "precision_recall": precision_recall,
+            "explore": explore}
 
 
 def main(argv=None):
