@@ -72,7 +72,7 @@ def parse_table(functions, arguments):
 
 def parse_bench(arguments):
     if arguments:
-        parse_table(bench.TABLES, arguments)
+        parse_table(bench.COMMANDS, arguments)
 
 
 def parse_ablations(arguments):
