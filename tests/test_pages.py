@@ -15,7 +15,7 @@ import train
 import visualize
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, reduce_log
+from tools import ablations, bench, check_data, exercises, reduce_log
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -83,7 +83,13 @@ def parse_ablations(arguments):
 
 def parse_pytest(arguments):
     for word in arguments:
-        assert word.startswith("-") or (ROOT / word).exists(), word
+        path, _, name = word.partition("::")
+        assert word.startswith("-") or (ROOT / path).exists(), word
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), word
+
+
+def parse_exercises(arguments):
+    assert 1 <= int(arguments[0]) <= len(exercises.read_exercises())
 
 
 def parse_nothing(arguments):
@@ -99,6 +105,7 @@ PROGRAMS = {
     "deformable_attn": parse_nothing,
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,
+    "tools.exercises": parse_exercises,
     "tools.check_data": functools.partial(parse_function, check_data.main),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
     "pytest": parse_pytest}

@@ -75,8 +75,8 @@ def on_device(case, inputs) -> tuple[Tensor, Tensor]:
 def in_one_type(case, inputs) -> list[Tensor]:
     """Value, locations and weights, all in the type of the values: others know no mixture."""
     dtype = inputs.value.dtype
-    places = [tensor.detach().to(dtype).requires_grad_() for tensor in operator_inputs(case, inputs)]
-    return [inputs.value, *places]
+    places = [tensor.detach().to(dtype) for tensor in operator_inputs(case, inputs)]
+    return [inputs.value, *(tensor.requires_grad_() for tensor in places)]
 
 
 class Extension(torch.autograd.Function):

@@ -17,8 +17,10 @@ from engine.files import complete_file
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "EXERCISES.md"
-PATTERN = re.compile(r"^### (\d+)\. (?P<title>.*?)$.*?\*\*Write\*\* `(?P<function>\S+)` in `(?P<file>"
-                     r"\S+)`.*?\*\*Test\*\* `python -m pytest (?P<test>\S+)`", re.M | re.S)
+PATTERN = re.compile(
+    r"^### \d+\. (?P<title>.*?)$.*?"
+    r"\*\*Write\*\* `(?P<function>\S+)` in `(?P<file>\S+)`.*?"
+    r"\*\*Test\*\* `python -m pytest (?P<test>\S+)`", re.M | re.S)
 REMOVED = "raise NotImplementedError"
 
 

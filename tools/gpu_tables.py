@@ -160,11 +160,11 @@ def lower_bound(results, row) -> list:
     bytes that its backward pass added a second."""
     rates = [x["value"] for x in rows_of(results, "machine") if x["unit"] == "TB/s"]
     backward = row["both_us"] - row["forward_us"]
-    if row["form"] != "fused" or not rates or backward <= 0:
+    if row["form"] != "fused" or not rates:
         return []
     forward = row["bytes_forward"] / rates[0] * 1e-6
     both = row["bytes_both"] / rates[0] * 1e-6
-    added = row["additions"] / 8 / backward * 1e-3
+    added = row["additions"] / 8 / max(backward, 1e-3) * 1e-3
     return [[row["dtype"], "lower bound: device memory", "fused", f"{forward:.1f}",
              f"{both - forward:.1f}", "", "", "", "",
              f"ours added {added:.2g} G rows of 128 bytes a second"]]
