@@ -122,6 +122,7 @@ def test_parts_that_crash_hang_or_are_missing_are_one_line_each(monkeypatch, cap
     monkeypatch.setattr(bench_gpu, "child_command", lambda name, device, rows: [
         sys.executable, "-S", "-c", SCRIPTS[name], str(rows)])
     monkeypatch.setitem(PARTS, "timing", PARTS["timing"]._replace(seconds=1))
+    monkeypatch.setitem(bench_gpu.SLOWER, "cpu", 1)
     monkeypatch.setattr(bench_gpu, "LEAST", 0.5)
     parts = ("machine", "kernel: mmcv", "timing", "memory")
     bench_gpu.gpu("cpu", minutes=1, parts=parts, out="a.json")
