@@ -150,9 +150,12 @@ def test_no_part_begins_after_the_time_is_up(tmp_path):
     assert part["failed"] == "not run: the time was up"
 
 
-def test_an_unknown_part_is_refused_by_name():
+def test_an_unknown_part_and_a_missing_gpu_are_refused_by_name(monkeypatch):
     with pytest.raises(UserError, match="expected --parts out of machine, .* got kernels"):
         bench_gpu.gpu("cpu", parts=("machine", "kernels"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="expected a GPU, .*--device cpu rehearses"):
+        bench_gpu.gpu()
 
 
 def test_an_implementation_that_raises_is_a_row_with_its_message(float32_only, monkeypatch):
@@ -285,6 +288,9 @@ def test_the_tables_are_written_between_the_markers(tmp_path, capsys):
         gpu_tables.gpu_tables("none", "page.md")
     with pytest.raises(UserError, match="which does not exist"):
         gpu_tables.gpu_tables("missing.json", "page.md")
+    (tmp_path / "rehearsal.json").write_text(json.dumps(bench_gpu.describe_run("cpu")))
+    with pytest.raises(UserError, match="expected a run on a GPU, got the rehearsal"):
+        gpu_tables.gpu_tables("rehearsal.json", "page.md")
 
 
 def test_the_page_of_results_has_the_markers():

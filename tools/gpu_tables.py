@@ -39,6 +39,8 @@ def gpu_tables(file: str = "runs/bench/gpu_cuda.json", page: str = "RESULTS.md")
             raise UserError(f"--file: expected a json of `python -m tools.bench gpu`, got {file}, "
                             "which does not exist")
         results = json.loads(Path(file).read_text())
+        if results["device"] != "cuda":
+            raise UserError(f"--file: expected a run on a GPU, got the rehearsal {file}")
     write_between(Path(page), tables(results))
     print(f"written to {page}")
 
@@ -69,7 +71,8 @@ def tables(results: dict) -> str:
 def heading(results) -> str:
     if not results:
         return NO_RUN
-    return (f"{results['name']}, PyTorch {results['torch']}, CUDA {results['cuda']}, Python "
+    rehearsal = "" if results["device"] == "cuda" else "Rehearsal with tiny shapes. "
+    return (f"{rehearsal}{results['name']}, PyTorch {results['torch']}, CUDA {results['cuda']}, Python "
             f"{results['python']}, {results['date']}, {results['seconds']:.0f} s; "
             f"`python -m tools.bench gpu`")
 
