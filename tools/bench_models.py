@@ -215,13 +215,14 @@ def step_cost(setting: Setting) -> tuple[float, float]:
     parameters = paper.param_groups(model, recipe)
     training = TrainingStep(model, criterion, parameters, recipe, setting.device)
     ms = median_ms(lambda: training(batch, setting.amp), setting.seconds)
-    if setting.device == "cuda":
-        return ms, torch.cuda.max_memory_allocated() / 2 ** 30
-    return ms, peak_memory()
+    return ms, peak_gib(setting.device)
 
 
-def peak_memory():
-    """Peak memory of this process in GiB; nan on Windows, where Python does not know it."""
+def peak_gib(device: Device) -> float:
+    """Peak memory: of PyTorch's allocator on a GPU, or of this process; nan on Windows, where
+    Python does not know it."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
     if resource is None:
         return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024     # bytes
