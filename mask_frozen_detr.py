@@ -136,7 +136,8 @@ RECIPE = Recipe(
 
 # For SMALL detectors, minutes on two CPU cores: other sizes and optimization, the same method.
 SMALL = SMALL_RECIPE | dict(
-    lr=4e-3, epochs=2, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2,
+    lr=4e-3, muon=0.0,
+    epochs=2, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2,
     box_ffn_dim=128, score_dim=16, score_ffn_dim=64, num_heads=4, loss_points=392)
 BASELINE = dict(
     image_encoder="none", box_encoder="none", query_encoder="none", mask_scoring=False)

@@ -18,7 +18,8 @@ RANGES = {
     "max_steps": (0, 1_000_000_000),
     # Recipe
     "lr": (0, 1000), "lr_backbone": (0, 1000), "lr_offsets": (0, 1000), "layer_decay": FRACTION,
-    "muon": (0, 1000), "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION, "ema": (0, 0.999999),
+    "muon": (0, 1000), "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION,
+    "ema": (0, 0.999999),
     "ema_warmup": (0, 1_000_000), "train_max_size": (0, 10_000),
     "train_sizes": SIDE, "max_size": SIDE, "eval_size": SIDE, "lr_drop": (0, 1_000_000),
     # Config

@@ -162,14 +162,15 @@ def test_threads_follow_the_load_and_a_resumed_run_has_as_many(tmp_path, monkeyp
     monkeypatch.setattr(machines, "cores", lambda: 4)
     out = tmp_path / "run"
     for busy, extra, expected in (
-        (1.8, ["--out", str(out)], 2),
-        (0.0, ["--resume", str(out)], 2),     # the load has gone, but not the run's setting
-        (0.2, ["--out", str(tmp_path / "idle")], 4),
-        (9.0, ["--out", str(tmp_path / "crowded")], 1),
+        (1.8, ["--out", str(out), "--max_steps", "1"], 2),
+        # the load has gone, but the run keeps its setting
+        (0.0, ["--resume", str(out), "--max_steps", "2"], 2),
+        (0.2, ["--out", str(tmp_path / "idle"), "--max_steps", "1"], 4),
+        (9.0, ["--out", str(tmp_path / "crowded"), "--max_steps", "1"], 1),
     ):
         monkeypatch.setattr(machines, "busy_cores", lambda: busy)
         flags = [flag for flag in FLAGS if not flag.startswith("--threads")]
-        train.main([*flags, "--model", "deformable_detr", "--max_steps", "1", *extra])
+        train.main([*flags, "--model", "deformable_detr", *extra])
         text = capsys.readouterr().out
         assert ("cores busy" in text) == (busy > 1)
         assert f"cpu, {expected} thread" in text and torch.get_num_threads() == expected

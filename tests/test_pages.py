@@ -106,6 +106,12 @@ def parse_exercises(arguments):
     assert 1 <= int(arguments[0]) <= len(exercises.read_exercises())
 
 
+def parse_visualize(arguments):
+    if arguments == ["--help"]:
+        raise SystemExit
+    parse_table(visualize.COMMANDS, arguments)
+
+
 def parse_nothing(arguments):
     assert not arguments
 
@@ -115,7 +121,7 @@ PROGRAMS = {
     "eval": functools.partial(parse_options, evaluation.Options),
     "analysis": functools.partial(parse_options, analysis.Options),
     "scenes": functools.partial(parse_options, scenes.Options),
-    "visualize": functools.partial(parse_table, visualize.COMMANDS),
+    "visualize": parse_visualize,
     "deformable_attn": parse_nothing,
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,

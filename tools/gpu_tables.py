@@ -72,9 +72,9 @@ def heading(results) -> str:
     if not results:
         return NO_RUN
     rehearsal = "" if results["device"] == "cuda" else "Rehearsal with tiny shapes. "
-    return (f"{rehearsal}{results['name']}, PyTorch {results['torch']}, CUDA {results['cuda']}, Python "
-            f"{results['python']}, {results['date']}, {results['seconds']:.0f} s; "
-            f"`python -m tools.bench gpu`")
+    versions = f"PyTorch {results['torch']}, CUDA {results['cuda']}, Python {results['python']}"
+    return (f"{rehearsal}{results['name']}, {versions}, {results['date']}, "
+            f"{results['seconds']:.0f} s; `python -m tools.bench gpu`")
 
 
 def table(columns, rows) -> str:
