@@ -255,7 +255,7 @@ YOLO_LINES = {
     "not a number": ("0 0.5 nan 0.1 0.1", "expected a number, got 'nan'"),
     "infinity": ("0 0.5 inf 0.1 0.1", "expected a number, got 'inf'"),
     "pixels": ("0 20 15 10 9", "expected coordinates from 0 to 1, got 20; pixels are divided"),
-    "no width": ("0 0.5 0.5 0 0.1", "width and height, got none")}
+    "negative width": ("0 0.5 0.5 -0.1 0.1", "coordinates from 0 to 1, got -0.1")}
 
 
 @pytest.mark.parametrize("line, message", YOLO_LINES.values(), ids=YOLO_LINES)
@@ -364,6 +364,30 @@ def test_every_fault_is_printed_with_its_own_line(tmp_path, capsys):
     with pytest.raises(UserError, match="got 8 faults"):
         convert_folder("yolo", root, tmp_path / "out")
     assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_boxes_without_area_are_left_out_and_named(tmp_path, capsys):
+    root = yolo_folder(tmp_path / "in", f"1 {YOLO_BOX}\n0 0.5 0.5 0 0.1\n")
+    out = convert_folder("yolo", root, tmp_path / "out")
+    assert boxes_of(out) == [XYWH, XYWH]
+    assert "1.txt:2: expected an object with width and height, got none; left out" \
+        in capsys.readouterr().out
+
+
+def test_faulty_labels_and_files_are_left_out_on_request(tmp_path, capsys):
+    root = yolo_folder(tmp_path / "yolo", f"1 {YOLO_BOX}\n9 {YOLO_BOX}\n")
+    write_text(root / "images/train/1.png", "none")
+    (root / "images/val/1.png").unlink()
+    out = convert_folder("yolo", root, tmp_path / "a", skip_faulty=True)
+    assert boxes_of(out) == boxes_of(out, "val") == [XYWH]
+    assert "4 faults left out (--skip_faulty)" in capsys.readouterr().out
+    text = voc_text(("dog", BOX, 0), ("ant", BOX, 0))
+    root = voc_folder(tmp_path / "voc", text.replace("<filename>0.png</filename>", ""), 3)
+    write_text(root / "classes.txt", "dog\n")
+    write_text(root / "Annotations/1.xml", change_voc("<width>40<", "<width>80<"))
+    out = convert_folder("voc", root, tmp_path / "b", skip_faulty=True)
+    assert boxes_of(out) == boxes_of(out, "val") == [XYWH]
+    assert check_data.check(out) == 0
 
 
 def test_an_existing_folder_is_never_written_to(tmp_path):

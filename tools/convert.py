@@ -11,7 +11,8 @@ impossible, between two disks for example, images are copied. OUT appears when i
 What is read, and how splits and classes are found, is at the top of tools/labels_yolo.py,
 labels_voc.py and labels_csv.py. A folder without val images is divided: --val_share of its images,
 chosen at random but always the same, are for validation. Every fault in the labels is printed with
-its file and line, and then nothing is written.
+its file and line, and then nothing is written (--skip_faulty leaves the faulty labels and files
+out). Boxes without width or height are left out, as training would do.
 """
 import json
 import os
@@ -28,19 +29,20 @@ from engine.coco_json import plural
 from engine.commands import require
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
-from engine.notices import one_line
 from tools import check_data, labels_csv, labels_voc, labels_yolo
-from tools.labels import UNDIVIDED, LabeledImage, Labels
+from tools.labels import UNDIVIDED, LabeledImage, Labels, print_some
 
 READERS = {"yolo": labels_yolo.read, "voc": labels_voc.read, "csv": labels_csv.read}
 
 
-def convert(source: str, directory: str, out: str, val_share: float = 0.2) -> None:
+def convert(source: str, directory: str, out: str, val_share: float = 0.2,
+            skip_faulty: bool = False) -> None:
     """Write a COCO-layout folder from labels in another format.
 
     source: yolo, voc or csv
     directory: what to read; out: the folder to write, which may not exist
     val_share: fraction of the images for validation where the folder has no val images
+    skip_faulty: leave out what is faulty instead of refusing the folder
 
     Raises UserError for faults in the labels, after printing them; nothing is written then.
     """
@@ -57,9 +59,8 @@ def convert(source: str, directory: str, out: str, val_share: float = 0.2) -> No
         raise UserError(f"{target}: expected a folder outside of {root}, got one inside: its "
                         "images would be read twice; name another one")
     labels = READERS[source](root)
-    labels.refuse_faults()
-    for note in labels.notes[:20]:
-        print(f"note: {one_line(note, 400)}")
+    labels.refuse_faults(skip_faulty)
+    print_some([f"note: {note}" for note in labels.notes])
     divide(labels, val_share)
     write_folder(labels, target)
     for split, images in labels.splits.items():
@@ -182,6 +183,7 @@ class Options:
     source: Annotated[str, tyro.conf.arg(name="from")]   # format of the labels: yolo, voc or csv
     # fraction of the images for validation, where the folder has no val images
     val_share: float = 0.2
+    skip_faulty: bool = False    # leave out what is faulty, instead of writing nothing
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -189,7 +191,8 @@ def main(argv: list[str] | None = None) -> None:
         with one_line_usage("python -m tools.convert"):
             options = tyro.cli(Options, args=argv, prog="python -m tools.convert",
                                use_underscores=True)
-        convert(options.source, options.directory, options.out, options.val_share)
+        convert(options.source, options.directory, options.out, options.val_share,
+                options.skip_faulty)
         print()
         sys.exit(1 if check_data.check(options.out) else 0)
 

@@ -20,7 +20,11 @@ SPLITS = {
 }
 UNDIVIDED = ""        # the split of images in a folder that is not divided
 OUTSIDE = 0.01        # how far a relative coordinate may lie outside [0, 1], for rounding
-SHOWN_FAULTS = 20     # faults that are printed; the rest is counted
+SHOWN = 20            # faults and notes that are printed; the rest is counted
+
+
+class NoArea(ValueError):
+    """A box without width or height: nothing can be learned from it, so it is left out."""
 
 
 class Object(NamedTuple):
@@ -48,26 +52,41 @@ class Labels:
     faults: list[str] = field(default_factory=list)      # "file:line: expected ..., got ..."
     notes: list[str] = field(default_factory=list)       # what was left out or assumed
 
-    def fault(self, path: Path, line: int, text: str) -> None:
-        """Add a fault in a line of a file; 0: in the file as a whole."""
+    def fault(self, path: Path, line: int, error: ValueError | str) -> None:
+        """Add a fault in a line of a file; 0: in the file as a whole. A box without area is noted
+        and no fault, as training leaves such boxes out, too."""
         place = f"{path}:{line}" if line else str(path)
-        self.faults.append(f"{one_line(place, 300)}: {text}")
+        text = f"{one_line(place, 300)}: {error}"
+        if isinstance(error, NoArea):
+            self.notes.append(f"{text}; left out")
+        else:
+            self.faults.append(text)
 
     def add(self, split: str, image: LabeledImage) -> None:
         """Add an image to a split."""
         self.splits.setdefault(split, []).append(image)
 
-    def refuse_faults(self) -> None:
-        """Print the faults, a line each, and raise UserError if there are any."""
-        for line in self.faults[:SHOWN_FAULTS]:
-            print(line)
-        more = len(self.faults) - SHOWN_FAULTS
-        if more > 0:
-            print(f"... and {more} more")
-        if self.faults:
-            count = plural(len(self.faults), "fault")
+    def refuse_faults(self, skip: bool = False) -> None:
+        """Print the faults, a line each, and raise UserError if there are any.
+
+        skip: go on without what is faulty
+        """
+        print_some(self.faults)
+        count = plural(len(self.faults), "fault")
+        if self.faults and skip:
+            self.notes.insert(0, f"{count} left out (--skip_faulty)")
+        elif self.faults:
             raise UserError(f"expected labels without faults, got {count}, first: "
-                            f"{self.faults[0]}; correct them; nothing was written")
+                            f"{self.faults[0]}; correct them, or leave them out with "
+                            "--skip_faulty; nothing was written")
+
+
+def print_some(lines: list[str]) -> None:
+    """Print the first lines, and how many more there are."""
+    for line in lines[:SHOWN]:
+        print(one_line(line, 600))
+    if len(lines) > SHOWN:
+        print(f"... and {len(lines) - SHOWN} more")
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -121,7 +140,9 @@ def corner_box(corners: list[float], size: tuple[int, int]) -> tuple:
     """
     x1, y1, x2, y2 = corners
     width, height = size
-    if x2 <= x1 or y2 <= y1:
+    if x2 == x1 or y2 == y1:
+        raise NoArea(f"expected a box with width and height, got {x1:g}, {y1:g}, {x2:g}, {y2:g}")
+    if x2 < x1 or y2 < y1:
         raise ValueError(f"expected x1 < x2 and y1 < y2, got {x1:g}, {y1:g}, {x2:g}, {y2:g}")
     if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
         raise ValueError(f"expected a box inside the image of {width} x {height} px, got "
@@ -134,7 +155,7 @@ def corner_box(corners: list[float], size: tuple[int, int]) -> tuple:
 def name_classes(root: Path, labels: Labels) -> None:
     """Set the class names: the lines of classes.txt, or those of the objects in alphabetical order.
 
-    An object whose class classes.txt lacks is a fault.
+    An object whose class classes.txt lacks is a fault, and taken out.
     """
     images = [image for split in labels.splits.values() for image in split]
     used = {item.name for image in images for item in image.objects}
@@ -142,6 +163,8 @@ def name_classes(root: Path, labels: Labels) -> None:
     for name in sorted(used - set(labels.names)):
         labels.faults.append(f"class {one_line(name, 60)!r}: expected one of classes.txt, got "
                              "another one; add it there, or remove that file")
+    for image in images:
+        image.objects = [item for item in image.objects if item.name in labels.names]
 
 
 def listed_names(root: Path, files: tuple[str, ...]) -> list[str]:

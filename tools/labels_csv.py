@@ -118,7 +118,7 @@ def read_table(table: Path, folder: Path, places: dict, images: dict, labels: La
             if found:
                 image.objects.append(found)
         except ValueError as error:
-            labels.fault(table, rows.line_num, str(error))
+            labels.fault(table, rows.line_num, error)
 
 
 def find_image(text: str, table: Path, folder: Path, places: dict) -> Path:

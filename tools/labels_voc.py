@@ -113,6 +113,8 @@ def read_file(path: Path, image: Path, labels: Labels) -> LabeledImage | None:
         return None
     line = text.count("\n", 0, max(text.find("<size>"), 0)) + 1
     size = agreed_size(annotation, size, path, line, labels)
+    if size is None:
+        return None
     first = 1 if "VOC" in annotation.findtext("source/database", "") else 0
     lines = [text.count("\n", 0, found.start()) + 1 for found in re.finditer("<object>", text)]
     objects = []
@@ -121,13 +123,14 @@ def read_file(path: Path, image: Path, labels: Labels) -> LabeledImage | None:
         try:
             objects.append(read_object(element, size, first))
         except ValueError as error:
-            labels.fault(path, line, str(error))
+            labels.fault(path, line, error)
     return LabeledImage(image, size, objects)
 
 
 def agreed_size(annotation, size: tuple[int, int], path: Path, line: int,
-                labels: Labels) -> tuple[int, int]:
-    """Return the (width, height) to which the boxes of an XML file belong.
+                labels: Labels) -> tuple[int, int] | None:
+    """Return the (width, height) to which the boxes of an XML file belong; a fault and None if they
+    belong to another image.
 
     size: that of the image file as displayed. The XML file may list the unrotated one instead.
     line: that of <size> in the XML file
@@ -144,7 +147,7 @@ def agreed_size(annotation, size: tuple[int, int], path: Path, line: int,
     if listed not in (size, size[::-1]):
         labels.fault(path, line, f"expected the size of the image, {size[0]} x {size[1]} px, got "
                                  f"{listed[0]} x {listed[1]}; the boxes belong to another image")
-        return size
+        return None
     return listed
 
 

@@ -17,8 +17,8 @@ from engine.coco_json import plural
 from engine.errors import UserError
 from engine.images import SUFFIXES
 from engine.notices import one_line
-from tools.labels import (OUTSIDE, SPLITS, UNDIVIDED, LabeledImage, Labels, Object, image_files,
-                          image_size, listed_names, number, split_of)
+from tools.labels import (OUTSIDE, SPLITS, UNDIVIDED, LabeledImage, Labels, NoArea, Object,
+                          image_files, image_size, listed_names, number, split_of)
 
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "labels/classes.txt")
 
@@ -35,6 +35,8 @@ def read(root: Path) -> Labels:
         for image in images:
             label_file = label_path(image)
             size = image_size(image, labels)
+            if size is None:
+                continue
             objects = []
             if label_file.is_file():
                 with_labels += 1
@@ -183,10 +185,10 @@ def moved(folder: Path, old: str, new: str) -> Path | None:
     return None
 
 
-def read_objects(path: Path, size: tuple[int, int] | None, labels: Labels) -> list[Object]:
+def read_objects(path: Path, size: tuple[int, int], labels: Labels) -> list[Object]:
     """Read a label file. Faults are added to `labels`.
 
-    size: width and height of the image in px, None if it is unreadable
+    size: width and height of the image in px
     """
     objects = []
     text = path.read_text(encoding="utf-8-sig", errors="replace")
@@ -194,11 +196,9 @@ def read_objects(path: Path, size: tuple[int, int] | None, labels: Labels) -> li
         if not line.strip():
             continue
         try:
-            found = parse_line(line.split(), labels.names, size or (1, 1))
+            objects.append(parse_line(line.split(), labels.names, size))
         except ValueError as error:
-            labels.fault(path, count, str(error))
-            continue
-        objects.append(found)
+            labels.fault(path, count, error)
     return objects
 
 
@@ -232,7 +232,7 @@ def parse_line(words: list[str], names: list[str], size: tuple[int, int]) -> Obj
         box = (left, top, right - left, bottom - top)
         polygon = None
     if box[2] <= 0 or box[3] <= 0:
-        raise ValueError("expected an object with width and height, got none")
+        raise NoArea("expected an object with width and height, got none")
     return Object(names[int(label)], box, polygon)
 
 
