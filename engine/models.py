@@ -74,13 +74,15 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     names = state["class_names"]
     weights = state.get("ema", state["model"])
     parts = [cfg, len(names)]
-    if "detector" in state:
-        if detector:
+    if getattr(paper, "NEEDS_DETECTOR", False):
+        carried = state.get("detector")
+        if carried and detector:
             raise UserError(f"--detector is for masks on a frozen detector, {path} has trained its "
                             "own: leave it out")
-        parts.append(carried_detector(state["detector"], weights, path))
-    elif getattr(paper, "NEEDS_DETECTOR", False):
-        parts.append(load_detector(detector or checkpoints.saved_detector(state)))
+        if carried:
+            parts.append(carried_detector(carried, weights, path))
+        else:
+            parts.append(load_detector(detector or checkpoints.saved_detector(state)))
     # a damaged file may ask for a model that no memory holds: compare the shapes first
     with torch.device("meta"):
         checkpoints.check_fit(paper.build(*parts)[0], weights, path)
