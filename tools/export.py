@@ -26,7 +26,6 @@ another size, as it stores the numbers of tokens; scripting stops at `{**diction
 import contextlib
 import io
 import json
-import sys
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -159,7 +158,7 @@ def dense_roi_align(tokens: Tensor, shapes: list, strides: list, rois: Tensor, i
 def bin_weights(begin: Tensor, end: Tensor, cells: int, bins: int) -> Tensor:
     """Weights of the cells of an axis in the mean of each bin's bilinear samples, one for each cell
     that the bin covers. begin and end (R,) in cells -> (R, bins, cells)."""
-    most = (cells + bins - 1) // bins                                    # samples of the largest bin
+    most = (cells + bins - 1) // bins                                    # samples of a bin at most
     size = ((end - begin) / bins)[:, None, None]                         # (R, 1, 1)
     count = size.ceil().clamp(min=1)                                     # (R, 1, 1)
     place = torch.arange(most)                                           # (samples,)
@@ -187,8 +186,8 @@ def as_module(detector, raw: bool) -> nn.Module:
     cfg = detector.cfg
     if getattr(detector.paper, "NEEDS_MASKS", False):
         if raw:
-            raise UserError("expected a detector with --raw, got a mask network, whose masks belong "
-                            "to detections: leave --raw out")
+            raise UserError("expected a detector with --raw, got a mask network, whose masks "
+                            "belong to detections: leave --raw out")
         if cfg.level == "image" or cfg.roi_box == "gt" or not cfg.mask_scoring:
             raise UserError("expected a mask network with regions of its own boxes and mask "
                             f"scoring, got level {cfg.level}, roi_box {cfg.roi_box}, mask_scoring "
@@ -297,8 +296,8 @@ class Difference:
 
 
 def compare(expected: dict, got: dict, threshold: float = THRESHOLD) -> Difference:
-    """Compare detections {name: (B, k, ...)} from a score on; each with the nearest box of its label:
-    detections with equal scores may change places."""
+    """Compare detections {name: (B, k, ...)} from a score on, each with the nearest box of its
+    label: detections with equal scores may change places."""
     result = Difference()
     for b, scores in enumerate(expected["scores"]):
         for i in (scores >= threshold).nonzero()[:, 0].tolist():
@@ -335,8 +334,8 @@ def check(path: Path, module: nn.Module, inputs: tuple) -> str:
     result = compare(expected, got, threshold)
     lost = f", {result.lost} LOST" if result.lost else ""
     masks = f", mask logits {result.masks:.1e}" if "mask_logits" in expected else ""
-    return (f"{where}, {result.detections} detections of score {threshold:.2f} or more{lost}: scores "
-            f"{result.scores:.1e}, boxes {result.boxes:.1e} px{masks}")
+    return (f"{where}, {result.detections} detections of score {threshold:.2f} or more{lost}: "
+            f"largest differences: scores {result.scores:.1e}, boxes {result.boxes:.1e} px{masks}")
 
 
 # ---- command line --------------------------------------------------------------------------------
