@@ -166,7 +166,7 @@ class EncoderLayer(nn.Module):
         q = x + memory.positions                                                   # (B, S, C)
         attended = attend(self.self_attn, q, q, x, memory.padding)                 # (B, S, C)
         x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x)))                             # (B, S, 8 C)
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))               # (B, S, 8 C)
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
@@ -193,7 +193,7 @@ class DecoderLayer(nn.Module):
         k = memory.tokens + memory.positions                                       # (B, S, C)
         attended = attend(self.cross_attn, q, k, memory.tokens, memory.padding)    # (B, Nq, C)
         x = self.norm2(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x)))                             # (B, Nq, 8 C)
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))               # (B, Nq, 8 C)
         return self.norm3(x + self.dropout(self.linear2(hidden)))
 
 
@@ -220,6 +220,8 @@ class MLP(nn.Module):
 def pad_to_multiple(images: Tensor, padding: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     """Pad right and bottom until both sides are multiples of `divisor`. Otherwise the number of
     valid cells of a small image would depend on the other images of its batch."""
+    if divisor == 1:
+        return images, padding
     fill = (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor)
     return F.pad(images, fill), F.pad(padding, fill, value=True)
 
