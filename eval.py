@@ -43,7 +43,7 @@ from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_image
-from engine.inference import detect_image, predict, require_finite
+from engine.inference import detect_image, detect_on_canvas, predict, require_finite
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
@@ -94,7 +94,8 @@ def collect_results(model, detect, dataset, cfg, device, batch_size=1, amp=False
     with errors_of_all_ranks(world):
         for outputs, targets in predict(model, dataset, indices, device, batch_size, amp, workers):
             sizes = torch.stack([target["orig_size"] for target in targets])   # (B, 2), h and w
-            detections = detect(outputs, sizes.to(device), cfg)
+            canvas = torch.stack([target["canvas_size"] for target in targets])    # (B, 2)
+            detections = detect_on_canvas(detect, outputs, canvas.to(device), sizes, cfg)
             image_ids = [target["image_id"] for target in targets]
             results += coco_results(detections, image_ids, dataset.category_ids)
     return results
@@ -382,7 +383,9 @@ class Options:
     boxes_only: bool = False     # leave the masks out of detections.json
     tile: int = 0                # also detect on tiles of this side, px, for small objects; 0: off
     overlap: float = 0.2         # fraction of a tile that its neighbor overlaps
-    eval_size: int = 0           # shorter side of the images, px; 0: the checkpoint's
+    # shorter side of the images, or the side of the squares of large-scale jitter, px; 0: the
+    # checkpoint's
+    eval_size: int = 0
     out: str = ""                # folder for results; none: that of the checkpoint
     batch_size: int = 1          # images per batch; with 1 no image is padded
     workers: int = -1            # processes that read images; -1: depends on the CPU cores
@@ -415,6 +418,10 @@ def settings(cfg, recipe):
     multiple = f" up to a multiple of {divisor}" if divisor > 1 else ""
     soft_nms = getattr(cfg, "soft_nms", 0)
     nms = f", soft-NMS from IoU {soft_nms}" if soft_nms else ""
+    if recipe.augment == "lsj":
+        return (f"in: RGB, in a square of {recipe.lsj_size} px (bilinear), filled with gray that "
+                "counts as image, ImageNet mean and deviation\n"
+                f"out: the {cfg.top_k} best (query, class) pairs{nms}")
     return (f"in: RGB, short side {recipe.eval_size} px but long side at most {recipe.max_size} px "
             f"(bilinear), ImageNet mean and deviation, zeros to the right and below{multiple}\n"
             f"out: the {cfg.top_k} best (query, class) pairs{nms}")
@@ -519,7 +526,8 @@ def main(argv=None):
         top_k = max(detector.cfg.top_k, options.max_dets)
         detector = detector._replace(cfg=replace(detector.cfg, top_k=top_k))
         if options.eval_size:
-            recipe = replace(detector.recipe, eval_size=options.eval_size)
+            recipe = replace(detector.recipe, eval_size=options.eval_size,
+                             lsj_size=options.eval_size)
             detector = detector._replace(recipe=recipe)
         checkpoint = Path(options.checkpoint)
         out = checkpoint if checkpoint.is_dir() else checkpoint.parent

@@ -20,13 +20,14 @@ import tyro
 from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 
-from data import LARGE_AREA, DetectionData, Objects, Transform, join_annotations, random_generator
+from data import LARGE_AREA, DetectionData, Objects, join_annotations
 from engine.coco_json import json_path
 from engine.errors import UserError, user_errors
 from engine.files import complete_file, complete_picture
 from engine.flags import one_line_usage
 from engine.notices import one_line
 from engine.ranges import check_ranges
+from transforms import Transform, random_generator
 
 NUM_TRAIN = 4000           # scenes of the default data set
 NUM_VAL = 500

@@ -9,6 +9,7 @@ import numpy as np
 
 import data
 from engine.errors import UserError
+from transforms import random_generator
 
 OVERFIT_STEPS = 100   # steps in one epoch of --overfit
 
@@ -51,7 +52,7 @@ def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: i
     number of workers or ranks nor a restart changes what is trained on. Images that would not fill
     the last batch are left out of this epoch.
     """
-    rng = data.random_generator("order", run.seed, epoch)
+    rng = random_generator("order", run.seed, epoch)
     order = np.concatenate([rng.permutation(len(dataset)) for _ in range(batch.repeats)])
     micro_batches = order[:batch.steps_per_epoch * batch.total].reshape(-1, batch.micro)
     first = start * run.accum * machine.world

@@ -227,7 +227,7 @@ class Light(data.DetectionData):
 
     def __getitem__(self, index):
         size = torch.tensor(self.source.image_size(index))
-        target = {"image_id": int(self.image_ids[index]), "orig_size": size}
+        target = {"image_id": int(self.image_ids[index]), "orig_size": size, "canvas_size": size}
         return torch.zeros(3, 8, 8), target
 
 
