@@ -64,34 +64,37 @@ Differences from the paper
     here each makes its map from the neighboring one, with group normalization.
 16. With more than three heads the weights of their losses are two K-ths (in GFL one K-th), as in
     configurations of the authors; the paper does not say so.
-17. Not built: the heads PAA and Mask R-CNN, Conditional- and DAB-DETR as detectors (Table 2), the
+17. Federated loss: the authors' code has it for the focal loss only. With quality focal loss, its
+    chosen classes are factors of that loss (OUR CHOICE), in decoder, proposals, denoising,
+    customized queries and ATSS; and in the second stage if it has no background (`roi_sigmoid`).
+18. Not built: the heads PAA and Mask R-CNN, Conditional- and DAB-DETR as detectors (Table 2), the
     mask branch of the largest model, training on Objects365, test-time augmentation.
 """
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deformable_detr
 import dino
 import h_detr
 from backbones import build_backbone
-from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid, paired_giou
+from boxes import box_cxcywh_to_xyxy, paired_giou
+from co_detr_queries import (Candidates, Chosen, CustomizedQueries, choose_rows, customized_mask,
+                             join)
 from co_detr_variants import VARIANTS  # noqa: F401
-from deformable_detr import Memory, Queries, sine_embedding
+from deformable_detr import Memory
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from engine.schedules import layer_groups
 from heads.adapter import adapter_step, multi_scale_adapter
-from heads.anchors import LOWEST_SCORE, Objects, Pyramid, pick
+from heads.anchors import LOWEST_SCORE, Objects, Pyramid
 from heads.atss import ATSS, atss_counts, atss_losses
-from heads.faster_rcnn import (RPN, RoIHead, classify_proposals, detect_regions,
-                               predict_both_stages, roi_losses, rpn_losses)
+from heads.faster_rcnn import (RPN, RoIHead, class_probabilities, classify_proposals,
+                               detect_regions, predict_both_stages, roi_losses, rpn_losses)
 from heads.fcos import FCOS, fcos_counts, fcos_losses
+from heads.federated import FederatedLoss
 from heads.gfl import GFL, gfl_counts, gfl_losses, quality_focal_loss
 from heads.regions import clip_boxes, soft_nms
 from heads.retinanet import RetinaNet, retinanet_losses
@@ -102,7 +105,6 @@ HEADS = ("rcnn", "atss", "retinanet", "fcos", "gfl")   # they run in this order,
 ONE_STAGE = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS, "gfl": GFL}
 HEAD_LOSSES = {"rpn": rpn_losses, "rcnn": roi_losses, "atss": atss_losses, "fcos": fcos_losses,
                "retinanet": retinanet_losses, "gfl": gfl_losses}
-LEAST_QUERIES = 9       # a head has at least so many customized queries, even without positives
 MOST_FULL_HEADS = 3     # with more heads than these, their losses have lower weights
 
 
@@ -128,12 +130,14 @@ class Config:
     roi_samples: int = 512              # regions per image that train the second stage
     roi_dim: int = 1024                 # hidden units of the second stage
     roi_convs: int = 0                  # convolutions of the second stage; ViT-L: 4, class-agnostic
+    roi_sigmoid: bool = False           # second stage: a sigmoid for each class, no background
     test_pre_nms: int = 1000            # eval_head rcnn: proposals per level that reach NMS
     test_proposals: int = 1000          # eval_head rcnn: proposals per image
     test_proposal_nms: float = 0.7      # eval_head rcnn: IoU threshold of the proposals' NMS
     rcnn_soft_nms: float = 0.0          # eval_head rcnn: IoU threshold of soft-NMS; 0: NMS at 0.5
     dense_soft_nms: float = 0.0         # one-stage eval_head: soft-NMS threshold; 0: NMS at 0.6
     quality_focal: bool = True          # class loss: quality focal loss; false: focal loss
+    fed_loss: int = 0                   # classes in each class loss (FedLoss, for LVIS); 0: all
     soft_nms: float = 0.8               # IoU from which soft-NMS lowers scores; 0: no NMS
     dn_number: int = 100                # denoising pairs per image, over all groups
     dn_label_noise: float = 0.5         # a label is resampled with half this probability
@@ -166,23 +170,6 @@ SMALL = {**SMALL_RECIPE, **SMALL_DETECTOR, "epochs": 10, "dn_number": 50, "top_k
          "test_proposals": 64}
 
 
-class Candidates(NamedTuple):
-    """Boxes that a head learns from in one image: customized queries are chosen among them."""
-    boxes: Tensor        # (A, 4) corners, pixels: anchors or sampled regions
-    labels: Tensor       # (A,) N for background
-    targets: Tensor      # (A, 4) corners, pixels, of the assigned objects; zeros for background
-    features: Tensor     # (A / k, C) of the encoder; the k anchors of a cell share them
-
-
-class Chosen(NamedTuple):
-    """Candidates that become a head's customized queries, with boxes cx, cy, w, h in [0, 1]."""
-    boxes: Tensor        # (B, M, 4)
-    labels: Tensor       # (B, M) N for background and padding queries
-    targets: Tensor      # (B, M, 4)
-    features: Tensor     # (B, M, C)
-    weights: Tensor      # (B, M) of the class loss: 0 for padding queries, which are zeros, else 1
-
-
 class CoDETR(nn.Module):
     """Figure 4 of the paper: `detector`, unchanged, and everything that exists only in training."""
 
@@ -212,7 +199,7 @@ class CoDETR(nn.Module):
                 setattr(self, head, ONE_STAGE[kind_of(head)](C, num_classes, len(self.strides)))
         if "rcnn" in self.heads:
             self.rpn = RPN(C)
-            self.roi = RoIHead(C, cfg.roi_dim, num_classes, cfg.roi_convs)
+            self.roi = RoIHead(C, cfg.roi_dim, num_classes, cfg.roi_convs, cfg.roi_sigmoid)
         if with_features:
             self.head_embed = nn.Embedding(len(self.heads), 1)   # Difference 3
 
@@ -328,7 +315,7 @@ class CoDETR(nn.Module):
         for head in self.heads:
             if head == "rcnn":
                 logits = torch.cat(self.classify_regions(pyramid)[0])      # (proposals, N + 1)
-                sums[head] = logits.softmax(-1)[:, :-1].sum()
+                sums[head] = class_probabilities(logits, self.num_classes).sum()
             else:
                 sums[head] = getattr(self, head)(pyramid.maps)["logits"].sigmoid().sum()
         return sums
@@ -344,6 +331,9 @@ def check_choices(cfg: Config) -> None:
         raise UserError("expected adapter pyramid with a single feature level, of which it makes "
                         f"five, got {cfg.num_feature_levels}: leave it auto, or give "
                         "--num_feature_levels 1")
+    if cfg.fed_loss and cfg.base == "h_detr":
+        raise UserError("expected fed_loss with base dino or deformable_detr, got h_detr, whose "
+                        "proposals only tell objects from background: leave it 0")
     heads = cfg.aux_heads.split(",")
     if cfg.aux_heads != "none" and not set(heads) <= set(HEADS):
         raise UserError(f"expected aux_heads none or some of {', '.join(HEADS)}, with commas "
@@ -428,88 +418,6 @@ def pixel_objects(targets: list[dict], image_sizes: Tensor) -> list[Objects]:
     return objects
 
 
-# ---- customized positive queries
-
-def choose_rows(candidates: list[Candidates], image_sizes: Tensor, num_classes: int,
-                cfg: Config) -> Chosen:
-    """Section 3.3: choose at random M candidates of a head in each image, positives first.
-
-    M is the number of positives of the image with the most, but LEAST_QUERIES at least and
-    `aux_queries` at most. Images with fewer get negatives, then padding queries (Difference 1).
-    candidates: one for each image; image_sizes (B, 2): heights and widths, pixels."""
-    labels = copy_to_host([each.labels for each in candidates])
-    positives = [each < num_classes for each in labels]                            # (A,) an image
-    M = max(LEAST_QUERIES, min(cfg.aux_queries, max(int(mask.sum()) for mask in positives)))
-    chosen = []
-    for each, positive, size in zip(candidates, positives, image_sizes):
-        rows = pick(positive, M)
-        if cfg.aux_negatives:
-            rows = torch.cat((rows, pick(~positive, M - len(rows))))
-        rows = copy_to_device(rows, each.boxes.device)
-        scale = size.flip(0).repeat(2)                                             # (4,) w, h, w, h
-        boxes = box_xyxy_to_cxcywh(each.boxes[rows]) / scale
-        targets = box_xyxy_to_cxcywh(each.targets[rows]) / scale
-        anchors_of_a_cell = max(1, len(each.labels) // max(1, len(each.features)))
-        features = each.features[rows // anchors_of_a_cell]
-
-        missing = M - len(rows)
-        chosen.append(Chosen(F.pad(boxes, (0, 0, 0, missing)),
-                             F.pad(each.labels[rows], (0, missing), value=num_classes),
-                             F.pad(targets, (0, 0, 0, missing)),
-                             F.pad(features, (0, 0, 0, missing)),
-                             F.pad(boxes.new_ones(len(rows)), (0, missing))))
-    return Chosen(*(torch.stack(parts) for parts in zip(*chosen)))
-
-
-def customized_mask(weights: list[Tensor]) -> Tensor:
-    """Attention mask (B, 1, M, M), row = query, column = key, True = blocked; M: sum over heads.
-
-    weights: per head (B, M_i), 0 for padding queries. A query attends to all queries of its own
-    head except padding queries. A padding query also attends to itself: no row is all blocked."""
-    head = torch.cat([torch.full_like(weight[0], i) for i, weight in enumerate(weights)])    # (M,)
-    padding = torch.cat(weights, 1)[:, None] == 0                                  # (B, 1, M)
-    others = ~torch.eye(len(head), dtype=torch.bool, device=head.device)
-    blocked = (head[:, None] != head) | (padding & others)                         # (B, M, M)
-    return blocked[:, None]
-
-
-def join(queries: list[Queries]) -> Queries:
-    """Concatenate the queries of several heads. Positions are None if the decoder makes them."""
-    positions = [each.position for each in queries]
-    return Queries(torch.cat([each.content for each in queries], 1),
-                   None if positions[0] is None else torch.cat(positions, 1),
-                   torch.cat([each.reference for each in queries], 1))
-
-
-class CustomizedQueries(nn.Module):
-    """Eq. 4: decoder queries from positive boxes and the encoder's features there.
-
-    Without features (Co-DINO) the box's embedding is the content; the decoder makes positions."""
-
-    def __init__(self, dim: int, with_features: bool):
-        super().__init__()
-        self.with_features = with_features
-        width = 2 * dim if with_features else dim
-        self.pos_trans = nn.Linear(2 * dim, width)
-        self.pos_norm = nn.LayerNorm(width)
-        nn.init.xavier_uniform_(self.pos_trans.weight)
-        if with_features:
-            self.feat_trans = nn.Linear(dim, dim)
-            self.feat_norm = nn.LayerNorm(dim)
-            nn.init.xavier_uniform_(self.feat_trans.weight)
-
-    def forward(self, boxes: Tensor, features: Tensor) -> Queries:
-        """boxes (B, M, 4), which may reach outside the image, features (B, M, C) -> M queries."""
-        C = features.shape[-1]
-        inside = inverse_sigmoid(boxes).sigmoid()   # clamped to [1e-5, 1 - 1e-5]
-        embedding = sine_embedding(inside, C // 2).flatten(2)                      # (B, M, 2 C)
-        x = self.pos_norm(self.pos_trans(embedding.to(features.dtype)))
-        if not self.with_features:
-            return Queries(x, None, boxes)
-        position, content = x.chunk(2, -1)                                         # (B, M, C) each
-        return Queries(content + self.feat_norm(self.feat_trans(features)), position, boxes)
-
-
 # ---- losses
 
 class Criterion:
@@ -542,6 +450,16 @@ class Criterion:
         self.base.set_loss.eps = 0.0   # Difference 9
         if cfg.quality_focal:
             self.base.set_loss.class_loss = quality_focal_loss
+        self.federated = None
+        if cfg.fed_loss:
+            self.federated = FederatedLoss(self.base.set_loss.class_loss, cfg.fed_loss)
+            self.base.set_loss.class_loss = self.federated
+            self.federated_heads = ("atss", "rcnn") if cfg.roi_sigmoid else ("atss",)
+
+    def set_image_counts(self, counts: Tensor) -> None:
+        """counts (N,): training images with each class, for `fed_loss`."""
+        if self.federated:
+            self.federated.set_image_counts(counts)
 
     def match(self, outputs: dict, targets: list[dict]) -> Matches:
         """The last layer's matching: per image indices of queries and of their objects."""
@@ -565,6 +483,9 @@ class Criterion:
                 factor = self.cfg.lambda_heads * self.cfg.decoder_layers
                 factor *= loss_share(name, self.heads)
                 given = {"counts": counts[name]} if name in counts else {}
+                if self.federated and kind_of(name) in self.federated_heads:
+                    N = part["logits"].shape[-1]
+                    given["classes"] = self.federated.chosen_classes(part["labels"][None], N)[0]
                 terms = HEAD_LOSSES[kind_of(name)](**part, **given)
             for term, value in terms.items():
                 losses[f"{name}.{term}"] = factor * value

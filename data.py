@@ -1,6 +1,6 @@
 """COCO-layout folders, the published augmentation, and batches.
 
-The way of an image:  file -> Pillow image and boxes in pixels -> transform -> collate -> batch
+The way of an image: file -> Pillow image and boxes in pixels -> transform -> collate -> batch
 
     image     float32 (3, h, w), RGB, normalized with ImageNet's mean and standard deviation
     target    labels (n,) int64 in 0..N-1, for N classes
@@ -19,7 +19,8 @@ Randomness: a training sample depends on (seed, epoch, index), the order of an e
 epoch). The number of worker processes changes nothing.
 
 transforms.py and jitter.py change images and boxes, engine/coco_json.py reads and checks the json,
-engine/images.py reads image files, scenes.py draws the generated data set. `python -m tools.check_data DIR` reports every problem.
+engine/lvis.py what LVIS has beyond it, engine/images.py reads image files, scenes.py draws the
+generated data set. `python -m tools.check_data DIR` reports every problem.
 """
 import contextlib
 import copy
@@ -38,7 +39,7 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine import coco_json
+from engine import coco_json, lvis
 from engine.coco_json import Problem
 from engine.errors import UserError
 from engine.images import UnreadableImage, read_header, read_image, upright_size
@@ -141,6 +142,7 @@ class DetectionData(Dataset):
     degenerate = 0
     problems: list[Problem] = []
     load_masks = False
+    federated = None      # of an LVIS json: see engine/lvis.py
 
     def __len__(self):
         return len(self.image_ids)
@@ -237,6 +239,8 @@ class DetectionData(Dataset):
         truth = COCO()
         truth.dataset = {
             "info": {}, "images": images, "annotations": rows, "categories": categories}
+        if self.federated:
+            lvis.add_to_truth(truth.dataset, self.federated)
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
         return truth
@@ -264,6 +268,8 @@ class CocoFolder(DetectionData):
     load_masks: samples have masks, unless the json has none (then `has_masks` is False)
     annotations, images: explicit paths of the json and of the image folder
 
+    A json of LVIS is read as it is (engine/lvis.py), its images from the folders it names.
+
     Crowds are never learned and are regions to ignore in coco(). Boxes without width or height
     inside the image are dropped and counted (`degenerate`). Images without objects stay. EXIF
     rotation is applied unless the json has the size of the unrotated pixels.
@@ -284,10 +290,14 @@ class CocoFolder(DetectionData):
         self.load_masks = load_masks
         self.path = Path(annotations or coco_json.json_path(root, split))
         content = coco_json.read_json(self.path, root, split)
+        is_lvis = lvis.is_lvis(content)
+        if is_lvis:
+            lvis.name_files(content)
         if split == "test":
             content.setdefault("annotations", [])   # those of a test set are often not public
         self.problems = coco_json.json_problems(content)
         coco_json.refuse_fatal(self.path, self.problems)
+        self.federated = lvis.read_federated(content, self.path) if is_lvis else None
         self.folder = Path(images or coco_json.images_folder(root, split, content))
 
         categories = sorted(content["categories"], key=lambda category: category["id"])

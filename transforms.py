@@ -35,9 +35,9 @@ JITTER_INVERT = 0.15                 # probability of an inversion
 def random_generator(purpose: str, *key: int) -> np.random.Generator:
     """NumPy generator seeded by (purpose, *key): scene 3 and sample 3 get independent numbers.
 
-    purpose: "scene", "order" or "sample"
+    purpose: "scene", "order", "sample" or "federated"
     """
-    number = ("scene", "order", "sample").index(purpose)
+    number = ("scene", "order", "sample", "federated").index(purpose)
     return np.random.default_rng((1 + number, *key))
 
 

@@ -107,6 +107,11 @@ def select_classes(state: dict, classes: list[int]) -> dict:
     return result
 
 
+def numbered_names(count: int) -> list[str]:
+    """Names of classes of a released head that has no names."""
+    return [f"class {i}" for i in range(count)]
+
+
 def without_unused(model: nn.Module, paper, cfg, names: list[str]) -> tuple[nn.Module, list[str]]:
     """A model without the unused ones of the 91 COCO columns, and its class names."""
     rows = [row for row, name in enumerate(names) if not name.startswith("unused ")]
@@ -176,6 +181,10 @@ def fit_classes(model: nn.Module, paper, cfg, meta: dict, dataset) -> nn.Module:
     Raises UserError when the classes, or their order, differ in any other way.
     """
     names = [name for name in meta["class_names"] if not name.startswith("unused ")]
+    if names == numbered_names(len(dataset.class_names)):
+        print(f"the checkpoint does not name its {len(names)} classes: they are taken to be those "
+              f"of {dataset.name}, in order")
+        return model
     if names != dataset.class_names:
         raise UserError(f"expected a data set with the classes of the checkpoint, in this order: "
                         f"{names}; got {dataset.name} with {dataset.class_names}: give the data it "

@@ -23,6 +23,7 @@ JSON_PLACES = (
     "annotations/instances_{split}2017.json",
     "annotations/instances_{split}.json",
     "{split}/_annotations.coco.json",      # as Roboflow exports it
+    "annotations/lvis_v1_{split}.json",
 )
 IMAGE_PLACES = ("{split}2017", "images/{split}2017", "{split}", "images/{split}", "images", "")
 SPLIT_NAMES = {"val": ("val", "valid")}    # where files and folders have several names for a split

@@ -6,6 +6,7 @@ from data import CocoFolder, eval_transform, train_transform
 from engine.class_labels import match_classes
 from engine.errors import UserError
 from engine.processes import own_place
+from engine.sampling import repeat_factors
 from scenes import NUM_TRAIN, NUM_VAL, Shapes
 
 RUN_FIELDS = ("data", "seed", "overfit", "num_val")   # of a checkpoint: which data it belongs to
@@ -31,6 +32,8 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
         print(f"{train.name}: no masks, so --augment lsj pastes no objects and clips the boxes of "
               "cropped ones", file=sys.stderr)
     train.transform = train_transform(recipe, seed, keep_masks=load_masks)
+    if recipe.oversample:
+        train.repeat_factors = repeat_factors(train, recipe.oversample)
     val.transform = eval_transform(recipe)
     return train, val
 

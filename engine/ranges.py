@@ -30,7 +30,8 @@ RANGES = {
     "num_queries_one2many": (0, 100_000), "dn_number": (0, 100_000), "dn_label_noise": (0, 2),
     "roi_convs": (0, 100), "roi_dim": (1, 65_536), "roi_size": (1, 1024), "size_divisor": (1, 1024),
     "soft_nms": FRACTION, "rcnn_soft_nms": FRACTION, "dense_soft_nms": FRACTION,
-    "test_proposal_nms": FRACTION, "importance": FRACTION, "oversample": (1, 1000),
+    "test_proposal_nms": FRACTION, "importance": FRACTION, "oversample": FRACTION,
+    "oversample_points": (1, 1000), "fed_loss": (0, 1_000_000),
 }
 CHOICES = {
     "augment": ("none", "flip", "paper", "lsj"),

@@ -28,6 +28,8 @@ class Recipe:
     train_max_size: int = 0         # maximum longer side in training, px; 0: max_size
     # change training images: none, flip, paper (these fields) or lsj (large-scale jitter)
     augment: str = "paper"
+    # repeat images with rare classes: those in a smaller fraction of the images than this; 0: off
+    oversample: float = 0.0
     crop: bool = True               # crop a random part of half of the training images
     color_jitter: bool = False      # change the colors of training images at random
     eval_size: int = 800            # shorter side at evaluation, px

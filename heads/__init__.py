@@ -8,5 +8,6 @@ feature maps. Read anchors.py first, and retinanet.py before fcos.py before atss
     retinanet.py      RetinaNet (Lin et al., ICCV 2017): one stage, assignment by IoU
     fcos.py           FCOS (Tian et al., ICCV 2019): RetinaNet with points, centerness
     atss.py           ATSS (Zhang et al., CVPR 2020): RetinaNet with adaptive assignment, centerness
+    federated.py      FedLoss (Zhou et al. 2021): a class loss of some classes only, for LVIS
     gfl.py            GFL (Li et al., NeurIPS 2020): ATSS with quality focal loss, distributions
 """
