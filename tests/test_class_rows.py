@@ -1,4 +1,6 @@
 """Class rows of heads and label tables: selected, reordered and copied by class name."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -134,3 +136,10 @@ def test_rows_of_every_one_stage_head_follow_their_classes():
     for name in ("atss2", "fcos", "gfl"):
         assert fitted[f"{name}.cls.bias"].tolist() == [2, -99]
     assert fitted["gfl.reg.bias"].tolist() == list(range(68))
+
+
+def test_a_checkpoint_without_names_takes_those_of_the_data_and_says_so(capsys):
+    data = SimpleNamespace(name="birds", class_names=["owl", "wren"])
+    meta = {"class_names": ["class 0", "class 1"]}
+    assert class_rows.fit_classes("model", None, None, meta, data) == "model"
+    assert "taken to be those of birds, in order" in capsys.readouterr().out

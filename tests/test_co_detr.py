@@ -701,6 +701,11 @@ PUBLISHED = {   # variant: epochs, epoch of the drop, drop path, as in the relea
     "": (12, 11, 0.0), "24_epochs": (24, 20, 0.0), "36_epochs": (36, 30, 0.0),
     "swin_l": (12, 11, 0.3), "swin_l_24_epochs": (24, 20, 0.5), "swin_l_36_epochs": (36, 30, 0.6),
     "swin_l_o365": (16, 8, 0.3), "vit_l": (12, 7, 0.4), "co_deformable": (12, 11, 0.0),
+    "lsj": (12, 11, 0.0), "lsj_36_epochs": (36, 30, 0.0), "lsj_9_encoder_layers": (12, 11, 0.0),
+    "lsj_9_encoder_layers_36_epochs": (36, 30, 0.0), "lsj_swin_l": (12, 11, 0.3),
+    "lsj_swin_l_24_epochs": (24, 20, 0.5), "lsj_swin_l_36_epochs": (36, 30, 0.5),
+    "lvis": (12, 11, 0.0), "lsj_lvis": (12, 11, 0.0), "lsj_swin_l_lvis": (36, 30, 0.3),
+    "lsj_swin_l_o365_lvis": (16, 8, 0.3),
     "co_deformable_swin_t": (12, 11, 0.2), "co_deformable_swin_t_36_epochs": (36, 30, 0.3),
     "co_deformable_swin_s": (12, 11, 0.2), "co_deformable_swin_s_36_epochs": (36, 30, 0.4),
     "co_deformable_swin_b": (12, 11, 0.2), "co_deformable_swin_b_36_epochs": (36, 30, 0.4),
@@ -713,6 +718,21 @@ def test_every_length_has_its_published_drop_path(variant):
     assert (recipe.epochs, recipe.lr_drop, cfg.drop_path) == PUBLISHED[variant]
     decay = 0.05 if "co_deformable_swin" in variant else 0.01 if variant == "vit_l" else 1e-4
     assert recipe.weight_decay == decay and recipe.batch_size == (64 if variant == "vit_l" else 16)
+
+
+def test_jitter_and_lvis_change_what_the_configurations_change():
+    sides = {"lsj": 1024, "lsj_9_encoder_layers": 1024, "lsj_swin_l": 1280, "lsj_swin_l_lvis": 1280,
+             "lsj_swin_l_o365_lvis": 1536, "lsj_vit_l_lvis": 1536}
+    for variant, side in sides.items():
+        cfg, recipe = configure(co_detr, VARIANTS[variant])
+        assert (recipe.augment, recipe.lsj_size) == ("lsj", side)
+        assert recipe.oversample == (0.001 if "lvis" in variant else 0)
+        assert cfg.encoder_layers == (9 if "9" in variant else 6)
+    cfg, recipe = configure(co_detr, VARIANTS["lsj_vit_l_lvis"])
+    assert (recipe.batch_size, recipe.clip, recipe.weight_decay) == (64, 0, 0.05)
+    assert [drop * recipe.epochs for drop in recipe.lr_drops] == [9, 15]
+    cfg, recipe = configure(co_detr, VARIANTS["plain_deformable"])
+    assert (cfg.ffn_dim, cfg.dropout, recipe.batch_size, recipe.lr) == (1024, 0.1, 32, 2e-4)
 
 
 def test_another_number_of_epochs_takes_the_published_recipe_of_that_length():
