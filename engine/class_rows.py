@@ -46,7 +46,8 @@ def rows_of(key: str, length: int, classes: list[int], num_classes: int) -> list
     """Rows of these classes in a tensor with `length` rows for `num_classes` classes.
 
     One row a class, except for the region head's boxes (four rows a class) and one-stage heads (one
-    row a class for each anchor of a cell). An extra last row, for background or padding, stays last.
+    row a class for each anchor of a cell). An extra last row, for background or padding, stays
+    last.
     """
     if ONE_STAGE.match(key):
         anchors = length // num_classes

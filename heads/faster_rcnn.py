@@ -256,8 +256,8 @@ def roi_losses(
     """Cross-entropy of all regions; 1 - GIoU of the positive ones, of the box of their true class.
 
     Both are divided by the number of regions of this batch (code). Without a background class it is
-    the focal loss of `classes` (N,), default: all, divided by the number of positives. rois (R, 4): the regions, labels
-    (R,), N for background, boxes (R, 4): of their objects; the others as in `RoIHead.forward`
+    the focal loss of `classes` (N,), default: all, divided by the number of positives. rois (R, 4):
+    the regions, labels (R,), N for background, boxes (R, 4): of their objects; the others as in `RoIHead.forward`
     -> {"cls", "giou"}."""
     count = max(1, len(labels))
     rows = (labels < deltas.shape[1]).nonzero()[:, 0]
@@ -335,8 +335,8 @@ def detect_regions(
 ) -> dict:
     """Detections of one image: every class's box of every proposal, then NMS within each class.
 
-    logits (P, N + 1 or N), deltas (P, N, 4), proposals (P, 4), size (2,): height and width; soft_nms:
-    IoU threshold of soft-NMS, 0: NMS at TEST_NMS -> as `detections_after_nms`."""
+    logits (P, N + 1 or N), deltas (P, N, 4), proposals (P, 4), size (2,): height and width;
+    soft_nms: IoU threshold of soft-NMS, 0: NMS at TEST_NMS -> as `detections_after_nms`."""
     scores = class_probabilities(logits, deltas.shape[1])                          # (P, N)
     std = delta_std(deltas)
     boxes = decode_deltas(deltas, proposals[:, None], std)                         # (P, N, 4)

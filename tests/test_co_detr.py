@@ -675,7 +675,7 @@ def test_equal_heads_with_equal_weights_double_the_loss():
     ("atss,rcnn,gfl,fcos", {"rpn": 1 / 2, "atss": 1 / 2, "gfl": 1 / 4}),
     ("atss,atss,atss,atss,atss,atss", {"atss": 1 / 3, "atss6": 1 / 3})])
 def test_more_than_three_heads_share_their_weights(heads, shares):
-    """As in the authors' configurations: halves with four heads, thirds with six; GFL half of it."""
+    """As in the authors' configurations: halves of four heads, thirds of six; GFL half of it."""
     names = co_detr.head_names(heads)
     for name, share in shares.items():
         assert co_detr.loss_share(name, names) == pytest.approx(share)

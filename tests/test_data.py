@@ -71,7 +71,8 @@ def test_resize_follows_the_published_rule():
 def test_resize_equals_the_recorded_sizes_of_the_authors(golden):
     rows = golden("15_transforms_deformable_detr")["resize_rule"]
     for width, height, size, limit, new_height, new_width in rows.tolist():
-        assert transforms.resized_size(width, height, size, limit or None) == (new_width, new_height)
+        expected = (new_width, new_height)
+        assert transforms.resized_size(width, height, size, limit or None) == expected
 
 
 def sha256(array):
@@ -88,7 +89,9 @@ def recorded_choices(case):
             sizes.append(choice["size"])
         elif choice["op"] == "crop":
             window = [choice[name] for name in ("left", "top", "width", "height")]
-    return transforms.Augmentation(flip, transforms.Crop(sizes[0], *window) if window else None, sizes[-1])
+    if window:
+        window = transforms.Crop(sizes[0], *window)
+    return transforms.Augmentation(flip, window, sizes[-1])
 
 
 def authors_nearest_pixels(new, old):
@@ -120,7 +123,7 @@ def test_transforms_equal_the_authors_on_photos_with_the_recorded_choices(photo,
 
         # Masks: only the rule of the nearest pixel differs.
         with monkeypatch.context() as patch:
-            patch.setattr(data, "nearest_pixels", authors_nearest_pixels)
+            patch.setattr(transforms, "nearest_pixels", authors_nearest_pixels)
             masks = transform.apply(image, target, recorded_choices(case))[1]["masks"].numpy()
         assert masks.shape == tuple(recording[f"{name}.masks_shape"])
         assert sha256(np.packbits(masks.ravel())) == str(recording[f"{name}.masks_sha256"])
@@ -128,7 +131,7 @@ def test_transforms_equal_the_authors_on_photos_with_the_recorded_choices(photo,
 
 
 def test_masks_are_resized_more_exactly_than_the_authors(monkeypatch):
-    """The sizes stated in data.py: IoU of masks after a resize to 128 px and back."""
+    """The sizes stated in transforms.py: IoU of masks after a resize to 128 px and back."""
     dataset = scenes.Shapes("val", 60, load_masks=True)
     mean = {}
     for name, rule in (("ours", transforms.nearest_pixels), ("theirs", authors_nearest_pixels)):

@@ -130,8 +130,9 @@ def test_a_covered_object_stays_if_its_box_or_enough_of_it_does():
     edge = rectangle(0, 60, 20, 70)        # 200 px; its box moves by 5 px
     hidden = rectangle(90, 90, 95, 95)     # nothing of it remains
     target = target_of(covered, narrow, edge, hidden)
-    source = target_of(rectangle(0, 0, 38, 25), rectangle(60, 0, 80, 14) | rectangle(60, 14, 70, 15),
-                       rectangle(0, 65, 20, 70), rectangle(85, 85, 100, 100))
+    upper = rectangle(60, 0, 80, 14) | rectangle(60, 14, 70, 15)
+    source = target_of(rectangle(0, 0, 38, 25), upper, rectangle(0, 65, 20, 70),
+                       rectangle(85, 85, 100, 100))
     source["labels"] = source["labels"] + 10
     image, merged = paste_objects(plain(100, 100), target, plain(100, 100, (1, 2, 3)), source,
                                   Draws(count=4))
@@ -239,5 +240,6 @@ def test_settings_outside_reason_are_refused(flags, message):
 
 
 def test_the_module_states_the_published_numbers():
-    assert (jitter.GRAY, jitter.BOX_MOVES, jitter.LEAST_AREA, jitter.MOST_PASTED) == (114, 10, 300, 99)
+    assert (jitter.GRAY, jitter.BOX_MOVES) == (114, 10)
+    assert (jitter.LEAST_AREA, jitter.MOST_PASTED) == (300, 99)
     assert (Recipe().lsj_size, Recipe().lsj_ratios) == (1024, (0.1, 2.0))

@@ -24,7 +24,8 @@ from recordings import batch
 from small_runs import FLAGS
 from test_co_detr import small
 
-CATEGORIES = [{"id": 3, "name": "cat", "frequency": "f"}, {"id": 7, "name": "owl", "frequency": "r"},
+CATEGORIES = [{"id": 3, "name": "cat", "frequency": "f"},
+              {"id": 7, "name": "owl", "frequency": "r"},
               {"id": 9, "name": "yak", "frequency": "c"}]
 
 
