@@ -257,8 +257,8 @@ def roi_losses(
 
     Both are divided by the number of regions of this batch (code). Without a background class it is
     the focal loss of `classes` (N,), default: all, divided by the number of positives. rois (R, 4):
-    the regions, labels (R,), N for background, boxes (R, 4): of their objects; the others as in `RoIHead.forward`
-    -> {"cls", "giou"}."""
+    the regions, labels (R,), N for background, boxes (R, 4): of their objects; the others as in
+    `RoIHead.forward` -> {"cls", "giou"}."""
     count = max(1, len(labels))
     rows = (labels < deltas.shape[1]).nonzero()[:, 0]
     if logits.shape[1] > deltas.shape[1]:

@@ -747,7 +747,7 @@ def test_perfect_predictions_on_real_data_score_one(name, shared, capsys):
 
 
 def test_real_masks_cover_their_boxes_and_areas_after_a_resize(shared):
-    recipe = SimpleNamespace(eval_size=320, max_size=500)
+    recipe = SimpleNamespace(eval_size=320, max_size=500, augment="paper")
     for name in ("nuclei", "coco_mini"):
         dataset = data.CocoFolder(shared / "data" / name, "val", load_masks=True)
         dataset.transform = data.eval_transform(recipe)
