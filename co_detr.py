@@ -17,6 +17,7 @@ Co-DINO reaches 52.1 AP in 12 epochs, and Co-Deformable-DETR 49.5 (both with Res
     Table 11 each head alone                           CoDETR.head_detections
     section 4.4, appendix A, Eq. 9-12 conflict         CoDETR.confidences, and analysis.conflict
     Tables 4-6 detectors and recipes                   Config, RECIPE, VARIANTS
+    appendix federated loss for LVIS                   FederatedLoss
 
     symbol                here
     Co-DINO               base "dino", with the changes of `make_detector`

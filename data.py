@@ -290,14 +290,13 @@ class CocoFolder(DetectionData):
         self.load_masks = load_masks
         self.path = Path(annotations or coco_json.json_path(root, split))
         content = coco_json.read_json(self.path, root, split)
-        is_lvis = lvis.is_lvis(content)
-        if is_lvis:
-            lvis.name_files(content)
         if split == "test":
             content.setdefault("annotations", [])   # those of a test set are often not public
         self.problems = coco_json.json_problems(content)
         coco_json.refuse_fatal(self.path, self.problems)
-        self.federated = lvis.read_federated(content, self.path) if is_lvis else None
+        self.federated = None
+        if lvis.is_lvis(content):
+            self.federated = lvis.read_federated(content, self.path)
         self.folder = Path(images or coco_json.images_folder(root, split, content))
 
         categories = sorted(content["categories"], key=lambda category: category["id"])

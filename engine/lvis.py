@@ -9,12 +9,12 @@ Classes have a `frequency`: r (rare, in at most 10 training images), c (common, 
     read_federated     what a json says beyond COCO's fields
     score              AP, APr, APc, APf; needs faster-coco-eval
 
-An image has no `file_name`: it lies where `coco_url` says, as train2017/000000391895.jpg.
+An image has no `file_name`: it lies where `coco_url` says, as train2017/000000391895.jpg
+(`engine.coco_json.name_files`).
 """
 import contextlib
 import io
 from typing import NamedTuple
-from urllib.parse import urlparse
 
 import numpy as np
 from pycocotools import mask as rle
@@ -39,15 +39,6 @@ def is_lvis(content: dict) -> bool:
     images = content.get("images")
     images = images if isinstance(images, list) else []
     return any(isinstance(image, dict) and IMAGE_LISTS[0] in image for image in images)
-
-
-def name_files(content: dict) -> None:
-    """Give the images of a json that have a `coco_url` but no `file_name` one, in place."""
-    for image in content["images"]:
-        if isinstance(image, dict) and "file_name" not in image:
-            url = image.get("coco_url")
-            if isinstance(url, str):
-                image["file_name"] = urlparse(url).path.lstrip("/")
 
 
 def read_federated(content: dict, path) -> Federated:
