@@ -54,6 +54,7 @@ LARGE_AREA = 96 ** 2                 # its large objects above, its medium objec
 MAX_UNREADABLE = 0.01                # share of images that may be unreadable; one image always may
 GRAY = (124, 116, 104)               # ImageNet's mean; fills the substitute of an unreadable image
 MAX_GRAY_SIDE = 4096                 # px; its limit, as a json may list a wrong size
+IF_COMPLETE = "if complete"          # load masks if every object has a valid one
 UNKNOWN_LONG_SIDE = 2000             # px, assumed for memory where a transform has no max_size
 
 
@@ -265,7 +266,8 @@ class CocoFolder(DetectionData):
 
     root: the folder, also in other usual layouts (engine/coco_json.py lists them)
     split: train, val or test
-    load_masks: samples have masks, unless the json has none (then `has_masks` is False)
+    load_masks: samples have masks, unless the json has none (then `has_masks` is False); with
+        IF_COMPLETE also unless some objects have none, which is else refused
     annotations, images: explicit paths of the json and of the image folder
 
     A json of LVIS is read as it is (engine/lvis.py), its images from the folders it names.
@@ -324,7 +326,7 @@ class CocoFolder(DetectionData):
         self.problems += malformed.values()
         usable = [given[k] and k not in malformed for k in range(len(rows))]
         self.has_masks = bool(rows) and all(usable)
-        if self.load_masks and any(given) and not self.has_masks:
+        if self.load_masks is True and any(given) and not self.has_masks:
             raise UserError(
                 f"{self.path}: masks need a valid segmentation for every object, got {sum(given)} "
                 f"for {len(rows)} objects, {len(malformed)} malformed; "
@@ -504,6 +506,6 @@ def batch_bytes(dataset: DetectionData, batch_size: int) -> int:
     transform = getattr(dataset, "transform", Transform())
     side = transform.max_size or UNKNOWN_LONG_SIDE
     bytes_per_pixel = 3 * 4 + 1                                # image and padding
-    if dataset.load_masks:
+    if dataset.load_masks and getattr(transform, "keep_masks", True):
         bytes_per_pixel += int(objects_per_image(dataset).max(initial=0))
     return batch_size * side * side * bytes_per_pixel

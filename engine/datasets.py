@@ -2,7 +2,7 @@
 import copy
 import sys
 
-from data import CocoFolder, eval_transform, train_transform
+from data import IF_COMPLETE, CocoFolder, eval_transform, train_transform
 from engine.class_labels import match_classes
 from engine.errors import UserError
 from engine.processes import own_place
@@ -21,7 +21,10 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
     overfit: if not 0, both are the first `overfit` training images with objects, not augmented
     """
     jitter = recipe.augment == "lsj" and not overfit
-    train = open_split(data, "train", num_train, load_masks or jitter)
+    train_masks = load_masks
+    if jitter and not load_masks:
+        train_masks = IF_COMPLETE
+    train = open_split(data, "train", num_train, train_masks)
     if overfit:
         train = train.first(overfit)
         train.transform = eval_transform(recipe)
@@ -29,7 +32,7 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
     val = open_split(data, "val", num_val, load_masks)
     match_classes(val, train.class_names, train.category_ids)
     if jitter and not train.has_masks and own_place().rank == 0:
-        print(f"{train.name}: no masks, so --augment lsj pastes no objects and clips the boxes of "
+        print(f"{train.name}: no mask for every object, so --augment lsj pastes no objects and clips the boxes of "
               "cropped ones", file=sys.stderr)
     train.transform = train_transform(recipe, seed, keep_masks=load_masks)
     if recipe.oversample:

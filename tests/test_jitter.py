@@ -11,7 +11,7 @@ import data
 import jitter
 import scenes
 import train
-from coco_folders import write_folder
+from coco_folders import POLYGON, write_folder
 from engine import datasets
 from engine.errors import UserError
 from engine.inference import detect_on_canvas
@@ -182,14 +182,20 @@ def test_samples_are_full_squares_without_padding_and_depend_on_seed_epoch_and_i
     assert target["masks"].shape[1:] == (96, 96) and len(target["masks"]) == len(target["boxes"])
 
 
-def test_without_masks_nothing_is_pasted_which_is_said_once(tmp_path, capsys):
-    write_folder(tmp_path, images=((40, 30), (50, 50)), boxes=((0, 1, (5, 6, 10, 8)),))
+@pytest.mark.parametrize("some", [None, {"segmentation": POLYGON}])
+def test_without_masks_nothing_is_pasted_which_is_said_once(tmp_path, capsys, some):
+    """Also where only some objects have one."""
+    box = (5, 6, 10, 8)
+    boxes = [(0, 1, box)]
+    if some:
+        boxes = [(0, 1, box, some), (1, 1, box)]
+    write_folder(tmp_path, images=((40, 30), (50, 50)), boxes=boxes)
     train_set, _ = datasets.build_datasets(str(tmp_path), lsj(), 0)
     for index in range(2):
         for epoch in range(4):
             train_set.set_epoch(epoch)
             assert len(train_set[index][1]["labels"]) <= 1
-    assert capsys.readouterr().err.count("no masks, so --augment lsj pastes no objects") == 1
+    assert capsys.readouterr().err.count("no mask for every object, so --augment lsj pastes no objects") == 1
 
 
 def test_augment_none_and_flip_leave_sizes_and_colors_alone():
