@@ -348,7 +348,7 @@ def check_choices(cfg: Config) -> None:
 
 
 def head_names(aux_heads: str) -> list[str]:
-    """"atss,atss,rcnn" -> ["rcnn", "atss", "atss2"]: in the order of HEADS, equal ones numbered."""
+    """Names of the heads, in the order of HEADS: "atss,atss,rcnn" -> ["rcnn", "atss", "atss2"]."""
     given = aux_heads.split(",")
     names = []
     for kind in HEADS:
@@ -358,7 +358,7 @@ def head_names(aux_heads: str) -> list[str]:
 
 
 def kind_of(head: str) -> str:
-    """"atss2" -> "atss"."""
+    """Which of HEADS a head of this name is: "atss2" -> "atss"."""
     return head.rstrip("0123456789")
 
 
