@@ -30,6 +30,7 @@ from engine.recipe import configure
 
 # H-DETR's table of queries holds both groups; every released one has this many one-to-many rows.
 ONE_TO_MANY_QUERIES = 1500
+LVIS_CLASSES = 1203
 # Options saved beside the weights, in `args` or in transformers' config.json: theirs -> Config.
 OPTIONS = {
     "nheads": "num_heads", "encoder_attention_heads": "num_heads",
@@ -138,6 +139,9 @@ def recognize_co_detr(state: dict) -> tuple[str, dict]:
         queries = CO_DETR_HEAD + "query_embed.weight"
     found["num_queries"] = shapes[queries][0]
     classes = shapes["query_head.cls_branches.0.weight"][0]
+    has_tables = any(key.endswith("rope.freqs_cos") for key in state)
+    if found.get("backbone") == "vit_l" and classes == LVIS_CLASSES and not has_tables:
+        found["backbone"] = "vit_l_window16"   # as in all released LVIS detectors
     if any(key.endswith("fed_loss_weight") for key in state):
         found["fed_loss"] = 50
     roi = "roi_head.0.bbox_head."
