@@ -106,7 +106,7 @@ def matched_distances(outputs, targets, criterion):
     for b, (query, index) in enumerate(criterion.match(outputs, targets)):
         boxes = targets[b]["boxes"][index.to(anchors.device)]                  # (n, 4)
         distances.append(anchor_distances(anchors[b, query.to(anchors.device)], boxes))
-        areas.append(boxes[:, 2:].prod(-1) * targets[b]["orig_size"].prod())
+        areas.append(boxes[:, 2:].prod(-1) * targets[b]["canvas_size"].prod())
     return torch.cat(distances).cpu(), torch.cat(areas).cpu()
 
 

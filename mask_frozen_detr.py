@@ -34,7 +34,7 @@ published reading note only.
     M_i            sigmoid of outputs["mask_logits"] (n, r, r)
     s_i            "mask_scores" of `detect`. The baselines have no mask scoring: there
                    s_i = c_i (sum of M_i where M_i > 0.5) / (number of cells where M_i > 0.5)
-    N, k, beta     loss_points, oversample and importance of `Config`: of k N random points the
+    N, k, beta     loss_points, oversample_points, importance of `Config`: of k N random points the
                    beta N least certain ones enter the loss, and (1 - beta) N other random points
 
 B images, n regions of all images together, P points. C = channel_dim is the width of the mask
@@ -116,7 +116,7 @@ class Config:
     num_points: int = 4                  # sampling points per attention head and feature level
     point_loss: bool = True              # loss at sampled points; else at every cell of the region
     loss_points: int = 12544             # N: points per object at which the loss is computed
-    oversample: float = 3.0              # k: candidate points per point that is used
+    oversample_points: float = 3.0       # k: candidate points per point that is used
     importance: float = 0.75             # beta: fraction of points chosen by uncertainty
     train_regions: int = 100             # objects per image in a training step
     train_detector: bool = False         # train a copy of the detector too; else it is frozen
@@ -604,7 +604,7 @@ class Criterion:
         # Predicted and true values at P points of every region.
         if cfg.point_loss:
             points = uncertain_points(
-                logits, cfg.loss_points, cfg.oversample, cfg.importance)   # (n, P, 2)
+                logits, cfg.loss_points, cfg.oversample_points, cfg.importance)   # (n, P, 2)
             values = sample_maps(logits, points)                         # (n, P)
         else:
             points = grid_points(*logits.shape, logits.device)           # (n, r r, 2)

@@ -23,7 +23,8 @@ Written to the run folder: config.json, log.jsonl, curves.png, predictions.png, 
 #   model(images, padding, targets) -> {pred_logits (B, N, classes), pred_boxes (B, N, 4), ...}, for
 #                        analysis also `anchors`, `memory`; images (B, 3, H, W), padding (B, H, W)
 #                        True outside, targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1], ...}
-#   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}
+#   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}; if it has
+#                        set_image_counts(counts (N,)), it learns how many images have each class
 #   detect(outputs, sizes, cfg)     -> B x {scores (k,), labels (k,), boxes (k, 4) xyxy px, ...};
 #                        sizes (B, 2): height and width of the original images, px
 #   param_groups(model, recipe)     -> groups of parameters with their `lr`
@@ -57,6 +58,7 @@ from engine.models import load_paper, make_model
 from engine.muon import Muon, split_groups
 from engine.recipe import Recipe
 from engine.run_log import RunLog
+from engine.sampling import epoch_length, image_counts
 from engine.schedules import is_kept
 from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
@@ -121,10 +123,13 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
     with RunFolder(run, machine) as folder:
         # data
         train_set, val_set = load_data(run, paper, cfg, recipe, machine)
-        batch = BatchSizes(recipe.batch_size, run, machine, len(train_set))
+        batch = BatchSizes(recipe.batch_size, run, machine, len(train_set),
+                           epoch_length(train_set))
 
         # model and optimizer: same initial weights on every rank, other random numbers afterwards
         model, criterion, notes = make_model(run, paper, cfg, train_set.class_names, machine)
+        if hasattr(criterion, "set_image_counts"):
+            criterion.set_image_counts(torch.from_numpy(image_counts(train_set)))
         machine.seed_rank(run.seed)
         ema = make_ema(model, recipe.ema, recipe.ema_warmup)
         optimizer, base_lrs = make_optimizer(paper, model, recipe, batch)

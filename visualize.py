@@ -265,11 +265,12 @@ def run_on_file(checkpoint, image, device, top_k=0):
     of the decoder's attention, and the best `top_k` detections (at least `cfg.top_k`)."""
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
+    transform = eval_transform(detector.recipe)
     with recorded_attention(detector.model) as records:
-        outputs = infer(detector.model, eval_transform(detector.recipe), picture, device)
-    size = torch.tensor([[picture.height, picture.width]], device=device)      # (1, 2)
+        outputs = infer(detector.model, transform, picture, device)
+    canvas = torch.tensor([transform.canvas_size(*picture.size)], device=device)   # (1, 2)
     cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, top_k))
-    return detector, picture, outputs, records, detector.paper.detect(outputs, size, cfg)[0]
+    return detector, picture, outputs, records, detector.paper.detect(outputs, canvas, cfg)[0]
 
 
 def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg", rank: int = 0,

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_counts,
-                  objects_per_image, resized_size)
+                  objects_per_image)
 from engine import coco_json
 from engine.class_labels import match_classes
 from engine.coco_json import Problem, plural
@@ -23,6 +23,7 @@ from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
 from engine.notices import one_line
+from transforms import resized_size
 
 # The quick check at the start of a run:
 HEADERS_AT_START = 500   # image files that it opens at most, to read the header
