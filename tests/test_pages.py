@@ -108,7 +108,7 @@ def parse_exercises(arguments):
 
 def parse_visualize(arguments):
     if arguments == ["--help"]:
-        raise SystemExit
+        raise SystemExit(0)
     parse_table(visualize.COMMANDS, arguments)
 
 
