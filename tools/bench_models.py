@@ -1,8 +1,6 @@
 """Time and memory of whole models: training steps and inference."""
 import importlib
 import multiprocessing
-import resource
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from typing import Literal
@@ -16,7 +14,8 @@ from engine.datasets import build_datasets
 from engine.layers import compile_or_recompute
 from engine.machine import Machine, prepare_cpu
 from engine.recipe import configure
-from tools.timing import (DEVICE, Device, alternating_ms, median_ms, show_progress, write_table)
+from tools.timing import (DEVICE, Device, alternating_ms, median_ms, peak_gib, show_progress,
+                          write_table)
 
 SMALL_BATCHES = (8, 32)     # of the small preset, on a CPU
 PAPER_BATCHES = (1, 2, 4)   # of the published sizes, on a GPU
@@ -213,5 +212,4 @@ def step_cost(setting: Setting) -> tuple[float, float]:
     ms = median_ms(lambda: training(batch, setting.amp), setting.seconds)
     if setting.device == "cuda":
         return ms, torch.cuda.max_memory_allocated() / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 1024     # bytes
-    return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+    return ms, peak_gib()

@@ -1,6 +1,7 @@
 """How figures are measured (the median of repeated calls) and the table they are written to."""
 import datetime
 import platform
+import resource
 import shlex
 import statistics
 import sys
@@ -71,6 +72,12 @@ def capture(function):
         torch.cuda.synchronize()
         return None
     return graph
+
+
+def peak_gib() -> float:
+    """The largest memory of this process until now, GiB."""
+    unit = 1 if sys.platform == "darwin" else 1024     # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 # ---- tables --------------------------------------------------------------------------------------
