@@ -200,6 +200,20 @@ def test_processes_score_shares_of_the_same_results(monkeypatch):
     assert ap == bench_data.score(truth, results)["AP"] > 0
 
 
+def test_plain_and_compiled_steps_take_turns(small, monkeypatch, capsys):
+    def traced(function, **options):
+        assert options == dict(fullgraph=True, dynamic=True)
+        return function
+
+    monkeypatch.setattr(torch, "compile", traced)
+    batch = bench_models.random_batch((64, 64), 2)
+    monkeypatch.setattr(bench_models, "scene_batch", lambda *args: batch)
+    bench_models.compiled("cpu", 1, "deformable_detr", "small")
+    row = rows_of(capsys.readouterr().out)[1]
+    assert row[:2] == ["deformable_detr, small preset", "2x3x64x64"]
+    assert float(row[2]) > 0 and float(row[3]) > 0
+
+
 @pytest.mark.slow
 def test_scoring_times_one_process_and_two(capsys):
     bench_data.scoring(images=6, detections=20, classes=3)

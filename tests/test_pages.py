@@ -15,7 +15,7 @@ import train
 import visualize
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, reduce_log
+from tools import ablations, bench, check_data, predict_memory, reduce_log
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -91,6 +91,7 @@ def parse_nothing(arguments):
 
 
 PROGRAMS = {
+    "tools.predict_memory": predict_memory.recipes,
     "train": parse_train,
     "eval": functools.partial(parse_options, evaluation.Options),
     "analysis": functools.partial(parse_options, analysis.Options),

@@ -18,12 +18,13 @@ from engine.machine import prepare_cpu
 from tools.bench_data import loading, scoring
 from tools.bench_kernel import kernel
 from tools.bench_masks import mask_cost
-from tools.bench_models import inference, memory, step
+from tools.bench_models import compiled, inference, memory, step
 from tools.bench_transformers import installed, transformers
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = {"kernel": kernel, "step": step, "inference": inference, "transformers": transformers,
-          "mask_cost": mask_cost, "memory": memory, "loading": loading, "scoring": scoring}
+TABLES = {"kernel": kernel, "step": step, "compiled": compiled, "inference": inference,
+          "transformers": transformers, "mask_cost": mask_cost, "memory": memory,
+          "loading": loading, "scoring": scoring}
 UNPREPARED = ("transformers",)   # first times the package as it comes, without prepare_cpu
 
 
