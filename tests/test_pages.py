@@ -15,7 +15,7 @@ import train
 import visualize
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, reduce_log
+from tools import ablations, bench, check_data, export, reduce_log
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -100,6 +100,7 @@ PROGRAMS = {
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,
     "tools.check_data": functools.partial(parse_function, check_data.main),
+    "tools.export": functools.partial(parse_options, export.Options),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
     "pytest": parse_pytest}
 
