@@ -32,8 +32,8 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
     val = open_split(data, "val", num_val, load_masks)
     match_classes(val, train.class_names, train.category_ids)
     if jitter and not train.has_masks and own_place().rank == 0:
-        print(f"{train.name}: no mask for every object, so --augment lsj pastes no objects and clips the boxes of "
-              "cropped ones", file=sys.stderr)
+        print(f"{train.name}: no mask for every object, so --augment lsj pastes no objects and "
+              "clips the boxes of cropped ones", file=sys.stderr)
     train.transform = train_transform(recipe, seed, keep_masks=load_masks)
     if recipe.oversample:
         train.repeat_factors = repeat_factors(train, recipe.oversample)
