@@ -242,7 +242,7 @@ def settings(paper, state: dict) -> tuple:
         detector = values.pop("detector")
         if not getattr(paper, "NEEDS_DETECTOR", False):
             values["base"] = detector
-    if "importance" in values and "oversample_points" not in values:
+    if {"importance", "oversample"} <= values.keys() and "oversample_points" not in values:
         values["oversample_points"] = values.pop("oversample")   # its name in earlier mask networks
     cfg, recipe = configure(paper, values)
     check_ranges(cfg, recipe)

@@ -357,8 +357,10 @@ def next_flag(error, run, recipe) -> str:
         flag = f"--accum {2 * run.accum}"
     else:
         start = f" --init {last} --out DIR" if saved else ""
-        return (f"out of memory ({error}). Try smaller images in a new run: "
-                f"--max_size {recipe.max_size // 2}{start}")
+        smaller = f"--max_size {recipe.max_size // 2}"
+        if recipe.augment == "lsj":
+            smaller = f"--lsj_size {recipe.lsj_size // 2}"
+        return f"out of memory ({error}). Try smaller images in a new run: {smaller}{start}"
     state = (f"{last} is complete: add --resume to continue from there" if saved
              else "nothing was saved yet")
     return f"out of memory ({error}). Try {flag}; {state}"
