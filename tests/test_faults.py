@@ -6,7 +6,7 @@ its folder, and what was on disk before is complete afterwards.
     PAPERDETR_FAULTS=5000 pytest tests/test_faults.py --slow -s        as many as you like
     PAPERDETR_FAULTS=1 PAPERDETR_FAULTS_SEED=17 pytest ... --slow -s   a single one again
 
-The damages are in faults.py. Every case runs in a forked child.
+The damages are in faults.py, the commands in fault_cases.py. Every case runs in a forked child.
 """
 import contextlib
 import functools
@@ -31,6 +31,7 @@ from PIL import Image
 
 import analysis
 import eval as evaluation
+import fault_cases
 import faults
 import scenes
 import train
@@ -103,7 +104,7 @@ def narrow_backbones():
 def run_case(seed, materials, folder) -> Result:
     """Draw a case, run it in a child, and judge it. `folder` is made and removed."""
     shutil.copytree(materials, folder)
-    damage, rng, program, words = faults.draw_case(seed)
+    damage, rng, program, words = fault_cases.draw_case(seed)
     what = damage(rng, folder)
     (folder / "temporary").mkdir()
     environment = folder / "environment.json"
