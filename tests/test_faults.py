@@ -347,3 +347,41 @@ def test_every_fault_of_many_ends_in_success_or_in_one_line(materials, tmp_path)
 def print_if_bad(result):
     if result.verdict not in ("ok", "one line"):
         print(describe(result), flush=True)
+
+
+# ---- the judge -----------------------------------------------------------------------------------
+
+def stop(message):
+    return lambda words: sys.exit(message)
+
+
+def write(name, content=b"x"):
+    return lambda words: Path(name).write_bytes(content)
+
+
+ENDS = {
+    "success": (lambda words: None, "ok"),
+    "a line with the name": (stop("train.py: error: expected 1, got 2"), "one line"),
+    "a line without the name": (stop("expected 1, got 2"), "unclear"),
+    "a very long line": (stop("train.py: " + "x" * 5000), "unclear"),
+    "an exit code without a word": (stop(3), "unclear"),
+    "an exception": (lambda words: {}["key"], "traceback"),
+    "no end": (lambda words: time.sleep(60), "hang"),
+    "a segmentation fault": (lambda words: os.kill(os.getpid(), signal.SIGSEGV), "crash"),
+    "code of a checkpoint": (lambda words: os.mkdir("executed"), "ran code"),
+    "a file beside the folder": (write("../file"), "wrote outside"),
+    "a damaged checkpoint": (write("runs/small/last.pt"), "lost or half a file"),
+    "a changed image": (write("photos/photo.jpg"), "lost or half a file"),
+    "a removed image": (lambda words: os.remove("photos/photo.jpg"), "lost or half a file"),
+    "a temporary file": (write("runs/small/last.pt.tmp"), "lost or half a file"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_judge_recognizes(materials, tmp_path, monkeypatch, end):
+    program, verdict = ENDS[end]
+    monkeypatch.setitem(PROGRAMS, "train.py", program)
+    monkeypatch.setattr(fault_cases, "draw_case", lambda seed: (
+        faults.nothing, None, "train.py", []))
+    monkeypatch.setitem(globals(), "LIMIT", 1 if end == "no end" else LIMIT)
+    assert run_case(0, materials, tmp_path / "case").verdict == verdict
