@@ -420,7 +420,8 @@ def test_broken_lines_of_a_log_do_not_block_resuming(tmp_path):
     train.train(run(tmp_path), *settings)
     log = tmp_path / "run" / "log.jsonl"
     good = log.read_text().splitlines()
-    log.write_bytes(b"[1]\n{}\n\xff\xfe\n" + b"[" * 100_000 + b"\n" + "\n".join(["{broken", *good, '{"step"']).encode())
+    broken = b"[1]\n{}\n\xff\xfe\n" + b"[" * 100_000 + b"\n{broken\n"
+    log.write_bytes(broken + "\n".join([*good, '{"step"']).encode())
     train.train(run(tmp_path, resume=str(tmp_path / "run" / "last.pt")), *settings)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [3, 6]
