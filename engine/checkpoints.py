@@ -23,7 +23,7 @@ from engine.errors import UserError
 from engine.files import prepare_folder, write_json
 from engine.forms import mismatch
 from engine.notices import one_line
-from engine.ranges import check_ranges, check_values
+from engine.ranges import check_ranges, check_type, check_values
 from engine.recipe import configure, override
 
 try:
@@ -371,6 +371,8 @@ class RunFolder:
             raise UserError(f"{path} holds weights only, a run cannot continue from it: give "
                             "last.pt, or --init")
         check_fields(path, state, RESUME_FIELDS)
+        for name, default in vars(progress).items():
+            check_type(name, state["progress"].get(name, default), default)
         progress = override(progress, state["progress"])
         if progress.step != progress.epoch * steps_per_epoch + progress.batch:
             saved_steps = (progress.step - progress.batch) // max(1, progress.epoch)
@@ -385,13 +387,28 @@ class RunFolder:
             load_weights(ema.module, state.get("ema", {}), path)
             ema.n_averaged.fill_(state.get("ema_updates", progress.step))
         try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: expected the optimizer state of this model, got: {error}") \
-                from error
-        if self.machine.rank < len(state["rng"]):
-            set_random_state(state["rng"][self.machine.rank])
+            restore_optimizer(optimizer, state["optimizer"])
+            if self.machine.rank < len(state["rng"]):
+                set_random_state(state["rng"][self.machine.rank])
+        except Exception as error:   # a damaged file can raise nearly anything
+            raise UserError(f"{path}: expected the optimizer state and the random states of this run, "
+                            f"got: {type(error).__name__}: {error}") from error
         return progress
+
+
+def restore_optimizer(optimizer, saved: dict) -> None:
+    """optimizer.load_state_dict, except that the options of the groups stay those of the settings.
+    ValueError for a state of another shape, which would fail at the first step."""
+    options = [{name: x for name, x in group.items() if name != "params"}
+               for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape not in ((), parameter.shape):
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of "
+                                 f"{tuple(parameter.shape)}")
 
 
 def lock_folder(folder: Path):

@@ -432,6 +432,11 @@ def test_the_exit_code_of_the_command_is_the_verdict(tmp_path, capsys):
     assert "Traceback" not in bad.stderr
 
 
+def test_a_folder_name_with_control_characters_does_not_drive_the_terminal(capsys):
+    assert check_data.check("\x1b[31m") == 2
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_a_fuzzed_json_never_ends_in_a_traceback(tmp_path, capfd):
     """Any value anywhere: the check reports it, and loading succeeds or raises UserError."""
     root = write_folder(tmp_path, [(40, 30)] * 2, [(k % 2, 1, (5, 6, 10, 8), more) for k, more in

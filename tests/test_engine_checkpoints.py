@@ -415,6 +415,43 @@ def test_resuming_a_file_with_wrong_fields_is_one_line(tmp_path, changes, words)
         train.main(["--resume", "--out", str(tmp_path / "run")])
 
 
+def wrong_moments(state):
+    moments = next(iter(state["optimizer"]["state"].values()))
+    moments["exp_avg"] = torch.zeros(3, 5)
+
+
+@pytest.mark.parametrize("change, words", [
+    (wrong_moments, "optimizer .*exp_avg of shape .3, 5. for a parameter"),
+    (lambda state: state["optimizer"]["state"].update({0: 3}), "optimizer"),
+    (lambda state: state["optimizer"]["param_groups"].clear(), "optimizer"),
+    (lambda state: state["rng"][0].update(torch=3), "random states of this run"),
+    (lambda state: state["rng"][0].pop("numpy"), "random states of this run"),
+    (lambda state: state["progress"].update(step="x"), "--step to be of type int")])
+def test_damage_inside_the_state_of_a_run_is_one_line(tmp_path, change, words):
+    settings = config("deformable_detr", epochs=1)
+    train.train(run(tmp_path), *settings)
+    path = tmp_path / "run" / "last.pt"
+    state = checkpoints.load(path)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=words):
+        train.train(run(tmp_path, resume=str(path)), *settings)
+
+
+def test_options_of_the_optimizer_are_those_of_the_settings_and_not_of_the_file(tmp_path):
+    """`maximize` in a file would turn the gradients around."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= {"maximize": True, "lr": 7.0, "betas": None}
+    checkpoints.restore_optimizer(optimizer, saved)
+    group = optimizer.param_groups[0]
+    assert (group["maximize"], group["lr"], group["betas"]) == (False, 0.1, (0.9, 0.999))
+    assert optimizer.state[weight]["step"] == 1
+
+
 def test_broken_lines_of_a_log_do_not_block_resuming(tmp_path):
     settings = config("deformable_detr", epochs=2)
     train.train(run(tmp_path), *settings)
