@@ -96,6 +96,9 @@ def test_threads_and_workers_share_the_cores_of_their_own_node(monkeypatch):
     monkeypatch.setattr(commands, "cores", lambda: 16)
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    for name, value in (("RANK", "0"), ("LOCAL_RANK", "0"), ("MASTER_ADDR", "127.0.0.1"),
+                        ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     threads = torch.get_num_threads()
     for node, expected in (("2", (8, 2)), ("4", (4, 1))):
         monkeypatch.setenv("WORLD_SIZE", "8")

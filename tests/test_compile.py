@@ -104,7 +104,8 @@ def compare(name, build, make_batch, recompute=False):
         torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-2, atol=1e-3 * scale)
 
 
-@pytest.mark.parametrize("name", OWN)
+@pytest.mark.parametrize("name", [name if name == "dino" else pytest.param(
+    name, marks=pytest.mark.slow) for name in OWN])
 def test_compiled_detectors_train_and_evaluate_on_images_of_several_sizes(traced, name):
     compare(name, lambda: detector(name), batch)
 

@@ -312,7 +312,23 @@ def test_samples_do_not_depend_on_the_number_of_workers_and_global_randomness_is
                     assert torch.equal(t["boxes"], u["boxes"])
 
 
-def test_worker_memory_stays_flat_over_epochs(tmp_path):
+def run_alone(request):
+    """Run a test in an interpreter of its own. -> whether that was done; False there
+
+    After thousands of tests a worker inherits gigabytes, and what it copies of them when it touches
+    them would hide its own memory."""
+    if os.environ.get("TEST_ALONE"):
+        return False
+    words = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", request.node.nodeid]
+    done = subprocess.run(words, cwd=request.config.rootpath, capture_output=True, text=True,
+                          env={**os.environ, "TEST_ALONE": "1"}, timeout=200)
+    assert done.returncode == 0, done.stdout
+    return True
+
+
+def test_worker_memory_stays_flat_over_epochs(tmp_path, request):
+    if run_alone(request):
+        return
     polygons = [{"segmentation": [[0, 0, 5, 0, 5, k + 1]]} for k in range(9)]
     rows = [(k % 4, 1, (k % 20, k % 15, 5, 5), polygons[k % 9]) for k in range(20000)]
     write_folder(tmp_path, [(40, 30)] * 4, rows)
@@ -340,8 +356,10 @@ def test_worker_memory_stays_flat_over_epochs(tmp_path):
     assert memory[-1] - memory[10] < 2000, memory
 
 
-def test_garbage_collection_in_a_worker_does_not_copy_the_memory_it_inherited():
+def test_garbage_collection_in_a_worker_does_not_copy_the_memory_it_inherited(request):
     """A collection visits every object, and to visit an object is to write to its memory page."""
+    if run_alone(request):
+        return
     if not os.path.exists("/proc/self/smaps_rollup"):
         pytest.skip("no /proc here to read a process's memory from")
     inherited = [[k] for k in range(300_000)]
