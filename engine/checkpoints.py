@@ -391,7 +391,7 @@ class RunFolder:
             if self.machine.rank < len(state["rng"]):
                 set_random_state(state["rng"][self.machine.rank])
         except Exception as error:   # a damaged file can raise nearly anything
-            raise UserError(f"{path}: expected the optimizer state and the random states of this run, "
+            raise UserError(f"{path}: expected the optimizer state and random states of this run, "
                             f"got: {type(error).__name__}: {error}") from error
         return progress
 
