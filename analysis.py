@@ -454,7 +454,7 @@ def main(argv=None):
         commands.require(options.checkpoint, "--checkpoint FILE", "none")
         commands.require(options.k >= 1, "--k of at least 1", options.k)
         commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)
-        commands.require(options.workers >= 0, "--workers of at least 0", options.workers)
+        commands.require(0 <= options.workers <= 256, "--workers in 0..256", options.workers)
         first = Path(options.checkpoint[0])
         folder = first if first.is_dir() else first.parent
         out = files.prepare_folder(options.out or folder)

@@ -399,7 +399,7 @@ class Options:
         require(self.impl in ("", "kernel", "torch"), "--impl kernel or torch", self.impl)
         require(self.max_dets >= 1, "--max_dets of at least 1", self.max_dets)
         require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
-        require(self.workers >= -1, "--workers of at least -1", self.workers)
+        require(-1 <= self.workers <= 256, "--workers in -1..256", self.workers)
         require(0 <= self.eval_size <= 10_000, "--eval_size in 1..10000", self.eval_size)
         require(self.tile == 0 or self.tile >= 16, "--tile of at least 16", self.tile)
         require(0 <= self.overlap <= 0.9, "--overlap in 0..0.9", self.overlap)

@@ -18,6 +18,7 @@ train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy
 picture here.
 """
 import functools
+import inspect
 from dataclasses import replace
 
 import matplotlib
@@ -43,6 +44,7 @@ from engine.inference import above, as_rgb, detect_image, detect_with, infer
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
+from engine.ranges import check_values
 from scenes import Shapes
 
 __all__ = ["compare_curves", "curves", "draw_detections", "ladder", "predictions", "read_log",
@@ -629,7 +631,9 @@ def delayed(function):
     """A function with the same parameters that does nothing yet: tyro calls what it has read."""
     @functools.wraps(function)
     def prepare(*args, **kwargs):
-        return functools.partial(function, *args, **kwargs)
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        check_values(given, {"n": 1, "side": 16, "rank": 0, "score_threshold": 0.3})
+        return functools.partial(function, **given)
     return prepare
 
 

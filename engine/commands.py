@@ -1,4 +1,5 @@
 """What the command lines of eval.py, analysis.py and visualize.py share."""
+import re
 from pathlib import Path
 
 import torch
@@ -16,6 +17,7 @@ from engine.processes import own_place
 
 def open_detector(checkpoint, device="cpu", variant="", detector=""):
     """Load a checkpoint file, or the best.pt of a run folder -> Loaded."""
+    check_device(device)
     require(str(checkpoint).strip(), "--checkpoint FILE", "no path")   # "" is the current folder
     path = Path(checkpoint)
     if path.is_dir():
@@ -24,6 +26,15 @@ def open_detector(checkpoint, device="cpu", variant="", detector=""):
             raise UserError(f"--checkpoint: expected a run folder with best.pt, got {checkpoint} "
                             "without one; a run writes it at its first evaluation")
     return load_model(path, device, variant, detector)
+
+
+def check_device(name):
+    """UserError for a device that is not cpu, cuda or cuda:NUMBER, or that is not here."""
+    if not re.fullmatch(r"cpu|cuda(:\d)?", str(name)):
+        raise UserError(f"--device: expected cpu or cuda, got {name!r}")
+    number = int(str(name).partition(":")[2] or 0)
+    if name != "cpu" and number >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: PyTorch finds no such GPU here; leave the flag out")
 
 
 def in_used_classes(detector):
@@ -62,10 +73,7 @@ def join_processes(device):
     device: cpu, cuda, or "" for cuda where there is a GPU. UserError for a device that PyTorch does
     not have here."""
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: PyTorch finds no GPU here; leave the flag out")
-    if name.partition(":")[0] not in ("cpu", "cuda"):
-        raise UserError(f"--device: expected cpu or cuda, got {name!r}")
+    check_device(name)
     # products and convolutions in float32, which training may compute in TF32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

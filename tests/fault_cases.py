@@ -135,11 +135,23 @@ FLAGS_OF_EVAL = (
     "variant", "detector", "typo")
 FLAGS_OF_ANALYSIS = ("checkpoint", "data", "k", "out", "batch_size", "workers", "device", "amp",
                      "variant", "typo")
-FLAGS_OF_PICTURES = ("checkpoint", "image", "out", "data", "n", "score_threshold", "rank", "side",
-                     "device", "run_dir", "run_dirs", "kind", "analysis", "evaluation", "typo")
-PICTURES = ("detections", "predictions", "strip", "mistakes", "sampling_points", "anchors",
-            "noised_boxes", "analysis", "scenes", "curves", "compare_curves", "precision_recall",
-            "nothing")
+ON_IMAGE = ("--checkpoint=runs/small", "--image=photos/photo.jpg")
+ON_DATA = ("--checkpoint", "runs/small")
+PICTURES = {   # command: what it needs, its flags
+    "detections": (ON_IMAGE, ("checkpoint", "image", "score_threshold", "device")),
+    "anchors": (ON_IMAGE, ("checkpoint", "image", "score_threshold", "device")),
+    "sampling_points": (ON_IMAGE, ("checkpoint", "image", "rank", "device")),
+    "predictions": (ON_DATA, ("checkpoint", "data", "n", "score_threshold", "device")),
+    "strip": (ON_DATA, ("checkpoint", "data", "n", "side", "score_threshold", "device")),
+    "mistakes": (ON_DATA, ("checkpoint", "data", "n", "score_threshold", "device")),
+    "noised_boxes": (("--checkpoint=weights/dino.pt",), ("checkpoint", "data", "n")),
+    "analysis": (("--analysis=results/analysis.json",), ("analysis", "data", "n", "device")),
+    "scenes": (("--n=1",), ("n",)),
+    "curves": (("--run_dir=runs/small",), ("run_dir",)),
+    "compare_curves": (("--run_dirs", "runs/small"), ("run_dirs", "kind", "labels")),
+    "precision_recall": (("--evaluation=runs/small/eval.json",), ("evaluation", "kind")),
+    "nothing": ((), ("n",)),
+}
 
 
 def wrong_flags(rng, names):
@@ -176,15 +188,10 @@ def analysis_flags_command(rng):
 
 
 def picture_flags_command(rng):
-    name = rng.choice(PICTURES)
-    given = {"detections": ["--checkpoint=runs/small", "--image=photos/photo.jpg"],
-             "anchors": ["--checkpoint=runs/small", "--image=photos/photo.jpg"],
-             "sampling_points": ["--checkpoint=runs/small", "--image=photos/photo.jpg"],
-             "scenes": ["--n=1"], "curves": ["--run_dir=runs/small"],
-             "compare_curves": ["--run_dirs", "runs/small"]}
-    start = given.get(name, ["--checkpoint=runs/small"])
-    return "visualize.py", [name, *start, "--out=out/p.png",
-                            *wrong_flags(rng, FLAGS_OF_PICTURES)]
+    name = rng.choice(list(PICTURES))
+    start, flags = PICTURES[name]
+    out = [] if name == "curves" else ["--out=out/p.png"]
+    return "visualize.py", [name, *start, *out, *wrong_flags(rng, (*flags, "out", "typo"))]
 
 
 def scenes_flags_command(rng):

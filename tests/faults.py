@@ -28,7 +28,7 @@ from tiny_checkpoint import write_checkpoint
 PAPERS = ("deformable_detr", "detr", "dino", "h_detr", "co_detr")
 CLASSES = ("cat", "dog")
 IMAGES = ("photo.png", "photo.jpg", "gray.tif", "palette.gif", "deep.png", "photo.webp")
-TINY = ("--preset=small", "--dim=32", "--num_heads=2", "--ffn_dim=32", "--num_queries=8",
+TINY = ("--preset=small", "--dim=64", "--num_heads=2", "--ffn_dim=32", "--num_queries=8",
         "--encoder_layers=1", "--decoder_layers=1", "--train_sizes=64", "--eval_size=64",
         "--batch_size=2", "--epochs=1")
 HERE = ("--device=cpu", "--workers=0", "--threads=1", "--amp=false")
@@ -36,7 +36,7 @@ MASKS = ("--model=mask_frozen_detr", "--data=data", "--preset=small", "--roi_siz
          "--channel_dim=32", "--image_ffn_dim=32", "--box_ffn_dim=32", "--score_dim=8",
          "--score_ffn_dim=16", "--num_heads=2", "--batch_size=2", "--epochs=1", *HERE)
 CPU = ("--device=cpu", "--workers=0")
-RELEASED_SIZES = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2,
+RELEASED_SIZES = {"dim": 64, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2,
                   "num_queries": 5}
 HUGE = "huge integer"   # more digits than Python makes of a number
 RECTANGLE = [[10, 10, 40, 10, 40, 30, 10, 30]]

@@ -498,6 +498,7 @@ def test_a_checkpoint_that_lost_the_data_of_its_run_asks_for_it():
     (("--eval_size", "-3"), "--eval_size in 1..10000, got -3"),
     (("--eval_size", "1000000"), "--eval_size in 1..10000, got 1000000"),
     (("--checkpoint", ""), "--checkpoint FILE, got 'no path'"),
+    (("--workers", "10000000000"), "--workers in -1..256"),
     (("--tile", "-5"), "--tile of at least 16.*got -5"),
     (("--overlap", "1"), "--overlap in 0..0.9.*got 1.0"),
     (("--score_threshold", "nan"), "--score_threshold.*got nan"),

@@ -217,7 +217,8 @@ def watch_writing(folder):
         if not writes or isinstance(path, int):
             return
         location = os.path.realpath(os.path.dirname(os.fsdecode(path)) or ".")
-        if not (location + "/").startswith(inside + "/") and location != "/dev":
+        if not (location + "/").startswith((inside + "/", "/dev/null/", "/proc/")) \
+                and location != "/dev":
             os.write(2, f"\nOUTSIDE {event} {os.fsdecode(path)!r}\n".encode())
 
     sys.addaudithook(watch)

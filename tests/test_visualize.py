@@ -275,6 +275,20 @@ def test_the_legend_of_sampling_points_names_every_mark():
                       "reference point of the layer", "detected box", "outside the image"]
 
 
+@pytest.mark.parametrize("words, message", [
+    (("predictions", "--n", "0"), "--n from 1 to 1000, got 0"),
+    (("strip", "--n", "-1"), "--n from 1 to 1000, got -1"),
+    (("mistakes", "--n", "10000000000"), "--n from 1 to 1000"),
+    (("strip", "--side", "0"), "--side from 16 to 10000, got 0"),
+    (("predictions", "--score_threshold", "nan"), "--score_threshold from 0 to 1, got nan"),
+    (("predictions", "--device", "1"), "--device: expected cpu or cuda, got '1'"),
+    (("predictions", "--device", ""), "--device: expected cpu or cuda, got ''"),
+    (("predictions", "--device", "cuda:9"), "--device cuda:9: PyTorch finds no such GPU")])
+def test_values_that_cannot_work_end_in_one_line(checkpoint, tmp_path, words, message):
+    with pytest.raises(SystemExit, match=f"^visualize.py: error: .*{message}"):
+        visualize.main([*words, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "a.png")])
+
+
 def test_a_detection_that_does_not_exist_has_no_sampling_points(checkpoint, picture, tmp_path):
     with pytest.raises(SystemExit, match="visualize.py: .*expected --rank in 0.."):
         visualize.main(["sampling_points", "--checkpoint", str(checkpoint), "--image", str(picture),
