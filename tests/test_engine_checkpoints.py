@@ -32,45 +32,83 @@ from small_runs import at_step, cheap_runs, config, FLAGS, forked, run, same  # 
 KILLS = int(os.environ.get("PAPERDETR_KILLS", 200))  # of the slow test
 
 
+RANDOMLY_KILLED = [*FLAGS, "--model=dino", "--num_train=8", "--accum=2", "--save_every=1"]
+
+
 @pytest.mark.parametrize("kills", (3, pytest.param(KILLS, marks=pytest.mark.slow)))
-def test_killed_at_random_moments(tmp_path, kills, model="dino"):
+def test_killed_at_random_moments(tmp_path, kills):
     """A process killed by SIGKILL again and again, while it starts, trains, saves or evaluates:
     every resume succeeds, and the end has the bytes, and the log the lines, of a run left alone.
-    About two seconds a kill."""
-    flags = [*FLAGS, "--model", model, "--num_train=8", "--accum=2", "--save_every=1"]
-    start, rng, out, done, torn, resumes = time.time(), random.Random(0), tmp_path / "run", 0, 0, 0
-    assert forked(1, lambda rank: train.main([*flags, "--out", str(tmp_path / "whole")])) == [0]
+    """
+    count = kill_at_random(tmp_path, kills, 1)
+    print(f"{count['kills']} kills, {count['resumes']} of resumed runs, "
+          f"{count['torn']} within a save")
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_at_random_moments(tmp_path):
+    """As above, for one rank of two, or both. The other one ends by itself, at the latest when it
+    gets the SIGTERM that torchrun sends."""
+    count = kill_at_random(tmp_path, KILLS // 4, 2)
+    print(f"{count['kills']} kills of ranks of two, {count['resumes']} of resumed runs, "
+          f"{count['torn']} within a save, {count['survivors']} ended after the other rank's death")
+
+
+def kill_at_random(folder, kills, world):
+    """Start a run of `world` ranks, kill ranks after random times, and resume, until `kills` kills
+    were made and the run has ended. Whenever it ends, compare it with a run left alone."""
+    rng = random.Random(0)
+    out = folder / "run"
+    count = collections.Counter()
+
+    def begin(rank, out, *more):
+        train.main([*RANDOMLY_KILLED, *more, "--out", str(out)])
+
+    start = time.time()
+    assert forked(world, begin, folder / "whole") == [0] * world
     seconds = time.time() - start
-    lines = lambda folder: [
-        (line["step"], line.get("loss"), line.get("AP"))
-        for line in map(json.loads, open(folder / "log.jsonl"))
-    ]
-    while done < kills or out.exists():
-        resume = (
-            ["--resume"]
-            if any((out / name).exists() for name in ("last.pt", "last.pt.prev"))
-            else []
-        )
-        process = multiprocessing.get_context("fork").Process(
-            target=train.main, args=([*flags, *resume, "--out", str(out)],)
-        )
-        process.start()
-        process.join(rng.uniform(0, seconds) if done < kills else 240)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            done, torn, resumes = (
-                done + 1,
-                torn + len(list(out.glob("last.pt.*.tmp"))),
-                resumes + bool(resume),
-            )
+    while count["kills"] < kills or out.exists():
+        saved = any((out / name).exists() for name in ("last.pt", "last.pt.prev"))
+        processes = start_ranks(world, begin, out, *["--resume"] * saved)
+        undisturbed = count["kills"] >= kills
+        end = time.time() + (240 if undisturbed else rng.uniform(0, seconds))
+        for process in processes:
+            process.join(max(0, end - time.time()))
+        alive = [process for process in processes if process.is_alive()]
+        assert not (alive and undisturbed)
+        if alive:
+            kill_some(rng, alive, count)
+            count["kills"] += 1
+            count["resumes"] += saved
+            count["torn"] += len(list(out.glob("last.pt.*.tmp")))
             continue
-        assert process.exitcode == 0
+        assert [process.exitcode for process in processes] == [0] * world
         for name in ("last.pt", "best.pt"):
-            same(checkpoints.load(tmp_path / "whole" / name), checkpoints.load(out / name))
-        assert lines(out) == lines(tmp_path / "whole")
+            same(checkpoints.load(folder / "whole" / name), checkpoints.load(out / name))
+        assert log_lines(out) == log_lines(folder / "whole")
         shutil.rmtree(out)
-    print(f"{done} kills, {resumes} of resumed runs, {torn} within a save")
+    return count
+
+
+def kill_some(rng, processes, count):
+    """Kill one of the processes or all, and wait for the others, which torchrun would tell."""
+    victims = rng.choice([processes, *([process] for process in processes)])
+    for process in victims:
+        process.kill()
+    for process in processes:
+        if process not in victims:
+            time.sleep(rng.uniform(0, 0.5))
+            process.terminate()
+            process.join(60)
+            assert not process.is_alive(), "it waits for a rank that was killed"
+            count["survivors"] += 1
+        process.join()
+
+
+def log_lines(folder):
+    """Step, loss and AP of every line."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line.get("loss"), line.get("AP")) for line in lines]
 
 
 def test_a_folder_without_a_checkpoint_can_be_started_again(tmp_path, monkeypatch):
