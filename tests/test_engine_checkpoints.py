@@ -27,7 +27,8 @@ import torch
 from engine import checkpoints
 from engine.errors import UserError
 import train
-from small_runs import at_step, cheap_runs, config, FLAGS, forked, run, same  # noqa: F401
+from small_runs import (at_step, cheap_runs, config, FLAGS, forked, run, same,  # noqa: F401
+                        start_ranks)
 
 KILLS = int(os.environ.get("PAPERDETR_KILLS", 200))  # of the slow test
 
