@@ -398,8 +398,9 @@ class RunFolder:
 
 def restore_optimizer(optimizer, saved: dict) -> None:
     """optimizer.load_state_dict, except that the options of the groups stay those of the settings.
-    ValueError for a state of another shape, which would fail at the first step."""
-    options = [{name: x for name, x in group.items() if name != "params"}
+    The learning rate is loaded: every step sets it anew, and a run that makes no further step
+    saves it again. ValueError for a state of another shape, which would fail at the first step."""
+    options = [{name: x for name, x in group.items() if name not in ("params", "lr")}
                for group in optimizer.param_groups]
     optimizer.load_state_dict(saved)
     for group, own in zip(optimizer.param_groups, options):

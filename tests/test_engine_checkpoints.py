@@ -478,7 +478,8 @@ def test_damage_inside_the_state_of_a_run_is_one_line(tmp_path, change, words):
 
 
 def test_options_of_the_optimizer_are_those_of_the_settings_and_not_of_the_file(tmp_path):
-    """`maximize` in a file would turn the gradients around."""
+    """`maximize` in a file would turn the gradients around. Only the learning rate is loaded: a run
+    that was killed in its last evaluation saves it again."""
     weight = torch.nn.Parameter(torch.ones(2))
     weight.grad = torch.ones(2)
     optimizer = torch.optim.AdamW([weight], lr=0.1)
@@ -487,7 +488,7 @@ def test_options_of_the_optimizer_are_those_of_the_settings_and_not_of_the_file(
     saved["param_groups"][0] |= {"maximize": True, "lr": 7.0, "betas": None}
     checkpoints.restore_optimizer(optimizer, saved)
     group = optimizer.param_groups[0]
-    assert (group["maximize"], group["lr"], group["betas"]) == (False, 0.1, (0.9, 0.999))
+    assert (group["maximize"], group["lr"], group["betas"]) == (False, 7.0, (0.9, 0.999))
     assert optimizer.state[weight]["step"] == 1
 
 
