@@ -33,6 +33,8 @@ except ImportError:   # Windows
     import msvcrt
 
 FORMAT = 2
+DEEPEST = 50   # levels of lists and dictionaries in a checkpoint; ours have 6
+MOST_VALUES = 1_000_000   # in all of them
 
 # Besides tensors and plain types, `load` allows these classes, which released files contain.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]   # NumPy 1 and 2 name its module differently
@@ -119,7 +121,7 @@ def load(path: str | Path, map_location="cpu") -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no "
                         "checkpoint")
-    check_tensors(path, state)
+    check_contents(path, state)
     if "model_name" in state:
         check_sums(path)
         check_fields(path, state, FIELDS)
@@ -146,25 +148,36 @@ def why_unreadable(path: Path, error: Exception) -> str:
         return (f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or "
                 "later, which cannot be read without running it: save it again with torch.save's "
                 "own protocol")
-    reason = str(error).partition("\n")[0] or type(error).__name__
+    # PyTorch's message begins with the proposal to read the file in a way that runs its code
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+    reason = reason.strip().partition("\n")[0] or type(error).__name__
     return (f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). "
             f"Copy it again, or use {path.name}.prev")
 
 
-def check_tensors(path: Path, value, name: str = "the file") -> None:
+def check_contents(path: Path, state: dict) -> None:
     """UserError for a tensor that the file does not hold itself: one without numbers, or a view
-    that repeats few numbers until it is larger than any memory."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            check_tensors(path, part, str(key))
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            check_tensors(path, part, name)
-    elif torch.is_tensor(value):
-        plain = value.layout == torch.strided and not value.is_meta
-        if not plain or value.nbytes > value.untyped_storage().nbytes():
-            raise UserError(f"{path}: expected tensors with all their numbers, got another kind in "
-                            f"{one_line(name, 80)}: the file is damaged; copy it again")
+    that repeats few numbers until it is larger than any memory. Also for lists and dictionaries
+    nested so deep, or holding each other so often, that no program gets through them."""
+    waiting = [("the file", state, 0)]
+    visited = 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        visited += 1
+        if depth > DEEPEST or visited > MOST_VALUES:
+            raise UserError(f"{path}: expected at most {DEEPEST} levels of lists and dictionaries "
+                            f"and {MOST_VALUES} values, got more in {one_line(name, 80)}: the file "
+                            "is damaged; copy it again")
+        if isinstance(value, dict):
+            waiting += [(key if isinstance(key, str) else name, part, depth + 1)
+                        for key, part in value.items()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(name, part, depth + 1) for part in value]
+        elif torch.is_tensor(value):
+            plain = value.layout == torch.strided and not value.is_meta
+            if not plain or value.nbytes > value.untyped_storage().nbytes():
+                raise UserError(f"{path}: expected tensors with all their numbers, got another "
+                                f"kind in {one_line(name, 80)}: the file is damaged; copy it again")
 
 
 def check_sums(path: Path) -> None:
@@ -360,7 +373,8 @@ class RunFolder:
         if self.machine.is_main:
             save(self.path / name, state, keep_previous=optimizer is not None)
 
-    def restore(self, progress, model, ema, optimizer, steps_per_epoch: int):
+    def restore(self, progress, model, ema, optimizer, steps_per_epoch: int,
+                class_names: list[str]):
         """Restore the run that `run.resume` names: weights, EMA, optimizer and random states.
         -> its progress
 
@@ -371,6 +385,10 @@ class RunFolder:
             raise UserError(f"{path} holds weights only, a run cannot continue from it: give "
                             "last.pt, or --init")
         check_fields(path, state, RESUME_FIELDS)
+        if state["class_names"] != list(class_names):
+            raise UserError(f"expected the classes of the saved run, in its order, "
+                            f"{one_line(state['class_names'])}, got {one_line(class_names)}: train "
+                            "on the same data, or start a new run with --init and --out")
         for name, default in vars(progress).items():
             check_type(name, state["progress"].get(name, default), default)
         progress = override(progress, state["progress"])

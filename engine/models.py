@@ -54,11 +54,13 @@ class Loaded(NamedTuple):
     criterion: nn.Module
 
 
-def load_model(path: str | Path, device="cpu", variant: str = "", detector: str = "") -> Loaded:
+def load_model(path: str | Path, device="cpu", variant: str = "", detector: str = "",
+               masks: bool = True) -> Loaded:
     """Load a checkpoint of ours or a released one.
 
     variant: one of the paper file's VARIANTS, for what a released file does not show (`dc5`).
-    detector: path of a mask network's frozen detector; default: its path when it was trained."""
+    detector: path of a mask network's frozen detector; default: its path when it was trained.
+    masks: False refuses a mask network."""
     state = checkpoints.load(path)
     if "model_name" not in state:
         state = convert(state, path, variant)
@@ -70,6 +72,9 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     names = state["class_names"]
     parts = [cfg, len(names)]
     if getattr(paper, "NEEDS_DETECTOR", False):
+        if not masks:
+            raise UserError(f"expected a detector, got {path}, a mask network: give the detector "
+                            "it was trained on")
         parts.append(load_detector(detector or checkpoints.saved_detector(state)))
     weights = state.get("ema", state["model"])
     # a damaged file may ask for a model that no memory holds: compare the shapes first
@@ -100,10 +105,7 @@ def load_detector(path: str) -> Loaded:
     if not Path(path).is_file():
         raise UserError(f"expected the detector at {path}, found no file: say where it lies with "
                         "--detector FILE")
-    loaded = load_model(path)
-    if getattr(loaded.paper, "NEEDS_DETECTOR", False):
-        raise UserError(f"expected a detector, got {path}, a mask network: give the detector "
-                        "it was trained on")
+    loaded = load_model(path, masks=False)   # a damaged file may name itself
     model, names = class_rows.without_unused(loaded.model, loaded.paper, loaded.cfg,
                                              loaded.meta["class_names"])
     return loaded._replace(model=model, meta={**loaded.meta, "class_names": names})

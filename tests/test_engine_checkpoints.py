@@ -18,6 +18,7 @@ import pickle
 import random
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,8 +28,8 @@ import torch
 from engine import checkpoints
 from engine.errors import UserError
 import train
-from small_runs import (at_step, cheap_runs, config, FLAGS, forked, run, same,  # noqa: F401
-                        start_ranks)
+from small_runs import (at_step, cheap_runs, coco_folder, config, FLAGS,  # noqa: F401
+                        forked, run, same, start_ranks)
 
 KILLS = int(os.environ.get("PAPERDETR_KILLS", 200))  # of the slow test
 
@@ -490,6 +491,51 @@ def test_options_of_the_optimizer_are_those_of_the_settings_and_not_of_the_file(
     group = optimizer.param_groups[0]
     assert (group["maximize"], group["lr"], group["betas"]) == (False, 7.0, (0.9, 0.999))
     assert optimizer.state[weight]["step"] == 1
+
+
+def test_a_run_goes_on_with_the_classes_it_was_trained_on_only(tmp_path):
+    """Names that were exchanged in the json since would be learned by the columns of the others."""
+    folder = coco_folder(tmp_path / "data", images=4)
+    settings = config("deformable_detr", epochs=1)
+    train.train(run(tmp_path, data=folder), *settings)
+    path = tmp_path / "data/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for category, name in zip(content["categories"], ("dog", "cat")):
+        category["name"] = name
+    path.write_text(json.dumps(content))
+    last = str(tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=r"classes of the saved run, .*'dog', 'cat'.*got .*'cat'"):
+        train.train(run(tmp_path, data=folder, resume=last), *settings)
+
+
+def list_pickle(levels, uses):
+    """A pickle of {"a": a list of `levels` levels, each of which holds the next `uses` times}."""
+    put = b"r\x00\x00\x00\x00"
+    get = b"j\x00\x00\x00\x00"
+    level = b"](" + get * uses + b"e" + put
+    return b"\x80\x02]" + put + level * levels + b"}X\x01\x00\x00\x00a" + get + b"s."
+
+
+def write_archive(path, data):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+
+
+@pytest.mark.parametrize("levels, uses", [(5000, 1), (40, 2)])
+def test_lists_that_no_program_gets_through_are_refused(tmp_path, levels, uses):
+    write_archive(tmp_path / "deep.pt", list_pickle(levels, uses))
+    with pytest.raises(UserError, match="levels of lists and dictionaries"):
+        checkpoints.load(tmp_path / "deep.pt")
+
+
+def test_the_message_for_a_broken_pickle_is_not_the_proposal_to_run_its_code(tmp_path):
+    """PyTorch's own message begins with it."""
+    write_archive(tmp_path / "a.pt", b"\x80\x02}s.")
+    with pytest.raises(UserError, match="broken or cut short .pop from empty list") as refused:
+        checkpoints.load(tmp_path / "a.pt")
+    assert "weights_only" not in str(refused.value)
 
 
 def test_broken_lines_of_a_log_do_not_block_resuming(tmp_path):

@@ -137,6 +137,15 @@ def test_checkpoints_with_missing_foreign_or_wrong_fields_are_refused_in_one_lin
     assert "\n" not in str(refused.value)
 
 
+def test_a_mask_network_that_names_itself_as_its_detector_is_refused(tmp_path):
+    path = tmp_path / "masks.pt"
+    checkpoints.save(path, {"model_name": "mask_frozen_detr", "config": {}, "model": {},
+                            "class_names": ["cat"], "category_ids": [1],
+                            "run": {"detector": str(path)}})
+    with pytest.raises(UserError, match="expected a detector, got .*masks.pt, a mask network"):
+        models.load_model(path)
+
+
 def test_checkpoints_of_format_one_still_load(tmp_path):
     """One flat config for architecture and recipe, and Co-DETR's base was called detector."""
     cfg, recipe = config("co_detr", base="h_detr", aux_heads="none")
