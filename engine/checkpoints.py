@@ -35,6 +35,7 @@ except ImportError:   # Windows
 FORMAT = 2
 DEEPEST = 50   # levels of lists and dictionaries in a checkpoint; ours have 6
 MOST_VALUES = 1_000_000   # in all of them
+LARGEST = 1e12   # number of steps or seconds
 
 # Besides tensors and plain types, `load` allows these classes, which released files contain.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]   # NumPy 1 and 2 name its module differently
@@ -206,7 +207,7 @@ def saved_weights(path: str | Path, state: dict) -> dict:
     finite tensors."""
     weights = state.get("ema", state["model"])
     for name, value in weights.items():
-        if not isinstance(name, str) or not torch.is_tensor(value):
+        if not isinstance(name, str) or not torch.is_tensor(value) or value.is_complex():
             raise UserError(f"{path}: expected tensors by name, got {type(value).__name__} as "
                             f"{one_line(name, 80)}: the file is damaged; copy it again")
     require_finite(weights, path)
@@ -284,6 +285,8 @@ def check_fit(model, state: dict, path: str | Path) -> None:
             shape = tuple(getattr(state[name], "shape", ()))
             if not torch.is_tensor(state[name]) or shape != tuple(own[name].shape):
                 wrong.append(f"{name} {shape} instead of {tuple(own[name].shape)}")
+            elif own[name].is_floating_point() and not state[name].is_floating_point():
+                wrong.append(f"{name} {state[name].dtype} instead of {own[name].dtype}")
     if wrong:
         raise UserError(f"{path}: expected the tensors of this model, got {len(wrong)} that do not "
                         f"fit ({'; '.join(wrong[:3])}): the file belongs to another version or to "
@@ -390,7 +393,11 @@ class RunFolder:
                             f"{one_line(state['class_names'])}, got {one_line(class_names)}: train "
                             "on the same data, or start a new run with --init and --out")
         for name, default in vars(progress).items():
-            check_type(name, state["progress"].get(name, default), default)
+            value = state["progress"].get(name, default)
+            check_type(name, value, default)
+            if not -1 <= value <= LARGEST:   # False for NaN
+                raise UserError(f"{path}: expected {name} of the run from -1 to {LARGEST:g}, got "
+                                f"{value}: the file is damaged")
         progress = override(progress, state["progress"])
         if progress.step != progress.epoch * steps_per_epoch + progress.batch:
             saved_steps = (progress.step - progress.batch) // max(1, progress.epoch)
@@ -403,8 +410,9 @@ class RunFolder:
         load_weights(model, state["model"], path)
         if hasattr(ema, "n_averaged"):
             load_weights(ema.module, state.get("ema", {}), path)
-            ema.n_averaged.fill_(state.get("ema_updates", progress.step))
         try:
+            if hasattr(ema, "n_averaged"):
+                ema.n_averaged.fill_(state.get("ema_updates", progress.step))
             restore_optimizer(optimizer, state["optimizer"])
             if self.machine.rank < len(state["rng"]):
                 set_random_state(state["rng"][self.machine.rank])

@@ -201,6 +201,18 @@ def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, tensor):
         models.load_model(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("kind", (torch.complex64, torch.int64, torch.bool))
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path, kind):
+    """PyTorch would convert them without a word."""
+    path = tmp_path / "a.pt"
+    small_checkpoint(path)
+    state = checkpoints.load(path)
+    state["model"]["level_embed"] = state["model"]["level_embed"].to(kind)
+    checkpoints.save(path, state)
+    with pytest.raises(UserError, match=f"level_embed {kind} instead of torch.float32"):
+        models.load_model(path)
+
+
 def test_a_start_from_weights_that_are_no_tensors_is_refused(tmp_path):
     state = small_checkpoint(tmp_path / "a.pt")
     small_checkpoint(tmp_path / "a.pt", model={**state["model"], "level_embed": "x"})
