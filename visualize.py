@@ -40,7 +40,8 @@ from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
-from engine.inference import above, as_rgb, detect_image, detect_with, infer
+from engine.inference import (above, as_rgb, detect_image, detect_with, infer, require_finite,
+                              require_finite_outputs)
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
@@ -269,7 +270,9 @@ def run_on_file(checkpoint, image, device, top_k=0):
         outputs = infer(detector.model, eval_transform(detector.recipe), picture, device)
     size = torch.tensor([[picture.height, picture.width]], device=device)      # (1, 2)
     cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, top_k))
-    return detector, picture, outputs, records, detector.paper.detect(outputs, size, cfg)[0]
+    detection = detector.paper.detect(outputs, size, cfg)[0]
+    require_finite(detection, str(image))
+    return detector, picture, outputs, records, detection
 
 
 def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg", rank: int = 0,
@@ -505,7 +508,9 @@ def discriminability_maps(checkpoint, folder, n, device):
         if picture is None:
             continue
         with recorded_attention(detector.model) as records:
-            memory = infer(detector.model, dataset.transform, picture, device)["memory"]
+            outputs = infer(detector.model, dataset.transform, picture, device)
+        require_finite_outputs(outputs, dataset.file_name(index))
+        memory = outputs["memory"]
         scores = {"encoder": encoder_norms(memory), "decoder": decoder_attention(memory, records)}
         maps = {}
         for part, tokens in scores.items():

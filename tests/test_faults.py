@@ -340,12 +340,13 @@ def test_every_fault_ends_in_success_or_in_one_line(materials, tmp_path):
 def test_every_fault_of_many_ends_in_success_or_in_one_line(materials, tmp_path):
     count = int(os.environ.get("PAPERDETR_FAULTS", 2000))
     first = int(os.environ.get("PAPERDETR_FAULTS_SEED", 0))
-    results = run_cases(range(first, first + count), materials, tmp_path, report=print_if_bad)
+    results = run_cases(range(first, first + count), materials, tmp_path, report=print_result)
     print(table(results))
     check(results)
 
 
-def print_if_bad(result):
+def print_result(result):
+    print(f"case {result.seed}: {result.damage}: {result.verdict}: {result.seconds:.2f} s")
     if result.verdict not in ("ok", "one line"):
         print(describe(result), flush=True)
 

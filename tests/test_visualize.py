@@ -17,7 +17,7 @@ import data
 import eval as evaluation
 import scenes
 import visualize
-from engine import drawing, plots
+from engine import checkpoints, drawing, plots
 from engine.commands import open_detector
 from engine.errors import UserError
 from engine.mistakes import find_mistakes
@@ -287,6 +287,33 @@ def test_the_legend_of_sampling_points_names_every_mark():
 def test_values_that_cannot_work_end_in_one_line(checkpoint, tmp_path, words, message):
     with pytest.raises(SystemExit, match=f"^visualize.py: error: .*{message}"):
         visualize.main([*words, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "a.png")])
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A checkpoint whose weights are finite and whose outputs are NaN."""
+    path = write_checkpoint(tmp_path_factory.mktemp("broken") / "best.pt")
+    state = checkpoints.load(path)
+    for name, values in state["model"].items():
+        if name.endswith("running_var"):
+            values.fill_(-1)
+    checkpoints.save(path, state)
+    return path
+
+
+@pytest.mark.parametrize("name", ["detections", "anchors", "sampling_points"])
+def test_nothing_is_drawn_of_a_model_that_is_not_finite(broken, picture, tmp_path, name):
+    out = tmp_path / "out.png"
+    with pytest.raises(SystemExit, match="^visualize.py: error: expected finite detections"):
+        visualize.main([name, "--checkpoint", str(broken), "--image", str(picture), "--out",
+                        str(out)])
+    assert not out.exists()
+
+
+def test_discriminability_of_a_model_that_is_not_finite_is_not_drawn(broken):
+    maps = visualize.discriminability_maps(str(broken), "", 1, "cpu")
+    with pytest.raises(UserError, match="expected finite outputs, got NaN .* pred_logits of 1.png"):
+        next(maps)
 
 
 def test_a_detection_that_does_not_exist_has_no_sampling_points(checkpoint, picture, tmp_path):
