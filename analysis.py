@@ -449,7 +449,7 @@ def analyze_files(options):
 
 def main(argv=None):
     with user_errors("analysis.py"):
-        with one_line_usage("analysis.py"):
+        with one_line_usage("analysis.py", argv):
             options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
                                description=commands.summary(__doc__), registry=registry,
                                config=(tyro.conf.FlagCreatePairsOff,))

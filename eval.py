@@ -508,7 +508,7 @@ def write_results(path, results, boxes_only=False, rank=0, world=1):
 
 def main(argv=None):
     with user_errors("eval.py"):
-        with one_line_usage("eval.py"):
+        with one_line_usage("eval.py", argv):
             options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
                                description=commands.summary(__doc__), registry=registry,
                                config=(tyro.conf.FlagCreatePairsOff,))

@@ -625,7 +625,7 @@ def main(argv=None):
     """Run one of COMMANDS; the parameters of its function are the flags."""
     with user_errors("visualize.py"):
         commands = {name: delayed(function) for name, function in COMMANDS.items()}
-        with one_line_usage("visualize.py"):
+        with one_line_usage("visualize.py", argv):
             command = tyro.extras.subcommand_cli_from_dict(
                 commands, args=argv, prog="visualize.py", use_underscores=True,
                 description=__doc__.partition("\n")[0])

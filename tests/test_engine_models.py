@@ -213,6 +213,12 @@ def test_weights_that_are_no_real_numbers_are_refused(tmp_path, kind):
         models.load_model(path)
 
 
+def test_a_detector_for_a_model_that_needs_none_is_refused():
+    """It would be left unused."""
+    with pytest.raises(UserError, match="expected no --detector with --model deformable_detr"):
+        models.build_model(importlib.import_module("deformable_detr"), None, 2, "best.pt")
+
+
 def test_a_start_from_weights_that_are_no_tensors_is_refused(tmp_path):
     state = small_checkpoint(tmp_path / "a.pt")
     small_checkpoint(tmp_path / "a.pt", model={**state["model"], "level_embed": "x"})

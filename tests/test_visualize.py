@@ -282,7 +282,7 @@ def test_the_legend_of_sampling_points_names_every_mark():
     (("strip", "--side", "0"), "--side from 16 to 10000, got 0"),
     (("predictions", "--score_threshold", "nan"), "--score_threshold from 0 to 1, got nan"),
     (("predictions", "--device", "1"), "--device: expected cpu or cuda, got '1'"),
-    (("predictions", "--device", ""), "--device: expected cpu or cuda, got ''"),
+    (("predictions", "--device", ""), "--device: expected a value, got ''"),
     (("predictions", "--device", "cuda:9"), "--device cuda:9: PyTorch finds no such GPU")])
 def test_values_that_cannot_work_end_in_one_line(checkpoint, tmp_path, words, message):
     with pytest.raises(SystemExit, match=f"^visualize.py: error: .*{message}"):

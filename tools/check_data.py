@@ -252,7 +252,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.check_data"):
-        with one_line_usage("python -m tools.check_data"):
+        with one_line_usage("python -m tools.check_data", argv):
             options = tyro.cli(Options, args=argv, prog="python -m tools.check_data")
         sys.exit(1 if check(options.directory) else 0)
 
