@@ -105,8 +105,8 @@ def build_model(paper, cfg, num_classes: int, detector: str) -> tuple:
     if getattr(paper, "NEEDS_DETECTOR", False):
         return paper.build(cfg, num_classes, load_detector(detector))
     if detector:
-        raise UserError(f"expected no --detector with --model {paper.__name__}, which adds no masks "
-                        f"to one, got {detector}: --init starts from its weights")
+        raise UserError(f"expected no --detector with --model {paper.__name__}, which adds no "
+                        f"masks to one, got {detector}: --init starts from its weights")
     return paper.build(cfg, num_classes)
 
 

@@ -468,7 +468,7 @@ def wrong_moments(state):
     (lambda state: state["rng"][0].pop("numpy"), "random states of this run"),
     (lambda state: state["progress"].update(step="x"), "--step to be of type int"),
     (lambda state: state["progress"].update(best=math.nan), "best of the run from -1 .* got nan"),
-    (lambda state: state["progress"].update(bad_steps=-9), "bad_steps of the run from -1 .* got -9"),
+    (lambda state: state["progress"].update(bad_steps=-9), "bad_steps of the run from -1 .* -9"),
     (lambda state: state.update(ema_updates="x"), "random states of this run, got: TypeError")])
 def test_damage_inside_the_state_of_a_run_is_one_line(tmp_path, change, words):
     settings = config("deformable_detr", epochs=1)
