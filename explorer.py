@@ -251,8 +251,8 @@ def take_apart(loaded) -> Parts:
     """Find the parts that the views need: mask networks and Co-DETR have the detector inside.
     UserError for a model without decoder layers."""
     inner = loaded.model
-    if hasattr(inner, "frozen"):
-        inner = inner.frozen.model
+    if has_masks(loaded):
+        inner = inner.base.model
     inner = getattr(inner, "detector", inner)
     name = loaded.meta["model_name"]
     require(hasattr(inner, "decoder"), "a model with decoder layers in `decoder`", name)
@@ -265,6 +265,11 @@ def take_apart(loaded) -> Parts:
     else:
         rule = None
     return Parts(loaded, inner, sys.modules[type(inner).__module__], rule)
+
+
+def has_masks(loaded) -> bool:
+    """Whether a model is a mask network on a detector."""
+    return getattr(loaded.paper, "NEEDS_DETECTOR", False)
 
 
 @contextlib.contextmanager
@@ -280,7 +285,7 @@ def recorded(inner):
             records.self_attention.append(attention_weights(module, query, query, blocked)[0])
 
         def record_dense_self_attention(module, inputs):
-            query, key, _ = inputs
+            query, key, *_ = inputs
             records.self_attention.append(attention_weights(module, query, key)[0])
 
         def record_map(module, inputs):
@@ -592,7 +597,7 @@ def sources(parts: Parts) -> dict:
     if has_denoising(parts):
         views["denoising"] = [("DINO", "section 3.3", parts.module.denoising_queries),
                               ("DN-DETR", "Eq. 7", parts.module.denoising_mask)]
-    if hasattr(parts.loaded.model, "frozen"):
+    if has_masks(parts.loaded):
         model = type(parts.loaded.model)
         views["masks"] = [("Mask Frozen-DETR", "M_i = sigma(q_i R_i^T)", model.region_masks),
                           ("Mask R-CNN", "section 3.1", masks.paste)]
