@@ -252,23 +252,25 @@ def input_projections(channels: list[int], dim: int, levels: int) -> nn.ModuleLi
     for convolution in convolutions:
         nn.init.xavier_uniform_(convolution.weight)
         nn.init.zeros_(convolution.bias)
-    return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, dim)) for conv in convolutions)
+    return nn.ModuleList(Projection(conv, nn.GroupNorm(32, dim)) for conv in convolutions)
+
+
+class Projection(nn.Sequential):
+    """Convolution and GroupNorm, which loses two digits on CPUs for maps in NHWC order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm = self
+        return norm(convolution(x).contiguous())
 
 
 def project(projections: nn.ModuleList, maps: list[Tensor]) -> list[Tensor]:
     """Make all levels (B, C, H_l, W_l) from backbone maps."""
-    levels = [apply_projection(projection, x) for projection, x in zip(projections, maps)]
+    levels = [projection(x) for projection, x in zip(projections, maps)]
     x = maps[-1]
     for projection in projections[len(maps):]:
-        x = apply_projection(projection, x)
+        x = projection(x)
         levels.append(x)
     return levels
-
-
-def apply_projection(projection: nn.Sequential, x: Tensor) -> Tensor:
-    """Convolution and GroupNorm; on CPUs the latter loses two digits on maps in NHWC order."""
-    convolution, norm = projection
-    return norm(convolution(x).contiguous())
 
 
 def flatten_pyramid(pyramid: list[Tensor], padding: Tensor, level_embed: Tensor, features: list,
