@@ -1,6 +1,5 @@
 """What a run reports: the opening report, log.jsonl, the progress bar, skipped steps."""
 import json
-import os
 import re
 import sys
 import time
@@ -286,10 +285,7 @@ def describe_machine(run, machine) -> str:
     if machine.device.type == "cuda":
         name = torch.cuda.get_device_name(machine.device)
     else:
-        name = f"cpu, {plural(machine.threads, 'thread')}"
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        if machine.threads > 1 and load > cores() / 2:
-            name += f" (busy: load {load:.1f}; --threads 1 may be faster)"
+        name = f"cpu, {plural(machine.threads, 'thread')} on {plural(cores(), 'core')}"
     precision = "bfloat16 autocast" if machine.amp else "float32"
     flags = ("recompute", "compile", "channels_last", "deterministic")
     options = [flag for flag in flags if getattr(run, flag)]

@@ -148,16 +148,58 @@ def test_threads_do_not_spin():
     assert os.environ["GOMP_SPINCOUNT"]
 
 
+def test_busy_cores_are_measured():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as loop:
+        try:
+            assert machines.busy_cores() >= 0.4     # beside others it may not get a whole core
+        finally:
+            loop.kill()
+
+
+def test_threads_follow_the_load_and_a_resumed_run_has_as_many(tmp_path, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machines, "cores", lambda: 4)
+    out = tmp_path / "run"
+    for busy, extra, expected in (
+        (1.8, ["--out", str(out), "--max_steps", "1"], 2),
+        # the load has gone, but the run keeps its setting
+        (0.0, ["--resume", str(out), "--max_steps", "2"], 2),
+        (0.2, ["--out", str(tmp_path / "idle"), "--max_steps", "1"], 4),
+        (9.0, ["--out", str(tmp_path / "crowded"), "--max_steps", "1"], 1),
+    ):
+        monkeypatch.setattr(machines, "busy_cores", lambda: busy)
+        flags = [flag for flag in FLAGS if not flag.startswith("--threads")]
+        train.main([*flags, "--model", "deformable_detr", *extra])
+        text = capsys.readouterr().out
+        assert ("cores busy" in text) == (busy > 1)
+        assert f"cpu, {expected} thread" in text and torch.get_num_threads() == expected
+        assert checkpoints.load(out / "last.pt")["run"]["threads"] == 2
+    torch.set_num_threads(threads)
+
+
 def wait_for_a_stopped_peer(rank, folder):
     """Rank 1 stops (it is not dead) before its second step; rank 0, which waits for it inside a
     collective call, is asked twice to end."""
     machines.SAME_REQUEST_SECONDS = 0.3
+    stopping = folder / "stopping"
+
+    def stop():
+        stopping.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def ask_twice():
+        while not stopping.exists():
+            time.sleep(0.05)
+        for _ in range(2):
+            time.sleep(0.7)
+            os.kill(os.getpid(), signal.SIGTERM)
+
     if rank == 1:
         with pytest.MonkeyPatch.context() as patch:
-            at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            at_step(patch, 1, stop)
             train.train(run(folder), *config("deformable_detr"))
-    for seconds in (4.0, 5.0):
-        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Thread(target=ask_twice, daemon=True).start()
     train.train(run(folder), *config("deformable_detr"))
 
 

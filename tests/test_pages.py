@@ -22,7 +22,8 @@ import visualize
 from engine.recipe import configure
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, convert, follow_image, reduce_log, ship
+from tools import (ablations, bench, check_data, convert, exercises, export, follow_image,
+                   predict_memory, reduce_log, ship)
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -79,7 +80,7 @@ def parse_table(functions, arguments):
 
 def parse_bench(arguments):
     if arguments:
-        parse_table(bench.TABLES, arguments)
+        parse_table(bench.COMMANDS, arguments)
 
 
 def parse_ablations(arguments):
@@ -96,7 +97,19 @@ def parse_convert(arguments):
 
 def parse_pytest(arguments):
     for word in arguments:
-        assert word.startswith("-") or (ROOT / word).exists(), word
+        path, _, name = word.partition("::")
+        assert word.startswith("-") or (ROOT / path).exists(), word
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), word
+
+
+def parse_exercises(arguments):
+    assert 1 <= int(arguments[0]) <= len(exercises.read_exercises())
+
+
+def parse_visualize(arguments):
+    if arguments == ["--help"]:
+        raise SystemExit(0)
+    parse_table(visualize.COMMANDS, arguments)
 
 
 def parse_nothing(arguments):
@@ -104,18 +117,21 @@ def parse_nothing(arguments):
 
 
 PROGRAMS = {
+    "tools.predict_memory": predict_memory.recipes,
     "train": parse_train,
     "eval": functools.partial(parse_options, evaluation.Options),
     "analysis": functools.partial(parse_options, analysis.Options),
     "scenes": functools.partial(parse_options, scenes.Options),
-    "visualize": functools.partial(parse_table, visualize.COMMANDS),
+    "visualize": parse_visualize,
     "deformable_attn": parse_nothing,
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,
     "tools.convert": parse_convert,
     "tools.follow_image": functools.partial(parse_options, follow_image.Options),
     "tools.ship": functools.partial(parse_options, ship.Options),
+    "tools.exercises": parse_exercises,
     "tools.check_data": functools.partial(parse_function, check_data.main),
+    "tools.export": functools.partial(parse_options, export.Options),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
     "pytest": parse_pytest}
 
