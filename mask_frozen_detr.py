@@ -34,7 +34,7 @@ published reading note only.
     M_i            sigmoid of outputs["mask_logits"] (n, r, r)
     s_i            "mask_scores" of `detect`. The baselines have no mask scoring: there
                    s_i = c_i (sum of M_i where M_i > 0.5) / (number of cells where M_i > 0.5)
-    N, k, beta     loss_points, oversample and importance of `Config`: of k N random points the
+    N, k, beta     loss_points, oversample_points, importance of `Config`: of k N random points the
                    beta N least certain ones enter the loss, and (1 - beta) N other random points
 
 B images, n regions of all images together, P points. C = channel_dim is the width of the mask
@@ -76,7 +76,7 @@ import matcher
 from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention
-from deformable_detr import encoder_references, sine_positions
+from deformable_detr import apply_projection, encoder_references, sine_positions
 from engine.errors import UserError
 from engine.recipe import SMALL_RECIPE, Recipe
 from frozen_detector import FrozenDetector, TrainedDetector
@@ -116,7 +116,7 @@ class Config:
     num_points: int = 4                  # sampling points per attention head and feature level
     point_loss: bool = True              # loss at sampled points; else at every cell of the region
     loss_points: int = 12544             # N: points per object at which the loss is computed
-    oversample: float = 3.0              # k: candidate points per point that is used
+    oversample_points: float = 3.0       # k: candidate points per point that is used
     importance: float = 0.75             # beta: fraction of points chosen by uncertainty
     train_regions: int = 100             # objects per image in a training step
     train_detector: bool = False         # train a copy of the detector too; else it is frozen
@@ -136,7 +136,8 @@ RECIPE = Recipe(
 
 # For SMALL detectors, minutes on two CPU cores: other sizes and optimization, the same method.
 SMALL = SMALL_RECIPE | dict(
-    lr=4e-3, epochs=2, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2,
+    lr=4e-3, muon=0.0,
+    epochs=2, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2,
     box_ffn_dim=128, score_dim=16, score_ffn_dim=64, num_heads=4, loss_points=392)
 BASELINE = dict(
     image_encoder="none", box_encoder="none", query_encoder="none", mask_scoring=False)
@@ -423,6 +424,7 @@ def region_memory(region: Tensor) -> Memory:
 
 class Neck(nn.Sequential):
     """C1 <- GN(PWConv(C1)): (B, channels, H, W) -> (B, dim, H, W)."""
+    forward = apply_projection
 
     def __init__(self, channels: int, dim: int):
         super().__init__(nn.Conv2d(channels, dim, 1, bias=False), nn.GroupNorm(32, dim))
@@ -602,7 +604,7 @@ class Criterion:
         # Predicted and true values at P points of every region.
         if cfg.point_loss:
             points = uncertain_points(
-                logits, cfg.loss_points, cfg.oversample, cfg.importance)   # (n, P, 2)
+                logits, cfg.loss_points, cfg.oversample_points, cfg.importance)   # (n, P, 2)
             values = sample_maps(logits, points)                         # (n, P)
         else:
             points = grid_points(*logits.shape, logits.device)           # (n, r r, 2)

@@ -85,8 +85,27 @@ def co_detr_rows(name, title, flags) -> dict[str, Row]:
     return rows
 
 
+def six_equal_heads(name, title, flags) -> dict[str, Row]:
+    """Six ATSS heads, beside one: as many heads as the paper has at most, but of one kind."""
+    changes = {**flags, "aux_heads": ",".join(["atss"] * 6)}
+    row = Row(f"{title}, heads: 6 x atss", "co_detr", changes, f"{name}_atss")
+    return {f"{name}_six_atss": row}
+
+
+def single_scale_rows() -> dict[str, Row]:
+    """Deformable DETR on C5 alone, whose heads read the maps of the multi-scale adapter."""
+    flags = {"variant": "plain_deformable_small", "num_feature_levels": 1}
+    title = "Single-scale Deformable DETR, heads"
+    none = Row(f"{title}: none", "co_detr", {**flags, "aux_heads": "none"})
+    both = Row(f"{title}: atss,rcnn", "co_detr", {**flags, "aux_heads": "atss,rcnn"},
+               "single_scale_none")
+    return {"single_scale_none": none, "single_scale_atss_rcnn": both}
+
+
 LADDER |= co_detr_rows("co_deformable", "Co-Deformable-DETR", CO_DEFORMABLE)
+LADDER |= six_equal_heads("co_deformable", "Co-Deformable-DETR", CO_DEFORMABLE)
 LADDER |= co_detr_rows("co_dino", "Co-DINO", {})
+LADDER |= single_scale_rows()
 
 
 # The first is --detector; the command trains the others when a row needs them.
