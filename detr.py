@@ -200,8 +200,7 @@ class DecoderLayer(nn.Module):
 def attend(attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
     """Queries (B, Nq, C), keys and values (B, S, C), padding (B, S), whose keys are ignored ->
     (B, Nq, C). On CPUs the fused attention is slow for small maps; weights come without it."""
-    weights = k.shape[1] <= 256 and not k.is_cuda
-    return attention(q, k, v, padding, need_weights=weights)[0]
+    return attention(q, k, v, padding, need_weights=k.shape[1] <= 256 and not k.is_cuda)[0]
 
 
 class MLP(nn.Module):
