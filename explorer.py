@@ -251,8 +251,8 @@ def take_apart(loaded) -> Parts:
     """Find the parts that the views need: mask networks and Co-DETR have the detector inside.
     UserError for a model without decoder layers."""
     inner = loaded.model
-    if hasattr(inner, "frozen"):
-        inner = inner.frozen.model
+    if getattr(loaded.paper, "NEEDS_DETECTOR", False):
+        inner = inner.base.model
     inner = getattr(inner, "detector", inner)
     name = loaded.meta["model_name"]
     require(hasattr(inner, "decoder"), "a model with decoder layers in `decoder`", name)

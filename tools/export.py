@@ -94,7 +94,7 @@ class Masks(nn.Module):
     def __init__(self, detector):
         super().__init__()
         self.model = detector.model
-        self.frozen = detector.model.frozen.model     # so that its weights are exported
+        self.frozen = detector.model.base.model       # so that its weights are exported
 
     def forward(self, images: Tensor, padding: Tensor, sizes: Tensor) -> tuple:
         with mock.patch.object(self.model, "detected_regions", self.regions_of_detections):
@@ -111,9 +111,9 @@ class Masks(nn.Module):
         """`MaskFrozenDETR.detected_regions` with a region for every detection, not for every query:
         their number does not depend on values."""
         boxes = mask_frozen_detr.clipped_corners(outputs["pred_boxes"])  # (B, Nq, 4)
-        frozen = self.model.frozen
-        cfg = replace(frozen.model.cfg, top_k=self.model.cfg.top_k)
-        detections = frozen.detect(outputs, boxes.new_ones(len(boxes), 2), cfg)
+        base = self.model.base
+        cfg = replace(base.model.cfg, top_k=self.model.cfg.top_k)
+        detections = base.detect(outputs, boxes.new_ones(len(boxes), 2), cfg)
         images = []
         for b, detection in enumerate(detections):
             query = detection["query"]                                   # (k,)
