@@ -42,7 +42,7 @@ from engine.commands import open_detector
 from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
-from engine.images import UnreadableImage, read_image
+from engine.images import SUFFIXES, UnreadableImage, read_image
 from engine.inference import detect_image, detect_on_canvas, predict, require_finite
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
@@ -54,7 +54,6 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # the kinds of figures and their names in short; segm_cls: masks ranked without their own score
 KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}
 DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint has none
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 # data set -> its ground truth for pycocotools, made once: training evaluates after every epoch
 _TRUTHS = weakref.WeakKeyDictionary()
 
@@ -394,7 +393,8 @@ def write_csv(path, head, rows):
 @dataclass
 class Options:
     """COCO AP of a checkpoint, or detections on your own images."""
-    checkpoint: str              # best.pt of a run, its folder, or released weights
+    # best.pt of a run, its folder, released weights, their address, or a name of assets/weights
+    checkpoint: str
     data: str = ""               # COCO-layout folder; none: the data of the checkpoint's own run
     # COCO json to use instead of the folder's annotations/instances_val2017.json. Without
     # annotations in it, only detections.json is written. With --images: where the image ids are
@@ -417,7 +417,7 @@ class Options:
     out: str = ""                # folder for results; none: that of the checkpoint
     batch_size: int = 1          # images per batch; with 1 no image is padded
     workers: int = -1            # processes that read images; -1: depends on the CPU cores
-    device: str = ""             # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""             # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool = False            # bfloat16 autocast
     # deformable attention: kernel or torch; default: the kernel where it can be built
     impl: str = ""
@@ -561,8 +561,7 @@ def main(argv=None):
             recipe = replace(detector.recipe, eval_size=options.eval_size,
                              lsj_size=options.eval_size)
             detector = detector._replace(recipe=recipe)
-        checkpoint = Path(options.checkpoint)
-        out = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        out = commands.results_folder(options.checkpoint)
         if options.images:
             commands.require(world == 1, "one process with --images", f"{world} processes")
             print(settings(detector.cfg, detector.recipe))

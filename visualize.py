@@ -13,6 +13,7 @@
     curves            AP, losses and learning rate of a run folder
     compare_curves    AP against training time of several runs
     precision_recall  precision over recall of each class, from eval.json
+    explore           a page to click through: everything a detector computes for an image
 
 train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy in pixels of the
 picture here.
@@ -43,6 +44,7 @@ from engine.inference import above, as_rgb, detect_image, detect_with, infer
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
+from explorer import explore
 from scenes import Shapes
 
 __all__ = ["compare_curves", "curves", "draw_detections", "ladder", "predictions", "read_log",
@@ -65,7 +67,7 @@ def detections(checkpoint: str, image: str, out: str = "detections.jpg",
         image: Image file.
         out: Picture to write, .png or .jpg.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
@@ -135,7 +137,7 @@ def predictions_of_checkpoint(checkpoint: str, out: str = "predictions.png", dat
         data: COCO-layout folder; default: the checkpoint's own data.
         n: Number of images.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, dataset = with_data(open_detector(checkpoint, device), data)
     return predictions(detector.model, detector.paper.detect, dataset, detector.cfg, device, out,
@@ -154,7 +156,7 @@ def strip(checkpoint: list[str], out: str = "strip.jpg", data: str = "", n: int 
         n: Number of images.
         side: Longer side of each picture in px.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     columns = []
     names = []
@@ -188,7 +190,7 @@ def mistakes(checkpoint: str, out: str = "mistakes.jpg", data: str = "", n: int 
         data: COCO-layout folder; default: the checkpoint's own data.
         n: Number of mistakes of each kind.
         score_threshold: Minimum score of detections.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, dataset = with_data(open_detector(checkpoint, device), data)
     found = []
@@ -281,7 +283,7 @@ def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg
         image: Image file.
         out: Picture to write, .png or .jpg.
         rank: Which detection's query; 0: the best.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, picture, _, records, found = run_on_file(checkpoint, image, device, rank + 1)
     require(records, "a model with deformable attention", detector.meta["model_name"])
@@ -381,7 +383,7 @@ def anchors(checkpoint: str, image: str, out: str = "anchors.jpg", score_thresho
         image: Image file.
         out: Picture to write, .png or .jpg.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, picture, outputs, _, found = run_on_file(checkpoint, image, device)
     require("anchors" in outputs, "a model whose queries start at anchors",
@@ -434,7 +436,7 @@ def analysis(analysis: str, out: str = "analysis.png", data: str = "", n: int = 
         out: Picture to write, .png or .jpg.
         data: COCO-layout folder; default: each checkpoint's own data.
         n: Number of images.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     analyses = read_analyses(analysis)
     conflicts = {name: a["conflict"] for name, a in analyses.items() if "conflict" in a}
@@ -612,7 +614,8 @@ COMMANDS = {"detections": detections,
             "scenes": scenes,
             "curves": curves,
             "compare_curves": compare_curves,
-            "precision_recall": precision_recall}
+            "precision_recall": precision_recall,
+            "explore": explore}
 
 
 def main(argv=None):

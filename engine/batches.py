@@ -13,6 +13,7 @@ from engine.sampling import epoch_order
 from transforms import random_generator
 
 OVERFIT_STEPS = 100   # steps in one epoch of --overfit
+OVERFIT_AP = 0.95     # at which --overfit ends
 
 
 class BatchSizes:

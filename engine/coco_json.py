@@ -23,6 +23,9 @@ JSON_PLACES = (
     "annotations/instances_{split}2017.json",
     "annotations/instances_{split}.json",
     "{split}/_annotations.coco.json",      # as Roboflow exports it
+    "annotations/{split}.json",
+    "{split}/annotations.json",
+    "{split}.json",
     "annotations/lvis_v1_{split}.json",
 )
 IMAGE_PLACES = ("{split}2017", "images/{split}2017", "{split}", "images/{split}", "images", "")
@@ -32,6 +35,7 @@ SPLIT_NAMES = {"val": ("val", "valid")}    # where files and folders have severa
 FOREIGN_LAYOUTS = {
     "yolo": ("data.yaml", "labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "classes.txt"),
     "voc": ("Annotations/*.xml", "*/Annotations/*.xml", "*.xml", "*/*.xml"),
+    "csv": ("*.csv", "*/*.csv"),
 }
 
 # The lists of a json, and the fields that every entry must have.
@@ -138,7 +142,7 @@ def missing_json(path: Path, root: Path, split: str) -> str:
 
 
 def foreign_layout(root: Path) -> str | None:
-    """Return "yolo" or "voc" if a folder looks like one, else None."""
+    """Return "yolo", "voc" or "csv" if a folder looks like one, else None."""
     for layout, patterns in FOREIGN_LAYOUTS.items():
         for pattern in patterns:
             if next(root.glob(pattern), None):

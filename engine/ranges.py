@@ -18,7 +18,8 @@ RANGES = {
     "max_steps": (0, 1_000_000_000),
     # Recipe
     "lr": (0, 1000), "lr_backbone": (0, 1000), "lr_offsets": (0, 1000), "layer_decay": FRACTION,
-    "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION, "ema": (0, 0.999999),
+    "muon": (0, 1000), "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION,
+    "ema": (0, 0.999999),
     "ema_warmup": (0, 1_000_000), "train_max_size": (0, 10_000),
     "train_sizes": SIDE, "max_size": SIDE, "eval_size": SIDE, "lsj_size": SIDE,
     "lsj_ratios": (0.01, 10), "lr_drop": (0, 1_000_000),
@@ -34,8 +35,8 @@ RANGES = {
     "oversample_points": (1, 1000), "fed_loss": (0, 1_000_000),
 }
 CHOICES = {
-    "augment": ("none", "flip", "paper", "lsj"),
-    "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda"),
+    "augment": ("none", "flip", "paper", "lsj"), "freeze": ("", "backbone"),
+    "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda", "mps"),
     "impl": ("", "kernel", "torch"),
     "schedule": ("step", "drops", "cosine", "flat"),
 }
@@ -85,9 +86,8 @@ def check_value(name: str, value, default) -> None:
     """UserError for a value, or an element of a tuple, that CHOICES or RANGES exclude."""
     if name in CHOICES:
         if value not in CHOICES[name]:
-            choices = [choice for choice in CHOICES[name] if choice]
-            raise UserError(f"expected --{name} {', '.join(choices[:-1])} or {choices[-1]}, got "
-                            f"{value!r}")
+            choices = " or ".join(choice for choice in CHOICES[name] if choice)
+            raise UserError(f"expected --{name} {choices}, got {value!r}")
         return
     usual = NUMBER if type(default) is float else INTEGER
     low, high = RANGES.get(name, usual)

@@ -11,6 +11,7 @@ class Recipe:
     lr_backbone: float = 1e-5       # learning rate of the backbone
     lr_offsets: float = 2e-5        # learning rate of sampling offsets and reference points
     layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: off
+    muon: float = 0.0               # > 0: Muon trains hidden matrices at this many times lr
     weight_decay: float = 1e-4      # weight decay of AdamW
     clip: float = 0.1               # maximum norm of the gradient; 0: no limit
     batch_size: int = 16            # images per step, over all processes and micro-batches
@@ -40,7 +41,7 @@ class Recipe:
 
 # Shared by every paper file's SMALL, which trains in minutes on two CPU cores.
 SMALL_RECIPE = dict(
-    lr=6e-4, lr_backbone=6e-4, lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8,
+    lr=6e-4, lr_backbone=6e-4, lr_offsets=2e-4, muon=8.0, weight_decay=1e-2, clip=1.0, batch_size=8,
     epochs=12, schedule="cosine", warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213,
     crop=False, color_jitter=True, eval_size=128, lsj_size=128)
 SMALL_DETECTOR = dict(

@@ -334,7 +334,7 @@ def transformers_options(path: str | Path) -> dict:
     if not beside.is_file():
         return {}
     try:
-        options = json.loads(beside.read_text())
+        options = json.loads(beside.read_bytes())
     except ValueError as error:
         raise UserError(f"expected {beside} to be a json file, got {error}: copy it "
                         "again") from error

@@ -616,10 +616,20 @@ def test_folders_named_train_and_val_are_read_as_they_are(tmp_path):
         assert len(data.CocoFolder(root, split)[0][1]["labels"]) == 1
 
 
+@pytest.mark.parametrize("place", ["annotations/{}.json", "{}/annotations.json", "{}.json"])
+def test_a_json_in_another_usual_place_is_read(place, tmp_path):
+    root = write_folder(tmp_path)
+    for split in ("train", "val"):
+        (root / f"{split}2017").rename(root / split)
+        json_file(root, split).rename(root / place.format(split))
+        assert len(data.CocoFolder(root, split)[0][1]["labels"]) == 1
+
+
 @pytest.mark.parametrize("layout, file", [("yolo", "data.yaml"), ("yolo", "labels/train/a.txt"),
                                           ("yolo", "train/labels/a.txt"),
-                                          ("voc", "Annotations/a.xml"), ("voc", "train/a.xml")])
-def test_yolo_and_voc_folders_are_recognized_and_the_converter_named(layout, file, tmp_path):
+                                          ("voc", "Annotations/a.xml"), ("voc", "train/a.xml"),
+                                          ("csv", "labels.csv")])
+def test_folders_in_other_layouts_are_recognized_and_the_converter_named(layout, file, tmp_path):
     path = tmp_path / "mine" / file
     path.parent.mkdir(parents=True)
     path.write_text("")

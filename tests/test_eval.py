@@ -502,7 +502,7 @@ def test_a_checkpoint_that_lost_the_data_of_its_run_asks_for_it():
     (("--overlap", "1"), "--overlap in 0..0.9.*got 1.0"),
     (("--score_threshold", "nan"), "--score_threshold.*got nan"),
     (("--score_threshold", "30"), "--score_threshold.*got 30"),
-    (("--device", "tpu"), "--device: expected cpu or cuda.*tpu"),
+    (("--device", "tpu"), "expected --device cpu, cuda or mps, got 'tpu'"),
     (("--images", ""), "--images.*got ''"),
     (("--images",), "--images.*no path"),
     (("--images", "nowhere"), "nowhere"),

@@ -93,6 +93,22 @@ def test_atss_assignment_ignores_anchors_of_the_padding(recorded):
     assert torch.equal(assigned + 1, t(rec["padded/assigned_valid_only"]))
 
 
+def test_atss_assignment_by_hand():
+    """16 anchors of 8 px and two of 32 px; 11 candidates an object.
+
+    Object 0 has IoUs of 1/2 (twice), 1/8 and 0: the threshold is 0.10 + 0.20. Object 1 takes one of
+    its two anchors away, with 8/9. Object 2 lies between four anchors: their IoU exceeds its
+    threshold, but their centers lie outside."""
+    centers = [(8 * i + 4, 8 * j + 4, 4) for j in range(4) for i in range(4)]
+    centers += [(16, 16, 16), (48, 16, 16)]
+    anchors = torch.tensor([[x - r, y - r, x + r, y + r] for x, y, r in centers]).float()
+    boxes = torch.tensor([[0.0, 0, 16, 8], [8, 0, 17, 8], [15, 15, 17, 17]])
+    assigned = ATSS.assign(anchors, [16, 2], boxes)
+    assert assigned[:2].tolist() == [0, 1]
+    assert (assigned[2:] == BACKGROUND).all()
+    assert (ATSS.assign(anchors, [16, 2], boxes[:0]) == BACKGROUND).all()
+
+
 CASES = ["random", "no_gt", "outside", "low_quality", "ties", "many"]
 
 

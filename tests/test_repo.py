@@ -24,7 +24,9 @@ CITES = {
     "co_detr_queries": {"boxes", "heads", "matcher", "deformable_detr"},
     "co_detr": {"boxes", "backbones", "heads", "matcher", "deformable_detr", "dino", "h_detr",
                 "co_detr_queries", "co_detr_variants"},
-    "mask_frozen_detr": {"boxes", "masks", "backbones", "heads", "matcher", "deformable_detr"}}
+    "frozen_detector": set(),
+    "mask_frozen_detr": {"boxes", "masks", "backbones", "heads", "matcher", "deformable_detr",
+                         "frozen_detector"}}
 HELPERS = {"engine.errors", "engine.recipe", "engine.schedules"}
 
 # Words that may not occur in the names of a parent's code.

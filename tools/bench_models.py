@@ -1,7 +1,6 @@
 """Time and memory of whole models: training steps and inference."""
 import importlib
 import multiprocessing
-import resource
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -17,6 +16,11 @@ from engine.layers import compile_or_recompute
 from engine.machine import Machine, prepare_cpu
 from engine.recipe import configure
 from tools.timing import (DEVICE, Device, alternating_ms, median_ms, show_progress, write_table)
+
+try:
+    import resource
+except ImportError:   # Windows
+    resource = None
 
 SMALL_BATCHES = (8, 32)     # of the small preset, on a CPU
 PAPER_BATCHES = (1, 2, 4)   # of the published sizes, on a GPU
@@ -211,7 +215,15 @@ def step_cost(setting: Setting) -> tuple[float, float]:
     parameters = paper.param_groups(model, recipe)
     training = TrainingStep(model, criterion, parameters, recipe, setting.device)
     ms = median_ms(lambda: training(batch, setting.amp), setting.seconds)
-    if setting.device == "cuda":
-        return ms, torch.cuda.max_memory_allocated() / 2 ** 30
+    return ms, peak_gib(setting.device)
+
+
+def peak_gib(device: Device) -> float:
+    """Peak memory: of PyTorch's allocator on a GPU, or of this process; nan on Windows, where
+    Python does not know it."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    if resource is None:
+        return float("nan")
     unit = 1 if sys.platform == "darwin" else 1024     # bytes
-    return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30

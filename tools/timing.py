@@ -25,15 +25,22 @@ def median_ms(function, seconds=2.0):
 
 
 def alternating_ms(functions: dict, repeats: int) -> dict:
-    """Median time of one call of each function, ms. They take turns, so that their ratio is right
-    on a busy machine too; the first two turns do not count."""
+    """Median time of one call of each function, ms; see `alternating`."""
+    return {name: times[0] for name, times in alternating(functions, repeats).items()}
+
+
+def alternating(functions: dict, repeats: int, warm_up: int = 2) -> dict:
+    """Median, shortest and longest time of one call of each function, ms. They take turns, so that
+    their ratio is right on a busy machine too; the first `warm_up` turns do not count."""
     times = {name: [] for name in functions}
-    for _ in range(repeats + 2):
+    for _ in range(repeats + warm_up):
         for name, function in functions.items():
             begin = benchmark.timer()
             function()
             times[name].append(1e3 * (benchmark.timer() - begin))
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
+    counted = {name: values[warm_up:] for name, values in times.items()}
+    return {name: (statistics.median(values), min(values), max(values))
+            for name, values in counted.items()}
 
 
 def each_ms(functions: list, device: Device, seconds=2.0) -> tuple[float, str]:
