@@ -430,7 +430,7 @@ class Options:
         require(self.impl in ("", "kernel", "torch"), "--impl kernel or torch", self.impl)
         require(self.max_dets >= 0, "--max_dets of at least 0", self.max_dets)
         require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
-        require(self.workers >= -1, "--workers of at least -1", self.workers)
+        require(-1 <= self.workers <= 256, "--workers in -1..256", self.workers)
         require(0 <= self.eval_size <= 10_000, "--eval_size in 1..10000", self.eval_size)
         require(self.tile == 0 or self.tile >= 16, "--tile of at least 16", self.tile)
         require(0 <= self.overlap <= 0.9, "--overlap in 0..0.9", self.overlap)
@@ -547,7 +547,7 @@ def write_results(path, results, boxes_only=False, rank=0, world=1):
 
 def main(argv=None):
     with user_errors("eval.py"):
-        with one_line_usage("eval.py"):
+        with one_line_usage("eval.py", argv):
             options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
                                description=commands.summary(__doc__), registry=registry,
                                config=(tyro.conf.FlagCreatePairsOff,))

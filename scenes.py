@@ -501,7 +501,7 @@ def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEE
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("scenes.py"):
-        with one_line_usage("scenes.py"):
+        with one_line_usage("scenes.py", argv):
             options = tyro.cli(Options, args=argv, prog="scenes.py", use_underscores=True)
         check_ranges(options)
         write_scenes(options.write, options.num_train, options.num_val, options.seed,

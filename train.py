@@ -139,7 +139,8 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         # progress, run folder and log
         progress = Progress()
         if run.resume:
-            progress = folder.restore(progress, model, ema, optimizer, batch.steps_per_epoch)
+            progress = folder.restore(progress, model, ema, optimizer, batch.steps_per_epoch,
+                                      train_set.class_names)
         folder.describe(cfg, recipe, train_set, getattr(model, "carried", None))
         log = RunLog(run, recipe, batch, machine, progress)
         log.report(paper, cfg, train_set, val_set, model, notes)

@@ -19,6 +19,7 @@ train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy
 picture here.
 """
 import functools
+import inspect
 from dataclasses import replace
 
 import matplotlib
@@ -40,10 +41,12 @@ from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
-from engine.inference import above, as_rgb, detect_image, detect_with, infer
+from engine.inference import (above, as_rgb, detect_image, detect_with, infer, require_finite,
+                              require_finite_outputs)
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
+from engine.ranges import check_values
 from explorer import explore
 from scenes import Shapes
 
@@ -270,7 +273,9 @@ def run_on_file(checkpoint, image, device, top_k=0):
         outputs = infer(detector.model, transform, picture, device)
     canvas = torch.tensor([transform.canvas_size(*picture.size)], device=device)   # (1, 2)
     cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, top_k))
-    return detector, picture, outputs, records, detector.paper.detect(outputs, canvas, cfg)[0]
+    detection = detector.paper.detect(outputs, canvas, cfg)[0]
+    require_finite(detection, str(image))
+    return detector, picture, outputs, records, detection
 
 
 def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg", rank: int = 0,
@@ -506,7 +511,9 @@ def discriminability_maps(checkpoint, folder, n, device):
         if picture is None:
             continue
         with recorded_attention(detector.model) as records:
-            memory = infer(detector.model, dataset.transform, picture, device)["memory"]
+            outputs = infer(detector.model, dataset.transform, picture, device)
+        require_finite_outputs(outputs, dataset.file_name(index))
+        memory = outputs["memory"]
         scores = {"encoder": encoder_norms(memory), "decoder": decoder_attention(memory, records)}
         maps = {}
         for part, tokens in scores.items():
@@ -622,7 +629,7 @@ def main(argv=None):
     """Run one of COMMANDS; the parameters of its function are the flags."""
     with user_errors("visualize.py"):
         commands = {name: delayed(function) for name, function in COMMANDS.items()}
-        with one_line_usage("visualize.py"):
+        with one_line_usage("visualize.py", argv):
             command = tyro.extras.subcommand_cli_from_dict(
                 commands, args=argv, prog="visualize.py", use_underscores=True,
                 description=__doc__.partition("\n")[0])
@@ -633,7 +640,9 @@ def delayed(function):
     """A function with the same parameters that does nothing yet: tyro calls what it has read."""
     @functools.wraps(function)
     def prepare(*args, **kwargs):
-        return functools.partial(function, *args, **kwargs)
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        check_values(given, {"n": 1, "side": 16, "rank": 0, "score_threshold": 0.3})
+        return functools.partial(function, **given)
     return prepare
 
 

@@ -258,14 +258,15 @@ def category_problems(content):
             yield Problem("fatal", "class names that are no text",
                           f"category {category['id']}: expected a name, got {quoted(name, 40)}")
     objects = Counter(row["category_id"] for row in content["annotations"])
-    names = Counter(str(category["name"]) for category in categories)
-    for name, count in names.items():
+    # as the data set names them: two long names may have the same beginning
+    names = [one_line(str(category["name"])) for category in categories]
+    for name, count in Counter(names).items():
         if count == 1:
             continue
-        ids = [category["id"] for category in categories if str(category["name"]) == name]
+        ids = [category["id"] for category, own in zip(categories, names) if own == name]
         with_objects = [number for number in ids if objects[number]]
         yield Problem("error" if len(with_objects) > 1 else "warning", "class name used twice",
-                      f"{one_line(name)!r} has ids {one_line(ids, 60)}: rename one or merge them")
+                      f"{name!r} has ids {one_line(ids, 60)}: rename one or merge them")
 
 
 def image_problems(content):

@@ -135,6 +135,15 @@ def require_finite(detection, name):
                             "its training diverged; use an earlier checkpoint")
 
 
+def require_finite_outputs(outputs, name):
+    """UserError for NaN or infinite logits or boxes: what is measured on them would be wrong."""
+    for key in ("pred_logits", "pred_boxes"):
+        if key in outputs and not outputs[key].isfinite().all():
+            raise UserError(f"expected finite outputs, got NaN or infinity in {key} of {name}: the "
+                            "model's weights are damaged or its training diverged; use an earlier "
+                            "checkpoint")
+
+
 def above(detection, threshold):
     """The detections with at least this score."""
     keep = detection["scores"] >= threshold

@@ -154,10 +154,10 @@ def choose_device(name: str) -> str:
     """Return a device by its name; "" stands for cuda if there is a GPU, else cpu. UserError for a
     device that PyTorch does not have here."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    kind = name.partition(":")[0]
-    if kind not in ("cpu", "cuda", "mps"):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
         raise UserError(f"expected --device cpu, cuda or mps, got {name!r}")
-    there = {"cpu": True, "cuda": torch.cuda.is_available(),
+    kind, _, number = name.partition(":")
+    there = {"cpu": True, "cuda": int(number or 0) < torch.cuda.device_count(),
              "mps": torch.backends.mps.is_available()}
     if not there[kind]:
         kind_of_gpu = "Apple GPU" if kind == "mps" else "GPU"

@@ -55,13 +55,15 @@ class Loaded(NamedTuple):
     criterion: nn.Module
 
 
-def load_model(path: str | Path, device="cpu", variant: str = "", detector: str = "") -> Loaded:
+def load_model(path: str | Path, device="cpu", variant: str = "", detector: str = "",
+               masks: bool = True) -> Loaded:
     """Load a checkpoint of ours or a released one.
 
     path: a file, or whatever `find_weights` reads.
     variant: one of the paper file's VARIANTS, for what a released file does not show (`dc5`).
     detector: path of a mask network's frozen detector; default: its path when it was trained. A
-    network that trained its detector has it in its own checkpoint."""
+    network that trained its detector has it in its own checkpoint.
+    masks: False refuses a mask network."""
     path = find_weights(path)
     state = checkpoints.load(path)
     if "model_name" not in state:
@@ -75,6 +77,9 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     weights = state.get("ema", state["model"])
     parts = [cfg, len(names)]
     if getattr(paper, "NEEDS_DETECTOR", False):
+        if not masks:
+            raise UserError(f"expected a detector, got {path}, a mask network: give the detector "
+                            "it was trained on")
         carried = state.get("detector")
         if carried and detector:
             raise UserError(f"--detector is for masks on a frozen detector, {path} has trained its "
@@ -99,6 +104,9 @@ def build_model(paper, cfg, num_classes: int, detector: str) -> tuple:
     detector: checkpoint of the trained detector, for a paper file that needs one."""
     if getattr(paper, "NEEDS_DETECTOR", False):
         return paper.build(cfg, num_classes, load_detector(detector))
+    if detector:
+        raise UserError(f"expected no --detector with --model {paper.__name__}, which adds no "
+                        f"masks to one, got {detector}: --init starts from its weights")
     return paper.build(cfg, num_classes)
 
 
@@ -112,10 +120,7 @@ def load_detector(path: str) -> Loaded:
     if not path.is_file():
         raise UserError(f"expected the detector at {path}, found no file: say where it lies with "
                         "--detector FILE")
-    loaded = load_model(path)
-    if getattr(loaded.paper, "NEEDS_DETECTOR", False):
-        raise UserError(f"expected a detector, got {path}, a mask network: give the detector "
-                        "it was trained on")
+    loaded = load_model(path, masks=False)   # a damaged file may name itself
     model, names = class_rows.without_unused(loaded.model, loaded.paper, loaded.cfg,
                                              loaded.meta["class_names"])
     return loaded._replace(model=model, meta={**loaded.meta, "class_names": names})

@@ -12,6 +12,8 @@ SIDE = (1, 10_000)         # of an image, pixels
 INTEGER = (1, 1_000_000)   # of fields that RANGES does not list
 NUMBER = (0, 1_000_000)
 RANGES = {
+    # visualize.py
+    "n": (1, 1000), "side": (16, 10_000), "rank": (0, 1_000_000), "score_threshold": FRACTION,
     # Run
     "overfit": (0, 1_000_000), "seed": (0, 2**31 - 1), "accum": (1, 10_000),
     "workers": (-1, 256), "threads": (0, 1024), "keep_every": (0, 1_000_000),

@@ -182,12 +182,24 @@ def wait_for_a_stopped_peer(rank, folder):
     """Rank 1 stops (it is not dead) before its second step; rank 0, which waits for it inside a
     collective call, is asked twice to end."""
     machines.SAME_REQUEST_SECONDS = 0.3
+    stopping = folder / "stopping"
+
+    def stop():
+        stopping.touch()
+        os.kill(os.getpid(), signal.SIGSTOP)
+
+    def ask_twice():
+        while not stopping.exists():
+            time.sleep(0.05)
+        for _ in range(2):
+            time.sleep(0.7)
+            os.kill(os.getpid(), signal.SIGTERM)
+
     if rank == 1:
         with pytest.MonkeyPatch.context() as patch:
-            at_step(patch, 1, lambda: os.kill(os.getpid(), signal.SIGSTOP))
+            at_step(patch, 1, stop)
             train.train(run(folder), *config("deformable_detr"))
-    for seconds in (4.0, 5.0):
-        threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGTERM)).start()
+    threading.Thread(target=ask_twice, daemon=True).start()
     train.train(run(folder), *config("deformable_detr"))
 
 

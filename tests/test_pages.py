@@ -22,8 +22,8 @@ import visualize
 from engine.recipe import configure
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import (ablations, bench, check_data, convert, exercises, follow_image, reduce_log,
-                   ship)
+from tools import (ablations, bench, check_data, convert, exercises, export, follow_image,
+                   predict_memory, reduce_log, ship)
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -117,6 +117,7 @@ def parse_nothing(arguments):
 
 
 PROGRAMS = {
+    "tools.predict_memory": predict_memory.recipes,
     "train": parse_train,
     "eval": functools.partial(parse_options, evaluation.Options),
     "analysis": functools.partial(parse_options, analysis.Options),
@@ -130,6 +131,7 @@ PROGRAMS = {
     "tools.ship": functools.partial(parse_options, ship.Options),
     "tools.exercises": parse_exercises,
     "tools.check_data": functools.partial(parse_function, check_data.main),
+    "tools.export": functools.partial(parse_options, export.Options),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
     "pytest": parse_pytest}
 

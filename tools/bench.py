@@ -21,15 +21,15 @@ from tools.bench_gpu import gpu
 from tools.bench_kernel import kernel
 from tools.bench_load import load
 from tools.bench_masks import mask_cost
-from tools.bench_models import inference, memory, step
+from tools.bench_models import compiled, inference, memory, step
 from tools.bench_onnx import all_installed, onnx
 from tools.bench_transformers import installed, transformers
 from tools.gpu_tables import gpu_tables
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = {"kernel": kernel, "step": step, "inference": inference, "transformers": transformers,
-          "onnx": onnx, "mask_cost": mask_cost, "memory": memory, "loading": loading,
-          "scoring": scoring, "load": load}
+TABLES = {"kernel": kernel, "step": step, "compiled": compiled, "inference": inference,
+          "transformers": transformers, "onnx": onnx, "mask_cost": mask_cost, "memory": memory,
+          "loading": loading, "scoring": scoring, "load": load}
 COMMANDS = {**TABLES, "gpu": gpu, "gpu_tables": gpu_tables}
 OPTIONAL = {"transformers": installed, "onnx": all_installed}   # need packages for tests
 UNPREPARED = ("transformers",)   # first times the package as it comes, without prepare_cpu

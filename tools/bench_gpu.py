@@ -38,10 +38,11 @@ from engine.layers import compile_or_recompute
 from engine.recipe import configure
 from tools import bench_transformers
 from tools.bench_kernel import FOUR, Case, describe, input_sets, lower_bounds, make_inputs
-from tools.bench_models import Setting, TrainingStep, peak_gib, random_batch, step_cost
+from tools.bench_models import Setting, TrainingStep, random_batch, step_cost
 from tools.bench_peers import IMPLEMENTATIONS, errors, is_installed
 from tools.gpu_tables import tables
-from tools.timing import FOLDER, Device, device_name, each_ms, median_ms, show_progress
+from tools.timing import (FOLDER, Device, device_name, each_ms, median_ms, peak_gib,
+                          show_progress)
 
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"cuda": 0.2, "cpu": 0.01}     # how long each figure of a kernel is measured

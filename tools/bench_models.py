@@ -1,12 +1,13 @@
 """Time and memory of whole models: training steps and inference."""
 import importlib
 import multiprocessing
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+from torch.utils import benchmark
 
 import data
 import train
@@ -15,12 +16,8 @@ from engine.datasets import build_datasets
 from engine.layers import compile_or_recompute
 from engine.machine import Machine, prepare_cpu
 from engine.recipe import configure
-from tools.timing import (DEVICE, Device, alternating_ms, median_ms, show_progress, write_table)
-
-try:
-    import resource
-except ImportError:   # Windows
-    resource = None
+from tools.timing import (DEVICE, Device, alternating_ms, median_ms, peak_gib, show_progress,
+                          write_table)
 
 SMALL_BATCHES = (8, 32)     # of the small preset, on a CPU
 PAPER_BATCHES = (1, 2, 4)   # of the published sizes, on a GPU
@@ -99,6 +96,45 @@ def with_attention(impl, training, batch, amp):
         training(batch, amp)
         MSDeformAttn.impl = None
     return call
+
+
+# ---- compiled layers -----------------------------------------------------------------------------
+
+def compiled(device: Device = DEVICE, repeats: int = 5, model: str = "dino",
+             preset: Literal["paper", "small"] = PRESET, batch: int = 8, amp: bool = False,
+             size: tuple[int, int] = (480, 640)):
+    """Time training steps with and without --compile, which take turns, and the compilation.
+
+    Args:
+        device: Where to run.
+        repeats: Steps of each kind; the median is reported.
+        model: Paper file.
+        preset: Sizes of the model and the images.
+        batch: Images of a step.
+        amp: Use bfloat16 autocast.
+        size: Height and width of the images with the preset paper, in pixels.
+    """
+    paper = importlib.import_module(model)
+    cfg, recipe = configure(paper, paper.SMALL if preset == "small" else {})
+    if preset == "small":
+        inputs = scene_batch(recipe, batch)
+    else:
+        inputs = random_batch(size, batch)
+    functions = {}
+    for name in ("plain", "compiled"):
+        net, criterion = paper.build(cfg, num_classes=80)
+        compile_or_recompute(net, train.Run(model=model, compile=name == "compiled"))
+        training = TrainingStep(net, criterion, paper.param_groups(net, recipe), recipe, device)
+        functions[name] = partial(training, inputs, amp)
+    begin = benchmark.timer()
+    functions["compiled"]()
+    seconds = benchmark.timer() - begin
+    ms = alternating_ms(functions, repeats)
+    images = "x".join(map(str, inputs[0].shape))
+    columns = ("model", "images", "ms a step", "with --compile", "ratio", "first step s")
+    row = [f"{model}, {preset} preset", images, f"{ms['plain']:.0f}", f"{ms['compiled']:.0f}",
+           f"{ms['plain'] / ms['compiled']:.2f}", f"{seconds:.0f}"]
+    write_table(f"compiled_{preset}", device, columns, [row])
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -216,14 +252,3 @@ def step_cost(setting: Setting) -> tuple[float, float]:
     training = TrainingStep(model, criterion, parameters, recipe, setting.device)
     ms = median_ms(lambda: training(batch, setting.amp), setting.seconds)
     return ms, peak_gib(setting.device)
-
-
-def peak_gib(device: Device) -> float:
-    """Peak memory: of PyTorch's allocator on a GPU, or of this process; nan on Windows, where
-    Python does not know it."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated() / 2 ** 30
-    if resource is None:
-        return float("nan")
-    unit = 1 if sys.platform == "darwin" else 1024     # bytes
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30

@@ -19,7 +19,7 @@ from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_count
 from engine import coco_json
 from engine.class_labels import match_classes
 from engine.coco_json import Problem, plural
-from engine.errors import UserError, user_errors
+from engine.errors import UserError, printable, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
 from engine.notices import one_line
@@ -142,7 +142,7 @@ def check(directory: str | Path, full: bool = True) -> int:
             problems += check_split(directory, split, full)
             problems += check_as_loaded(directory, split)
         except UserError as error:
-            problems.append(Problem("fatal", "cannot be loaded", str(error)))
+            problems.append(Problem("fatal", "cannot be loaded", printable(str(error))))
         report(problems, limit=sys.maxsize)
         bad = sum(problem.level != "warning" for problem in problems)
         warnings = len(problems) - bad
@@ -260,7 +260,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.check_data"):
-        with one_line_usage("python -m tools.check_data"):
+        with one_line_usage("python -m tools.check_data", argv):
             options = tyro.cli(Options, args=argv, prog="python -m tools.check_data")
         sys.exit(1 if check(options.directory) else 0)
 

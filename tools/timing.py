@@ -10,6 +10,11 @@ from typing import Literal
 import torch
 from torch.utils import benchmark
 
+try:
+    import resource
+except ImportError:   # Windows
+    resource = None
+
 Device = Literal["cpu", "cuda"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FOLDER = Path("runs/bench")     # of the tables
@@ -78,6 +83,17 @@ def capture(function):
         torch.cuda.synchronize()
         return None
     return graph
+
+
+def peak_gib(device: str = "cpu") -> float:
+    """Largest memory until now, GiB: of PyTorch's allocator on a GPU, or of this process; nan on
+    Windows, where Python does not know it."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    if resource is None:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024     # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 # ---- tables --------------------------------------------------------------------------------------
