@@ -5,8 +5,9 @@
     python -m tools.export --checkpoint FILE --out dino.onnx --size 800 1344 --batch 4   fixed
     python -m tools.export --checkpoint FILE --out dino.onnx --raw           without post-processing
 
-Inputs: images (B, 3, H, W) float32, RGB, normalized as in `data.normalize`; padding (B, H, W) bool,
-True on padding; sizes (B, 2) float32, height and width of the images that boxes are wanted for.
+Inputs: images (B, 3, H, W) float32, RGB, as `transforms.normalize` makes them; padding (B, H, W)
+bool, True on padding; sizes (B, 2) float32, height and width of the images that boxes are wanted
+for.
 
 Outputs: scores (B, k), labels (B, k), boxes (B, k, 4) xyxy in pixels of `sizes`, query (B, k), best
 first; of mask networks also mask_logits (B, k, r, r), which cover the boxes (`masks.paste`), and
@@ -40,6 +41,7 @@ from torch import Tensor, nn
 import co_detr
 import data
 import mask_frozen_detr
+import transforms
 from deformable_attn import MSDeformAttn
 from engine import commands
 from engine.cli import registry
@@ -217,9 +219,9 @@ def trace(module: nn.Module, inputs: tuple, dynamic: bool):
 def description(detector) -> dict:
     """What a program that runs the file has to know, as text."""
     recipe = detector.recipe
-    facts = {"class_names": detector.meta["class_names"], "mean": data.MEAN.tolist(),
-             "std": data.STD.tolist(), "short_side": recipe.eval_size, "long_side": recipe.max_size,
-             "model": detector.meta["model_name"]}
+    facts = {"class_names": detector.meta["class_names"], "mean": transforms.MEAN.tolist(),
+             "std": transforms.STD.tolist(), "short_side": recipe.eval_size,
+             "long_side": recipe.max_size, "model": detector.meta["model_name"]}
     return {name: json.dumps(value) for name, value in facts.items()}
 
 
@@ -272,7 +274,7 @@ def example_inputs(images: list, recipe, batch: int, size: tuple | None) -> tupl
         if size:
             scale = min(height / image.height, width / image.width)
             within = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-            samples.append((data.normalize(image.resize(within)), {}))
+            samples.append((transforms.normalize(image.resize(within)), {}))
         else:
             samples.append(data.eval_transform(recipe)(image))
     pixels, padding, _ = data.collate(samples)
@@ -375,6 +377,9 @@ def export(options: Options) -> str:
     options.check()
     images = [read_image(path) for path in options.images or []] or [Shapes("val", 1).image(0)]
     detector = commands.open_detector(options.checkpoint, "cpu", options.variant, options.detector)
+    if detector.recipe.augment == "lsj":
+        raise UserError(f"{options.checkpoint}: expected a detector whose padding is masked, got "
+                        "one of large-scale jitter, whose images fill a square: it is not exported")
     module = as_module(detector, options.raw)
     path = Path(options.out)
     inputs = example_inputs(images, detector.recipe, options.batch, options.size)
