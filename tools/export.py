@@ -42,6 +42,7 @@ import co_detr
 import data
 import mask_frozen_detr
 import transforms
+from boxes import paired_iou
 from deformable_attn import MSDeformAttn
 from engine import commands
 from engine.cli import registry
@@ -130,7 +131,7 @@ def soft_nms_in_steps(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: 
                       min_score: float, top_k: int) -> tuple[Tensor, Tensor]:
     """`heads.regions.soft_nms` with as many steps as there are rows. Where that ends early, rows
     of score 0 follow."""
-    iou = co_detr.paired_iou(boxes[:, None], boxes[None])[0]             # (n, n)
+    iou = paired_iou(boxes[:, None], boxes[None])[0]             # (n, n)
     lowers = (iou >= threshold) & (labels[:, None] == labels)            # (n, n)
     factors = torch.where(lowers, 1 - iou, 1)                            # (n, n)
     factors = factors * (1 - torch.eye(len(boxes)))                      # selects every box once
