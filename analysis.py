@@ -29,7 +29,7 @@ from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locatio
 from engine import commands, files
 from engine.cli import registry
 from engine.errors import UserError, user_errors
-from engine.inference import predict
+from engine.inference import predict, require_finite_outputs
 from engine.flags import one_line_usage
 from engine.forms import mismatch, read_results
 from engine.machine import prepare_cpu
@@ -65,6 +65,7 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
             if "anchors" not in outputs:
                 raise UserError("expected outputs['anchors'], where each query starts; "
                                 "this model gives none")
+            require_finite_outputs(outputs, f"batch {len(distances) + 1}")
             targets = data.to_device(targets, device)
             distance, area = matched_distances(outputs, targets, criterion)
             distances.append(distance)
@@ -106,7 +107,7 @@ def matched_distances(outputs, targets, criterion):
     for b, (query, index) in enumerate(criterion.match(outputs, targets)):
         boxes = targets[b]["boxes"][index.to(anchors.device)]                  # (n, 4)
         distances.append(anchor_distances(anchors[b, query.to(anchors.device)], boxes))
-        areas.append(boxes[:, 2:].prod(-1) * targets[b]["orig_size"].prod())
+        areas.append(boxes[:, 2:].prod(-1) * targets[b]["canvas_size"].prod())
     return torch.cat(distances).cpu(), torch.cat(areas).cpu()
 
 
@@ -132,6 +133,7 @@ def assignments(model, criterion, dataset, device, **common):
     rows = []
     indices = range(min(len(dataset), MATCHED_IMAGES))
     for outputs, targets in predict(model, dataset, indices, device, **common):
+        require_finite_outputs(outputs, f"the batch after {len(rows)} images")
         num_queries = outputs["pred_logits"].shape[1]
         for query, index in criterion.match(outputs, data.to_device(targets, device)):
             row = torch.full((num_queries,), -1, dtype=torch.int16)
@@ -417,7 +419,7 @@ class Options:
     out: str = ""           # folder for analysis.json; none: that of the first checkpoint
     batch_size: int = 1     # images per batch
     workers: int = 0        # processes that read images
-    device: str = ""        # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""        # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool = False       # bfloat16 autocast
     variant: str = ""       # variant of released weights whose file does not show it: dc5
 
@@ -447,16 +449,15 @@ def analyze_files(options):
 
 def main(argv=None):
     with user_errors("analysis.py"):
-        with one_line_usage("analysis.py"):
+        with one_line_usage("analysis.py", argv):
             options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
                                description=commands.summary(__doc__), registry=registry,
                                config=(tyro.conf.FlagCreatePairsOff,))
         commands.require(options.checkpoint, "--checkpoint FILE", "none")
         commands.require(options.k >= 1, "--k of at least 1", options.k)
         commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)
-        commands.require(options.workers >= 0, "--workers of at least 0", options.workers)
-        first = Path(options.checkpoint[0])
-        folder = first if first.is_dir() else first.parent
+        commands.require(0 <= options.workers <= 256, "--workers in 0..256", options.workers)
+        folder = commands.results_folder(options.checkpoint[0])
         out = files.prepare_folder(options.out or folder)
         analyses = analyze_files(options)
         print(analysis_table(analyses))

@@ -13,11 +13,13 @@
     curves            AP, losses and learning rate of a run folder
     compare_curves    AP against training time of several runs
     precision_recall  precision over recall of each class, from eval.json
+    explore           a page to click through: everything a detector computes for an image
 
 train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy in pixels of the
 picture here.
 """
 import functools
+import inspect
 from dataclasses import replace
 
 import matplotlib
@@ -39,10 +41,13 @@ from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
-from engine.inference import above, as_rgb, detect_image, detect_with, infer
+from engine.inference import (above, as_rgb, detect_image, detect_with, infer, require_finite,
+                              require_finite_outputs)
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
+from engine.ranges import check_values
+from explorer import explore
 from scenes import Shapes
 
 __all__ = ["compare_curves", "curves", "draw_detections", "ladder", "predictions", "read_log",
@@ -65,7 +70,7 @@ def detections(checkpoint: str, image: str, out: str = "detections.jpg",
         image: Image file.
         out: Picture to write, .png or .jpg.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
@@ -135,7 +140,7 @@ def predictions_of_checkpoint(checkpoint: str, out: str = "predictions.png", dat
         data: COCO-layout folder; default: the checkpoint's own data.
         n: Number of images.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, dataset = with_data(open_detector(checkpoint, device), data)
     return predictions(detector.model, detector.paper.detect, dataset, detector.cfg, device, out,
@@ -154,7 +159,7 @@ def strip(checkpoint: list[str], out: str = "strip.jpg", data: str = "", n: int 
         n: Number of images.
         side: Longer side of each picture in px.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     columns = []
     names = []
@@ -188,7 +193,7 @@ def mistakes(checkpoint: str, out: str = "mistakes.jpg", data: str = "", n: int 
         data: COCO-layout folder; default: the checkpoint's own data.
         n: Number of mistakes of each kind.
         score_threshold: Minimum score of detections.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, dataset = with_data(open_detector(checkpoint, device), data)
     found = []
@@ -263,11 +268,14 @@ def run_on_file(checkpoint, image, device, top_k=0):
     of the decoder's attention, and the best `top_k` detections (at least `cfg.top_k`)."""
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
+    transform = eval_transform(detector.recipe)
     with recorded_attention(detector.model) as records:
-        outputs = infer(detector.model, eval_transform(detector.recipe), picture, device)
-    size = torch.tensor([[picture.height, picture.width]], device=device)      # (1, 2)
+        outputs = infer(detector.model, transform, picture, device)
+    canvas = torch.tensor([transform.canvas_size(*picture.size)], device=device)   # (1, 2)
     cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, top_k))
-    return detector, picture, outputs, records, detector.paper.detect(outputs, size, cfg)[0]
+    detection = detector.paper.detect(outputs, canvas, cfg)[0]
+    require_finite(detection, str(image))
+    return detector, picture, outputs, records, detection
 
 
 def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg", rank: int = 0,
@@ -280,7 +288,7 @@ def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg
         image: Image file.
         out: Picture to write, .png or .jpg.
         rank: Which detection's query; 0: the best.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, picture, _, records, found = run_on_file(checkpoint, image, device, rank + 1)
     require(records, "a model with deformable attention", detector.meta["model_name"])
@@ -380,7 +388,7 @@ def anchors(checkpoint: str, image: str, out: str = "anchors.jpg", score_thresho
         image: Image file.
         out: Picture to write, .png or .jpg.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, picture, outputs, _, found = run_on_file(checkpoint, image, device)
     require("anchors" in outputs, "a model whose queries start at anchors",
@@ -433,7 +441,7 @@ def analysis(analysis: str, out: str = "analysis.png", data: str = "", n: int = 
         out: Picture to write, .png or .jpg.
         data: COCO-layout folder; default: each checkpoint's own data.
         n: Number of images.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     analyses = read_analyses(analysis)
     conflicts = {name: a["conflict"] for name, a in analyses.items() if "conflict" in a}
@@ -503,7 +511,9 @@ def discriminability_maps(checkpoint, folder, n, device):
         if picture is None:
             continue
         with recorded_attention(detector.model) as records:
-            memory = infer(detector.model, dataset.transform, picture, device)["memory"]
+            outputs = infer(detector.model, dataset.transform, picture, device)
+        require_finite_outputs(outputs, dataset.file_name(index))
+        memory = outputs["memory"]
         scores = {"encoder": encoder_norms(memory), "decoder": decoder_attention(memory, records)}
         maps = {}
         for part, tokens in scores.items():
@@ -611,14 +621,15 @@ COMMANDS = {"detections": detections,
             "scenes": scenes,
             "curves": curves,
             "compare_curves": compare_curves,
-            "precision_recall": precision_recall}
+            "precision_recall": precision_recall,
+            "explore": explore}
 
 
 def main(argv=None):
     """Run one of COMMANDS; the parameters of its function are the flags."""
     with user_errors("visualize.py"):
         commands = {name: delayed(function) for name, function in COMMANDS.items()}
-        with one_line_usage("visualize.py"):
+        with one_line_usage("visualize.py", argv):
             command = tyro.extras.subcommand_cli_from_dict(
                 commands, args=argv, prog="visualize.py", use_underscores=True,
                 description=__doc__.partition("\n")[0])
@@ -629,7 +640,9 @@ def delayed(function):
     """A function with the same parameters that does nothing yet: tyro calls what it has read."""
     @functools.wraps(function)
     def prepare(*args, **kwargs):
-        return functools.partial(function, *args, **kwargs)
+        given = inspect.signature(function).bind(*args, **kwargs).arguments
+        check_values(given, {"n": 1, "side": 16, "rank": 0, "score_threshold": 0.3})
+        return functools.partial(function, **given)
     return prepare
 
 

@@ -2,7 +2,8 @@
 
 A checkpoint of a run is a dictionary: format, model_name, variant, config, recipe, run,
 class_names, category_ids, data, model, ema (EMA weights), epoch, step, best; last.pt also
-holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly.
+holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly. `detector`
+describes a detector whose weights are among those of a mask network.
 """
 import contextlib
 import dataclasses
@@ -16,14 +17,14 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 
+from engine import weight_files
 from engine.errors import UserError
 from engine.files import prepare_folder, write_json
 from engine.forms import mismatch
 from engine.notices import one_line
-from engine.ranges import check_ranges, check_values
+from engine.ranges import check_ranges, check_type, check_values
 from engine.recipe import configure, override
 
 try:
@@ -33,6 +34,9 @@ except ImportError:   # Windows
     import msvcrt
 
 FORMAT = 2
+DEEPEST = 50   # levels of lists and dictionaries in a checkpoint; ours have 6
+MOST_VALUES = 1_000_000   # in all of them
+LARGEST = 1e12   # number of steps or seconds
 
 # Besides tensors and plain types, `load` allows these classes, which released files contain.
 NUMPY_SCALAR = np.float64(0).__reduce__()[0]   # NumPy 1 and 2 name its module differently
@@ -52,7 +56,8 @@ FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
 # The forms of what it may hold besides; see engine.forms.
 FORMS = {"format": int, "class_names": [str], "category_ids": [int], "recipe": {}, "ema": {},
          "run": {},
-         "variant": str, "step": int, "epoch": int, "thresholds": {str: float}}
+         "variant": str, "step": int, "epoch": int, "thresholds": {str: float},
+         "detector": {"model_name": str, "config": {}, "recipe": {}, "class_names": [str]}}
 RUN_DEFAULTS = {"data": "", "seed": 0, "overfit": 0, "num_train": 1, "num_val": 1,
                 "detector": ""}   # what evaluating reads of a run
 RUN_FILES = (".lock", "config.json", "log.jsonl", "nan_report.jsonl", "last.pt", "last.pt.prev",
@@ -110,7 +115,11 @@ def load(path: str | Path, map_location="cpu") -> dict:
         raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} "
                         "holds")
     if path.suffix == ".safetensors":
-        return load_safetensors(path)
+        state = weight_files.read(path)
+        if "model_name" in state:
+            check_fields(path, state, FIELDS)
+            check_forms(path, state)
+        return state
     try:
         with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location=map_location, weights_only=True)
@@ -119,7 +128,7 @@ def load(path: str | Path, map_location="cpu") -> dict:
     if not isinstance(state, dict):
         raise UserError(f"{path}: expected a dictionary, got {type(state).__name__}; this is no "
                         "checkpoint")
-    check_tensors(path, state)
+    check_contents(path, state)
     if "model_name" in state:
         check_sums(path)
         check_fields(path, state, FIELDS)
@@ -146,25 +155,36 @@ def why_unreadable(path: Path, error: Exception) -> str:
         return (f"{path}: expected tensors and plain types only, got a pickle of protocol 3 or "
                 "later, which cannot be read without running it: save it again with torch.save's "
                 "own protocol")
-    reason = str(error).partition("\n")[0] or type(error).__name__
+    # PyTorch's message begins with the proposal to read the file in a way that runs its code
+    reason = str(error).rpartition("WeightsUnpickler error: ")[2]
+    reason = reason.strip().partition("\n")[0] or type(error).__name__
     return (f"{path}: expected a checkpoint, got a file that is broken or cut short ({reason}). "
             f"Copy it again, or use {path.name}.prev")
 
 
-def check_tensors(path: Path, value, name: str = "the file") -> None:
+def check_contents(path: Path, state: dict) -> None:
     """UserError for a tensor that the file does not hold itself: one without numbers, or a view
-    that repeats few numbers until it is larger than any memory."""
-    if isinstance(value, dict):
-        for key, part in value.items():
-            check_tensors(path, part, str(key))
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            check_tensors(path, part, name)
-    elif torch.is_tensor(value):
-        plain = value.layout == torch.strided and not value.is_meta
-        if not plain or value.nbytes > value.untyped_storage().nbytes():
-            raise UserError(f"{path}: expected tensors with all their numbers, got another kind in "
-                            f"{one_line(name, 80)}: the file is damaged; copy it again")
+    that repeats few numbers until it is larger than any memory. Also for lists and dictionaries
+    nested so deep, or holding each other so often, that no program gets through them."""
+    waiting = [("the file", state, 0)]
+    visited = 0
+    while waiting:
+        name, value, depth = waiting.pop()
+        visited += 1
+        if depth > DEEPEST or visited > MOST_VALUES:
+            raise UserError(f"{path}: expected at most {DEEPEST} levels of lists and dictionaries "
+                            f"and {MOST_VALUES} values, got more in {one_line(name, 80)}: the file "
+                            "is damaged; copy it again")
+        if isinstance(value, dict):
+            waiting += [(key if isinstance(key, str) else name, part, depth + 1)
+                        for key, part in value.items()]
+        elif isinstance(value, (list, tuple)):
+            waiting += [(name, part, depth + 1) for part in value]
+        elif torch.is_tensor(value):
+            plain = value.layout == torch.strided and not value.is_meta
+            if not plain or value.nbytes > value.untyped_storage().nbytes():
+                raise UserError(f"{path}: expected tensors with all their numbers, got another "
+                                f"kind in {one_line(name, 80)}: the file is damaged; copy it again")
 
 
 def check_sums(path: Path) -> None:
@@ -193,7 +213,7 @@ def saved_weights(path: str | Path, state: dict) -> dict:
     finite tensors."""
     weights = state.get("ema", state["model"])
     for name, value in weights.items():
-        if not isinstance(name, str) or not torch.is_tensor(value):
+        if not isinstance(name, str) or not torch.is_tensor(value) or value.is_complex():
             raise UserError(f"{path}: expected tensors by name, got {type(value).__name__} as "
                             f"{one_line(name, 80)}: the file is damaged; copy it again")
     require_finite(weights, path)
@@ -209,15 +229,6 @@ def check_forms(path: Path, state: dict) -> None:
         raise UserError(f"{path}: expected {fault}: the file is damaged; copy it again")
     if "run" in state:
         check_values(state["run"], RUN_DEFAULTS)
-
-
-def load_safetensors(path: Path) -> dict:
-    """Tensors of a .safetensors file."""
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:   # the library has its own exception, and raises built-in ones
-        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
-                        f"short ({type(error).__name__}: {error}). Copy it again") from error
 
 
 def newest(folder: str | Path) -> Path:
@@ -245,6 +256,8 @@ def settings(paper, state: dict) -> tuple:
         detector = values.pop("detector")
         if not getattr(paper, "NEEDS_DETECTOR", False):
             values["base"] = detector
+    if {"importance", "oversample"} <= values.keys() and "oversample_points" not in values:
+        values["oversample_points"] = values.pop("oversample")   # its name in earlier mask networks
     cfg, recipe = configure(paper, values)
     check_ranges(cfg, recipe)
     return cfg, recipe
@@ -271,6 +284,8 @@ def check_fit(model, state: dict, path: str | Path) -> None:
             shape = tuple(getattr(state[name], "shape", ()))
             if not torch.is_tensor(state[name]) or shape != tuple(own[name].shape):
                 wrong.append(f"{name} {shape} instead of {tuple(own[name].shape)}")
+            elif own[name].is_floating_point() and not state[name].is_floating_point():
+                wrong.append(f"{name} {state[name].dtype} instead of {own[name].dtype}")
     if wrong:
         raise UserError(f"{path}: expected the tensors of this model, got {len(wrong)} that do not "
                         f"fit ({'; '.join(wrong[:3])}): the file belongs to another version or to "
@@ -298,6 +313,7 @@ class RunFolder:
         self.lock = None
 
     def __enter__(self):
+        self.is_new = not self.path.exists()
         if self.machine.is_main:
             prepare_folder(self.path)
             self._refuse_other_kinds()
@@ -308,9 +324,14 @@ class RunFolder:
                 temporary.unlink()
         return self
 
-    def __exit__(self, *error):
-        if self.lock:
-            self.lock.close()
+    def __exit__(self, kind, *error):
+        if not self.lock:
+            return
+        self.lock.close()
+        failed_at_start = kind is not None and os.listdir(self.path) == [".lock"]
+        if failed_at_start and self.is_new:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
 
     def _refuse_other_kinds(self):
         """A pipe or a device in place of a file would block, a folder would fail late."""
@@ -327,8 +348,10 @@ class RunFolder:
                 raise UserError(f"{self.path} already holds a run: continue it with --resume, or "
                                 "name another folder with --out")
 
-    def describe(self, cfg, recipe, dataset) -> None:
-        """Set `header`, the part of every checkpoint that describes the run. Write config.json."""
+    def describe(self, cfg, recipe, dataset, carried: dict | None = None) -> None:
+        """Set `header`, the part of every checkpoint that describes the run. Write config.json.
+
+        carried: the description of a detector that the model trains as a part of itself."""
         described = {"run": dataclasses.asdict(self.run), "config": dataclasses.asdict(cfg),
                      "recipe": dataclasses.asdict(recipe)}
         self.header = {
@@ -336,6 +359,8 @@ class RunFolder:
             **described,
             "class_names": list(dataset.class_names),
             "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name}
+        if carried:
+            self.header["detector"] = {"format": FORMAT, **carried}
         if self.machine.is_main:
             write_json(self.path / "config.json", described)
 
@@ -360,7 +385,8 @@ class RunFolder:
         if self.machine.is_main:
             save(self.path / name, state, keep_previous=optimizer is not None)
 
-    def restore(self, progress, model, ema, optimizer, steps_per_epoch: int):
+    def restore(self, progress, model, ema, optimizer, steps_per_epoch: int,
+                class_names: list[str]):
         """Restore the run that `run.resume` names: weights, EMA, optimizer and random states.
         -> its progress
 
@@ -371,6 +397,16 @@ class RunFolder:
             raise UserError(f"{path} holds weights only, a run cannot continue from it: give "
                             "last.pt, or --init")
         check_fields(path, state, RESUME_FIELDS)
+        if state["class_names"] != list(class_names):
+            raise UserError(f"expected the classes of the saved run, in its order, "
+                            f"{one_line(state['class_names'])}, got {one_line(class_names)}: train "
+                            "on the same data, or start a new run with --init and --out")
+        for name, default in vars(progress).items():
+            value = state["progress"].get(name, default)
+            check_type(name, value, default)
+            if not -1 <= value <= LARGEST:   # False for NaN
+                raise UserError(f"{path}: expected {name} of the run from -1 to {LARGEST:g}, got "
+                                f"{value}: the file is damaged")
         progress = override(progress, state["progress"])
         if progress.step != progress.epoch * steps_per_epoch + progress.batch:
             saved_steps = (progress.step - progress.batch) // max(1, progress.epoch)
@@ -383,15 +419,32 @@ class RunFolder:
         load_weights(model, state["model"], path)
         if hasattr(ema, "n_averaged"):
             load_weights(ema.module, state.get("ema", {}), path)
-            ema.n_averaged.fill_(state.get("ema_updates", progress.step))
         try:
-            optimizer.load_state_dict(state["optimizer"])
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path}: expected the optimizer state of this model, got: {error}") \
-                from error
-        if self.machine.rank < len(state["rng"]):
-            set_random_state(state["rng"][self.machine.rank])
+            if hasattr(ema, "n_averaged"):
+                ema.n_averaged.fill_(state.get("ema_updates", progress.step))
+            restore_optimizer(optimizer, state["optimizer"])
+            if self.machine.rank < len(state["rng"]):
+                set_random_state(state["rng"][self.machine.rank])
+        except Exception as error:   # a damaged file can raise nearly anything
+            raise UserError(f"{path}: expected the optimizer state and random states of this run, "
+                            f"got: {type(error).__name__}: {error}") from error
         return progress
+
+
+def restore_optimizer(optimizer, saved: dict) -> None:
+    """optimizer.load_state_dict, except that the options of the groups stay those of the settings.
+    The learning rate is loaded: every step sets it anew, and a run that makes no further step
+    saves it again. ValueError for a state of another shape, which would fail at the first step."""
+    options = [{name: x for name, x in group.items() if name not in ("params", "lr")}
+               for group in optimizer.param_groups]
+    optimizer.load_state_dict(saved)
+    for group, own in zip(optimizer.param_groups, options):
+        group.update(own)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape not in ((), parameter.shape):
+                raise ValueError(f"{name} of shape {tuple(value.shape)} for a parameter of "
+                                 f"{tuple(parameter.shape)}")
 
 
 def lock_folder(folder: Path):

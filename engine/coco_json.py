@@ -23,6 +23,10 @@ JSON_PLACES = (
     "annotations/instances_{split}2017.json",
     "annotations/instances_{split}.json",
     "{split}/_annotations.coco.json",      # as Roboflow exports it
+    "annotations/{split}.json",
+    "{split}/annotations.json",
+    "{split}.json",
+    "annotations/lvis_v1_{split}.json",
 )
 IMAGE_PLACES = ("{split}2017", "images/{split}2017", "{split}", "images/{split}", "images", "")
 SPLIT_NAMES = {"val": ("val", "valid")}    # where files and folders have several names for a split
@@ -31,6 +35,7 @@ SPLIT_NAMES = {"val": ("val", "valid")}    # where files and folders have severa
 FOREIGN_LAYOUTS = {
     "yolo": ("data.yaml", "labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "classes.txt"),
     "voc": ("Annotations/*.xml", "*/Annotations/*.xml", "*.xml", "*/*.xml"),
+    "csv": ("*.csv", "*/*.csv"),
 }
 
 # The lists of a json, and the fields that every entry must have.
@@ -100,7 +105,20 @@ def read_json(path: str | Path, root: str | Path = "", split: str = "") -> dict:
         raise UserError(
             f"{path}: expected a JSON object with images, annotations and categories, got a "
             f"{type(content).__name__}; a list is often a results file: give the ground truth")
+    name_files(content.get("images"))
     return content
+
+
+def name_files(images) -> None:
+    """Name the files of LVIS's images, which have a `coco_url` and no `file_name`, in place."""
+    if not isinstance(images, list):
+        return
+    for image in images:
+        if isinstance(image, dict) and "file_name" not in image:
+            url = image.get("coco_url")
+            if isinstance(url, str):
+                place = url.partition("://")[2]                # host/train2017/1.jpg
+                image["file_name"] = place.partition("/")[2]
 
 
 def missing_json(path: Path, root: Path, split: str) -> str:
@@ -124,7 +142,7 @@ def missing_json(path: Path, root: Path, split: str) -> str:
 
 
 def foreign_layout(root: Path) -> str | None:
-    """Return "yolo" or "voc" if a folder looks like one, else None."""
+    """Return "yolo", "voc" or "csv" if a folder looks like one, else None."""
     for layout, patterns in FOREIGN_LAYOUTS.items():
         for pattern in patterns:
             if next(root.glob(pattern), None):
@@ -240,14 +258,15 @@ def category_problems(content):
             yield Problem("fatal", "class names that are no text",
                           f"category {category['id']}: expected a name, got {quoted(name, 40)}")
     objects = Counter(row["category_id"] for row in content["annotations"])
-    names = Counter(str(category["name"]) for category in categories)
-    for name, count in names.items():
+    # as the data set names them: two long names may have the same beginning
+    names = [one_line(str(category["name"])) for category in categories]
+    for name, count in Counter(names).items():
         if count == 1:
             continue
-        ids = [category["id"] for category in categories if str(category["name"]) == name]
+        ids = [category["id"] for category, own in zip(categories, names) if own == name]
         with_objects = [number for number in ids if objects[number]]
         yield Problem("error" if len(with_objects) > 1 else "warning", "class name used twice",
-                      f"{one_line(name)!r} has ids {one_line(ids, 60)}: rename one or merge them")
+                      f"{name!r} has ids {one_line(ids, 60)}: rename one or merge them")
 
 
 def image_problems(content):

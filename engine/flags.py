@@ -10,9 +10,12 @@ LONGEST = 400   # characters of the message
 
 
 @contextlib.contextmanager
-def one_line_usage(program: str):
+def one_line_usage(program: str, argv=()):
     """Turn the framed message of tyro about wrong flags into a UserError of one line. Help stays
-    as it is."""
+    as it is.
+
+    argv: refuse empty values among these words; None: those of the command line"""
+    refuse_empty(sys.argv[1:] if argv is None else argv)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
@@ -22,6 +25,20 @@ def one_line_usage(program: str):
             raise             # --help
         raise UserError(without_frame(said.getvalue(), program)) from None
     sys.stderr.write(said.getvalue())
+
+
+def refuse_empty(words) -> None:
+    """UserError for a flag without a value, such as that of a shell variable that is not set: it
+    would be taken for a flag that was not given."""
+    flag = "a value"
+    for word in words:
+        if word.startswith("--"):
+            flag, equals, value = word.partition("=")
+            empty = equals and not value.strip()
+        else:
+            empty = not word.strip()
+        if empty:
+            raise UserError(f"{flag}: expected a value, got ''; leave the flag out")
 
 
 def without_frame(text: str, program: str) -> str:

@@ -53,11 +53,26 @@ def infer(model, transform, image, device, amp=False):
         return model(images.to(device), padding.to(device))
 
 
+def detect_on_canvas(detect, outputs, canvas_sizes, sizes, cfg):
+    """Detections in pixels of the original images.
+
+    canvas_sizes, sizes (B, 2): height and width of the network's input and of the original images,
+    both in pixels of the originals; see data.py. Masks end where the original image ends."""
+    if "mask_logits" in outputs:
+        canvas_sizes = canvas_sizes.round().long()
+    detections = detect(outputs, canvas_sizes, cfg)
+    for found, (height, width) in zip(detections, sizes.tolist()):
+        if "masks" in found:
+            found["masks"] = found["masks"][:, :height, :width]
+    return detections
+
+
 def detect_with(model, detect, transform, image, cfg, device, amp=False, name="the image"):
     """The `cfg.top_k` best detections of one PIL RGB image; `name` stands in errors."""
     outputs = infer(model, transform, image, device, amp)
-    size = torch.tensor([[image.height, image.width]], device=device)          # (1, 2)
-    detection = detect(outputs, size, cfg)[0]
+    canvas = torch.tensor([transform.canvas_size(*image.size)], device=device)  # (1, 2)
+    size = torch.tensor([[image.height, image.width]])                         # (1, 2)
+    detection = detect_on_canvas(detect, outputs, canvas, size, cfg)[0]
     require_finite(detection, name)
     return detection
 
@@ -118,6 +133,15 @@ def require_finite(detection, name):
             raise UserError(f"expected finite detections, got NaN or infinite {key} in {bad} of "
                             f"{len(rows)} detections of {name}: the model's weights are damaged or "
                             "its training diverged; use an earlier checkpoint")
+
+
+def require_finite_outputs(outputs, name):
+    """UserError for NaN or infinite logits or boxes: what is measured on them would be wrong."""
+    for key in ("pred_logits", "pred_boxes"):
+        if key in outputs and not outputs[key].isfinite().all():
+            raise UserError(f"expected finite outputs, got NaN or infinity in {key} of {name}: the "
+                            "model's weights are damaged or its training diverged; use an earlier "
+                            "checkpoint")
 
 
 def above(detection, threshold):

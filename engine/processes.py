@@ -19,9 +19,11 @@ def own_place() -> Place:
     world = number("WORLD_SIZE", 1)
     place = Place(number("RANK", 0), world, number("LOCAL_RANK", 0),
                   number("LOCAL_WORLD_SIZE", world))
-    if not 0 <= place.rank < place.world:
-        raise UserError(f"expected RANK from 0 to WORLD_SIZE - 1, got {place.rank} of "
-                        f"{place.world}: unset both, or start with torchrun")
+    for kind, rank, world in (("", place.rank, place.world),
+                              ("LOCAL_", place.local_rank, place.local_world)):
+        if rank >= world:
+            raise UserError(f"expected {kind}RANK from 0 to {kind}WORLD_SIZE - 1, got {rank} of "
+                            f"{world}: unset both, or start with torchrun")
     if place.world > 1 and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         raise UserError(f"expected MASTER_ADDR and MASTER_PORT beside WORLD_SIZE {place.world}, "
                         "got none: unset WORLD_SIZE, or start with torchrun")

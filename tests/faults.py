@@ -1,14 +1,12 @@
 """Materials and damages for test_faults.py.
 
 A damage is a function (rng, folder) -> short text. It changes something in a folder of materials;
-everything that it draws comes from `rng`. `CASES` pairs each damage with the commands that meet it.
+everything that it draws comes from `rng`. fault_cases.py says which commands meet it.
 """
-import copy
 import gzip
 import importlib
 import json
 import os
-import random
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -30,14 +28,15 @@ from tiny_checkpoint import write_checkpoint
 PAPERS = ("deformable_detr", "detr", "dino", "h_detr", "co_detr")
 CLASSES = ("cat", "dog")
 IMAGES = ("photo.png", "photo.jpg", "gray.tif", "palette.gif", "deep.png", "photo.webp")
-TINY = ("--preset=small", "--dim=32", "--num_heads=2", "--ffn_dim=32", "--num_queries=8",
+TINY = ("--preset=small", "--dim=64", "--num_heads=2", "--ffn_dim=32", "--num_queries=8",
         "--encoder_layers=1", "--decoder_layers=1", "--train_sizes=64", "--eval_size=64",
         "--batch_size=2", "--epochs=1")
 HERE = ("--device=cpu", "--workers=0", "--threads=1", "--amp=false")
 MASKS = ("--model=mask_frozen_detr", "--data=data", "--preset=small", "--roi_size=8",
          "--channel_dim=32", "--image_ffn_dim=32", "--box_ffn_dim=32", "--score_dim=8",
          "--score_ffn_dim=16", "--num_heads=2", "--batch_size=2", "--epochs=1", *HERE)
-RELEASED_SIZES = {"dim": 32, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2,
+CPU = ("--device=cpu", "--workers=0")
+RELEASED_SIZES = {"dim": 64, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2,
                   "num_queries": 5}
 HUGE = "huge integer"   # more digits than Python makes of a number
 RECTANGLE = [[10, 10, 40, 10, 40, 30, 10, 30]]
@@ -110,18 +109,24 @@ def edit_json(path, change):
 
 # ---- values --------------------------------------------------------------------------------------
 
-def any_value(rng):
+def any_value(rng, deepest=100_000):
     """A value that json can hold and that hardly any field expects."""
-    deep = []
-    for _ in range(rng.choice((5, 900, 100_000))):
-        deep = [deep] if rng.random() < 2 else deep
     values = (None, True, False, 0, -1, 1, 2, 1.5, -0.0, 1e-300, 1e300, float("nan"),
               float("inf"), 10 ** 9, 2 ** 31, 2 ** 63, 2 ** 64, 10 ** 300, HUGE, "", " ",
               "1", "nan", "../../x", "/dev/zero", "\ud800", "\x1b[2J\x07", "a\nb", "x" * 5000,
               "\u202e\u0000", [], [[]], [None], {}, {"a": 1}, [1] * 4, [0.1] * 4, [[1, 2]],
               {"counts": "a", "size": [1, 1]}, {"counts": [1], "size": [10 ** 9, 10 ** 9]},
               [[float("nan")] * 6], POLYGON, list(range(1000)), "AAAA", b"\x00")
-    return rng.choice((*values, deep) if rng.random() < 0.1 else values)
+    if rng.random() < 0.02:
+        return nested_list(rng.choice((5, 200, deepest)))
+    return rng.choice(values)
+
+
+def nested_list(depth):
+    value = []
+    for _ in range(depth):
+        value = [value]
+    return value
 
 
 def json_value(rng):
@@ -276,7 +281,7 @@ def change_entry(rng, content, new_value):
     elif action == "remove":
         del place[key]
     elif action == "double" and isinstance(place, list):
-        place.append(copy.deepcopy(place[key]))
+        place.append(place[key])
     elif action == "double":
         place[f"{key}x"] = place.pop(key)
     else:
@@ -357,7 +362,7 @@ def checkpoint_value(rng):
         return tensor_value(rng)
     if kind == 1:
         return rng.choice(modules)
-    return rng.choice(numbers) if kind < 4 else any_value(rng)
+    return rng.choice(numbers) if kind < 4 else any_value(rng, deepest=200)
 
 
 def read_state(path):
@@ -543,258 +548,3 @@ def damage_results(rng, folder):
 
 def nothing(rng, folder):
     return "intact"
-
-
-# ---- commands ------------------------------------------------------------------------------------
-
-TRAIN = ("--model=deformable_detr", "--data=data", "--out=runs/new", *TINY, *HERE)
-CPU = ("--device=cpu", "--workers=0")
-
-
-def train_command(rng):
-    return "train.py", [*TRAIN]
-
-
-def train_masks_command(rng):
-    return "train.py", [*MASKS, "--out=runs/new", "--detector=runs/small/best.pt"]
-
-
-def overfit_command(rng):
-    return "train.py", [*TRAIN, "--overfit=1", "--epochs=1"]
-
-
-def check_command(rng):
-    if rng.random() < 0.5:
-        return "train.py", ["--check_data=data"]
-    return "tools.check_data", ["data"]
-
-
-def eval_data_command(rng):
-    more = rng.choice(([], ["--save_detections"], ["--tile", "32"], ["--workers", "1"]))
-    return "eval.py", ["--checkpoint=runs/small", "--data=data", "--out=out", *CPU, *more]
-
-
-def eval_json_command(rng):
-    path = f"data/annotations/instances_{rng.choice(('train', 'val'))}2017.json"
-    more = rng.choice(([], ["--images", "data/val2017"]))
-    return "eval.py", ["--checkpoint=runs/small", "--json", path, "--data=data", "--out=out", *CPU,
-                       *more]
-
-
-def eval_masks_command(rng):
-    return "eval.py", ["--checkpoint=runs/masks", "--data=data", "--out=out", *CPU]
-
-
-def eval_photos_command(rng):
-    more = rng.choice(([], ["--tile=32"]))
-    return "eval.py", ["--checkpoint=runs/small", "--images", "photos", "--out=out", *CPU, *more]
-
-
-def detections_command(rng):
-    name = rng.choice(("detections", "sampling_points", "anchors"))
-    return "visualize.py", [name, "--checkpoint=runs/small", "--image",
-                            f"photos/{rng.choice(IMAGES)}", "--out=out/picture.png"]
-
-
-def chosen_command(rng):
-    """Any command that reads a checkpoint, on weights/chosen.pt."""
-    path = "weights/chosen.pt"
-    photo = "photos/photo.jpg"
-    out = "--out=out/picture.png"
-    commands = (
-        ("eval.py", ["--checkpoint", path, "--images", photo, "--out=out", *CPU]),
-        ("eval.py", ["--checkpoint", path, "--out=out", *CPU]),
-        ("eval.py", ["--checkpoint", path, "--data=data", "--out=out", *CPU]),
-        ("analysis.py", ["--checkpoint", path, "--data=data", "--out=out", *CPU]),
-        ("visualize.py", ["detections", "--checkpoint", path, "--image", photo, out]),
-        ("visualize.py", ["anchors", "--checkpoint", path, "--image", photo, out]),
-        ("visualize.py", ["sampling_points", "--checkpoint", path, "--image", photo, out]),
-        ("visualize.py", ["noised_boxes", "--checkpoint", path, "--data=data", out]),
-        ("visualize.py", ["mistakes", "--checkpoint", path, "--data=data", out]),
-        ("train.py", [*TRAIN, "--init", path]),
-        ("train.py", [*MASKS, "--out=runs/new", "--detector", path]),
-        ("train.py", [*TRAIN, "--backbone_weights", path]),
-    )
-    return rng.choice(commands)
-
-
-def safetensors_command(rng):
-    return "eval.py", ["--checkpoint=weights/chosen.safetensors", "--images=photos/photo.jpg",
-                       "--out=out", *CPU]
-
-
-def resume_command(rng):
-    more = rng.choice(([], [], ["--epochs=2"], ["--accum=2"], ["--lr=1"]))
-    target = rng.choice((["--resume", "--out=runs/small"], ["--resume", "runs/small"],
-                         ["--resume", "runs/small/last.pt"]))
-    return "train.py", [*target, *HERE, *more]
-
-
-def read_run_command(rng):
-    commands = (
-        ("eval.py", ["--checkpoint=runs/small", "--out=out", *CPU]),
-        ("visualize.py", ["curves", "--run_dir=runs/small"]),
-        ("visualize.py", ["compare_curves", "--run_dirs", "runs/small", "--out=out/c.png"]),
-    )
-    return rng.choice(commands)
-
-
-def results_command(rng):
-    commands = (
-        ("visualize.py", ["analysis", "--analysis=results/analysis.json", "--out=out/a.png"]),
-        ("visualize.py", ["precision_recall", "--evaluation=runs/small/eval.json",
-                          "--out=out/p.png"]),
-    )
-    return rng.choice(commands)
-
-
-# ---- command lines -------------------------------------------------------------------------------
-
-WORDS = ("", "-1", "0", "1", "2", "nan", "inf", "-inf", "1e9", "1e-400", "abc", "1,2", ",", "--",
-         "-", "\u0669", "0x10", "1_0", "99999999999999999999", "None", "none", "true", "[1]", "{}",
-         "\ud800", "\x1b[31m", "a b", "x" * 300, "*", "~", "/dev/null", "/proc/self/mem", "data",
-         "photos/photo.jpg", "weights/dino.pt", "runs/small", "nothing/there", "\u00e9", "%s",
-         "$HOME")
-# A correct large number would only take long.
-FLAGS_OF_TRAIN = (
-    "model", "data", "preset", "variant", "out", "resume", "overfit", "init", "detector",
-    "check_data", "num_train", "num_val", "seed", "device", "amp", "accum", "recompute",
-    "deterministic", "workers", "threads", "eval_every", "save_every", "lr", "lr_backbone",
-    "weight_decay", "clip", "batch_size", "epochs", "schedule", "lr_drop", "warmup", "ema",
-    "train_sizes", "max_size", "eval_size", "crop", "backbone", "backbone_weights", "dim",
-    "num_feature_levels", "num_heads", "num_points", "encoder_layers", "decoder_layers", "ffn_dim",
-    "num_queries", "dropout", "top_k", "with_box_refine", "two_stage", "lr_drops", "typo",
-    "lr-drop")
-FLAGS_OF_EVAL = (
-    "checkpoint", "data", "json", "images", "score_threshold", "max_dets", "save_detections",
-    "boxes_only", "tile", "overlap", "eval_size", "out", "batch_size", "workers", "device", "amp",
-    "variant", "detector", "typo")
-FLAGS_OF_ANALYSIS = ("checkpoint", "data", "k", "out", "batch_size", "workers", "device", "amp",
-                     "variant", "typo")
-FLAGS_OF_PICTURES = ("checkpoint", "image", "out", "data", "n", "score_threshold", "rank", "side",
-                     "device", "run_dir", "run_dirs", "kind", "analysis", "evaluation", "typo")
-PICTURES = ("detections", "predictions", "strip", "mistakes", "sampling_points", "anchors",
-            "noised_boxes", "analysis", "scenes", "curves", "compare_curves", "precision_recall",
-            "nothing")
-
-
-def wrong_flags(rng, names):
-    """One to three flags with words that hardly fit, some without a value, some twice."""
-    words = []
-    for _ in range(rng.choice((1, 1, 1, 2, 3))):
-        flag = f"--{rng.choice(names)}"
-        value = rng.choice(WORDS)
-        form = rng.randrange(5)
-        if form == 0:
-            words.append(flag)
-        elif form == 1:
-            words.append(f"{flag}={value}")
-        elif form == 2:
-            words += [flag, value, rng.choice(WORDS)]
-        else:
-            words += [flag, value]
-    return words
-
-
-def train_flags_command(rng):
-    return "train.py", [*TRAIN, *wrong_flags(rng, FLAGS_OF_TRAIN)]
-
-
-def eval_flags_command(rng):
-    start = rng.choice((["--data=data"], ["--images", "photos/photo.jpg"]))
-    return "eval.py", ["--checkpoint=runs/small", "--out=out", *CPU, *start,
-                       *wrong_flags(rng, FLAGS_OF_EVAL)]
-
-
-def analysis_flags_command(rng):
-    return "analysis.py", ["--checkpoint=runs/small", "--data=data", "--out=out", *CPU,
-                           *wrong_flags(rng, FLAGS_OF_ANALYSIS)]
-
-
-def picture_flags_command(rng):
-    name = rng.choice(PICTURES)
-    given = {"detections": ["--checkpoint=runs/small", "--image=photos/photo.jpg"],
-             "anchors": ["--checkpoint=runs/small", "--image=photos/photo.jpg"],
-             "sampling_points": ["--checkpoint=runs/small", "--image=photos/photo.jpg"],
-             "scenes": ["--n=1"], "curves": ["--run_dir=runs/small"],
-             "compare_curves": ["--run_dirs", "runs/small"]}
-    start = given.get(name, ["--checkpoint=runs/small"])
-    return "visualize.py", [name, *start, "--out=out/p.png",
-                            *wrong_flags(rng, FLAGS_OF_PICTURES)]
-
-
-def scenes_flags_command(rng):
-    return "scenes.py", ["--write=out/scenes", "--num_train=1", "--num_val=1",
-                         *wrong_flags(rng, ("write", "num_train", "num_val", "seed", "typo"))]
-
-
-def check_flags_command(rng):
-    return "tools.check_data", [rng.choice(WORDS) for _ in range(rng.choice((0, 1, 1, 1, 2)))]
-
-
-def change_environment(rng, folder):
-    """A variable that a scheduler or a shell may have set, for the child alone: see `run_case`."""
-    name = rng.choice(("OMP_NUM_THREADS", "RANK", "WORLD_SIZE", "LOCAL_RANK", "COLUMNS",
-                       "LOCAL_WORLD_SIZE"))
-    values = ("", "0", "1", "-1", "abc", "1,2", "1.5", " 1 ", "99999999999999999999")
-    value = rng.choice(values)
-    (folder / "environment.json").write_text(json.dumps({name: value}))
-    return f"{name}={value!r}"
-
-
-def limit_file_size(rng, folder):
-    """A disk that takes so many bytes of a file and no more."""
-    limit = int(10 ** rng.uniform(0, 6.5))
-    (folder / "environment.json").write_text(json.dumps({"file size": limit}))
-    return f"files of at most {limit} bytes"
-
-
-def lose_the_output_folder(rng, folder):
-    """--out cannot be made: a file is in its way."""
-    (folder / "out").write_text("a file")
-    (folder / "runs/new").write_text("a file")
-    return "a file at out"
-
-
-def all_writers(rng):
-    makers = (train_command, eval_data_command, eval_photos_command, detections_command,
-              resume_command, read_run_command, scenes_flags_command, chosen_command)
-    return rng.choice(makers)(rng)
-
-
-def any_program(rng):
-    makers = (train_command, eval_data_command, analysis_flags_command, read_run_command)
-    return rng.choice(makers)(rng)
-
-
-# damage, commands that meet it, share of the cases
-CASES = (
-    (damage_annotations, (check_command, train_command, train_masks_command, overfit_command,
-                          eval_data_command, eval_json_command, eval_masks_command), 18),
-    (damage_images_of_data, (check_command, train_command, eval_data_command,
-                             eval_masks_command), 6),
-    (damage_layout, (check_command, train_command, eval_data_command), 3),
-    (damage_photo, (eval_photos_command, detections_command), 10),
-    (damage_own_checkpoint, (chosen_command,), 14),
-    (damage_released, (chosen_command,), 8),
-    (choose_any_checkpoint, (chosen_command,), 3),
-    (rename_to_safetensors, (safetensors_command,), 2),
-    (damage_run, (resume_command, resume_command, read_run_command), 10),
-    (damage_log, (resume_command, read_run_command), 4),
-    (damage_results, (results_command,), 3),
-    (occupy_run_folder, (train_command,), 3),
-    (lose_the_output_folder, (all_writers,), 2),
-    (limit_file_size, (all_writers,), 5),
-    (change_environment, (any_program,), 3),
-    (nothing, (train_flags_command, train_flags_command, eval_flags_command,
-               analysis_flags_command, picture_flags_command, scenes_flags_command,
-               check_flags_command), 20),
-)
-
-
-def draw_case(seed):
-    """-> damage, its random generator, program, its words"""
-    rng = random.Random(seed)
-    damage, makers, _ = rng.choices(CASES, [share for *_, share in CASES])[0]
-    program, words = rng.choice(makers)(rng)
-    return damage, rng, program, words

@@ -144,6 +144,22 @@ def forked(world, function, *args, timeout=240, wait_for=None):
     """Runs function(rank, *args) in `world` gloo processes -> their exit codes. Forked, as
     importing torch takes seconds; killed when they take too long. wait_for: ranks to wait for,
     default all."""
+    processes = start_ranks(world, function, *args)
+    try:
+        deadline = time.time() + timeout
+        awaited = [processes[rank] for rank in wait_for or range(world)]
+        for process in awaited:
+            process.join(max(0.0, deadline - time.time()))
+        assert not any(process.is_alive() for process in awaited), f"running after {timeout} s"
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+    return [process.exitcode for process in processes]
+
+
+def start_ranks(world, function, *args):
+    """Starts function(rank, *args) in `world` forked gloo processes -> the processes."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -159,23 +175,11 @@ def forked(world, function, *args, timeout=240, wait_for=None):
         )
         function(rank, *args)
 
-    processes = [
-        multiprocessing.get_context("fork").Process(target=begin, args=(rank,))
-        for rank in range(world)
-    ]
+    context = multiprocessing.get_context("fork")
+    processes = [context.Process(target=begin, args=(rank,)) for rank in range(world)]
     for process in processes:
         process.start()
-    try:
-        deadline = time.time() + timeout
-        awaited = [processes[rank] for rank in wait_for or range(world)]
-        for process in awaited:
-            process.join(max(0.0, deadline - time.time()))
-        assert not any(process.is_alive() for process in awaited), f"running after {timeout} s"
-    finally:
-        for process in processes:
-            process.kill()
-            process.join()
-    return [process.exitcode for process in processes]
+    return processes
 
 
 def coco_folder(root, images=3, names=("cat", "dog"), ids=(7, 3), empty=False):

@@ -53,7 +53,17 @@ class OneImage(torch.utils.data.Dataset):
     def __getitem__(self, index):
         boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.2, 0.3, 0.1, 0.15]])
         return torch.zeros(3, 8, 8), {"boxes": boxes, "labels": torch.tensor([0, 0]),
-                                      "orig_size": torch.tensor([100, 200])}
+                                      "canvas_size": torch.tensor([100, 200])}
+
+
+def test_a_model_that_is_not_finite_has_no_figures():
+    """The matching takes a NaN for a large number, and the figures would look like others."""
+    model = Fixed(4)
+    forward = model.forward
+    model.forward = lambda *batch: {**forward(*batch), "pred_boxes": torch.full((1, 3, 4), np.nan)}
+    for measure in (analysis.analyze, analysis.assignments):
+        with pytest.raises(UserError, match="finite outputs, got NaN or infinity in pred_boxes"):
+            measure(model, model, OneImage(), "cpu")
 
 
 def test_atd_by_hand_for_anchors_that_are_boxes_and_points():

@@ -276,12 +276,17 @@ def test_an_unusable_area_becomes_that_of_the_box(tmp_path):
         assert [row["area"] for row in rows] == [80]
 
 
-def test_two_classes_of_one_name_that_both_have_objects_are_an_error(tmp_path, capsys):
+@pytest.mark.parametrize("first, second, shown", [
+    ("cat", "cat", "cat"), ("cat\x00", "cat\x01", "cat?"),
+    ("x" * 300 + "1", "x" * 300 + "2", "x" * 197 + "...")])
+def test_two_classes_of_one_name_that_both_have_objects_are_an_error(tmp_path, capsys, first,
+                                                                     second, shown):
+    """Also names that are the same as they are shown and matched."""
     boxes = [(0, 1, (5, 6, 10, 8)), (0, 2, (20, 6, 10, 8))]
-    root = write_folder(tmp_path, boxes=boxes, categories=[(1, "cat"), (2, "cat")])
+    root = write_folder(tmp_path, boxes=boxes, categories=[(1, first), (2, second)])
     assert check_data.check(root) == 2
     text = capsys.readouterr().out
-    assert "error: class name used twice" in text and "'cat' has ids [1, 2]" in text
+    assert "error: class name used twice" in text and f"{shown!r} has ids [1, 2]" in text
 
 
 def test_class_and_file_names_are_printed_without_terminal_escapes(tmp_path, capsys):
@@ -432,6 +437,11 @@ def test_the_exit_code_of_the_command_is_the_verdict(tmp_path, capsys):
     assert "Traceback" not in bad.stderr
 
 
+def test_a_folder_name_with_control_characters_does_not_drive_the_terminal(capsys):
+    assert check_data.check("\x1b[31m") == 2
+    assert "\x1b" not in capsys.readouterr().out
+
+
 def test_a_fuzzed_json_never_ends_in_a_traceback(tmp_path, capfd):
     """Any value anywhere: the check reports it, and loading succeeds or raises UserError."""
     root = write_folder(tmp_path, [(40, 30)] * 2, [(k % 2, 1, (5, 6, 10, 8), more) for k, more in
@@ -462,3 +472,18 @@ def test_a_fuzzed_json_never_ends_in_a_traceback(tmp_path, capfd):
         out, _ = capfd.readouterr()
         assert "\x1b" not in out
     assert 100 < refused < 300
+
+
+# ------------------------------------------------------------------------------------ test split
+
+def test_a_test_split_is_checked_where_there_is_one(tmp_path, capsys):
+    root = write_folder(tmp_path, splits=("train", "val", "test"))
+    edit_json(root, annotation(bbox=[1, 2, 3]), "test")
+    assert check_data.check(root) == 2      # refused, so it cannot be loaded either
+    assert "instances_test2017.json" in capsys.readouterr().out
+
+
+def test_a_test_split_needs_no_annotations(tmp_path):
+    root = write_folder(tmp_path, splits=("train", "val", "test"))
+    edit_json(root, drop("annotations"), "test")
+    assert check_data.check(root) == 0

@@ -18,6 +18,7 @@ import pickle
 import random
 import shutil
 import time
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -27,50 +28,89 @@ import torch
 from engine import checkpoints
 from engine.errors import UserError
 import train
-from small_runs import at_step, cheap_runs, config, FLAGS, forked, run, same  # noqa: F401
+from small_runs import (at_step, cheap_runs, coco_folder, config, FLAGS,  # noqa: F401
+                        forked, run, same, start_ranks)
 
 KILLS = int(os.environ.get("PAPERDETR_KILLS", 200))  # of the slow test
 
 
+RANDOMLY_KILLED = [*FLAGS, "--model=dino", "--num_train=8", "--accum=2", "--save_every=1"]
+
+
 @pytest.mark.parametrize("kills", (3, pytest.param(KILLS, marks=pytest.mark.slow)))
-def test_killed_at_random_moments(tmp_path, kills, model="dino"):
+def test_killed_at_random_moments(tmp_path, kills):
     """A process killed by SIGKILL again and again, while it starts, trains, saves or evaluates:
     every resume succeeds, and the end has the bytes, and the log the lines, of a run left alone.
-    About two seconds a kill."""
-    flags = [*FLAGS, "--model", model, "--num_train=8", "--accum=2", "--save_every=1"]
-    start, rng, out, done, torn, resumes = time.time(), random.Random(0), tmp_path / "run", 0, 0, 0
-    assert forked(1, lambda rank: train.main([*flags, "--out", str(tmp_path / "whole")])) == [0]
+    """
+    count = kill_at_random(tmp_path, kills, 1)
+    print(f"{count['kills']} kills, {count['resumes']} of resumed runs, "
+          f"{count['torn']} within a save")
+
+
+@pytest.mark.slow
+def test_two_ranks_killed_at_random_moments(tmp_path):
+    """As above, for one rank of two, or both. The other one ends by itself, at the latest when it
+    gets the SIGTERM that torchrun sends."""
+    count = kill_at_random(tmp_path, KILLS // 4, 2)
+    print(f"{count['kills']} kills of ranks of two, {count['resumes']} of resumed runs, "
+          f"{count['torn']} within a save, {count['survivors']} ended after the other rank's death")
+
+
+def kill_at_random(folder, kills, world):
+    """Start a run of `world` ranks, kill ranks after random times, and resume, until `kills` kills
+    were made and the run has ended. Whenever it ends, compare it with a run left alone."""
+    rng = random.Random(0)
+    out = folder / "run"
+    count = collections.Counter()
+
+    def begin(rank, out, *more):
+        train.main([*RANDOMLY_KILLED, *more, "--out", str(out)])
+
+    start = time.time()
+    assert forked(world, begin, folder / "whole") == [0] * world
     seconds = time.time() - start
-    lines = lambda folder: [
-        (line["step"], line.get("loss"), line.get("AP"))
-        for line in map(json.loads, open(folder / "log.jsonl"))
-    ]
-    while done < kills or out.exists():
-        resume = (
-            ["--resume"]
-            if any((out / name).exists() for name in ("last.pt", "last.pt.prev"))
-            else []
-        )
-        process = multiprocessing.get_context("fork").Process(
-            target=train.main, args=([*flags, *resume, "--out", str(out)],)
-        )
-        process.start()
-        process.join(rng.uniform(0, seconds) if done < kills else 240)
-        if process.is_alive():
-            process.kill()
-            process.join()
-            done, torn, resumes = (
-                done + 1,
-                torn + len(list(out.glob("last.pt.*.tmp"))),
-                resumes + bool(resume),
-            )
+    while count["kills"] < kills or out.exists():
+        saved = any((out / name).exists() for name in ("last.pt", "last.pt.prev"))
+        processes = start_ranks(world, begin, out, *["--resume"] * saved)
+        undisturbed = count["kills"] >= kills
+        end = time.time() + (240 if undisturbed else rng.uniform(0, seconds))
+        for process in processes:
+            process.join(max(0, end - time.time()))
+        alive = [process for process in processes if process.is_alive()]
+        assert not (alive and undisturbed)
+        if alive:
+            kill_some(rng, alive, count)
+            count["kills"] += 1
+            count["resumes"] += saved
+            count["torn"] += len(list(out.glob("last.pt.*.tmp")))
             continue
-        assert process.exitcode == 0
+        assert [process.exitcode for process in processes] == [0] * world
         for name in ("last.pt", "best.pt"):
-            same(checkpoints.load(tmp_path / "whole" / name), checkpoints.load(out / name))
-        assert lines(out) == lines(tmp_path / "whole")
+            same(checkpoints.load(folder / "whole" / name), checkpoints.load(out / name))
+        assert log_lines(out) == log_lines(folder / "whole")
         shutil.rmtree(out)
-    print(f"{done} kills, {resumes} of resumed runs, {torn} within a save")
+    return count
+
+
+def kill_some(rng, processes, count):
+    """Kill one of the processes or all, and wait for the others, which torchrun would tell."""
+    victims = rng.choice([processes, *([process] for process in processes)])
+    for process in victims:
+        process.kill()
+    for process in processes:
+        if process not in victims:
+            time.sleep(rng.uniform(0, 0.5))
+            process.terminate()
+            process.join(60)
+            assert not process.is_alive(), "it waits for a rank that was killed"
+            count["survivors"] += 1
+        process.join()
+
+
+def log_lines(folder):
+    """Step, loss and AP of every line."""
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [(line["step"], line.get("loss"), line.get("AP")) for line in lines]
 
 
 def test_a_folder_without_a_checkpoint_can_be_started_again(tmp_path, monkeypatch):
@@ -415,6 +455,92 @@ def test_resuming_a_file_with_wrong_fields_is_one_line(tmp_path, changes, words)
         train.main(["--resume", "--out", str(tmp_path / "run")])
 
 
+def wrong_moments(state):
+    moments = next(iter(state["optimizer"]["state"].values()))
+    moments["exp_avg"] = torch.zeros(3, 5)
+
+
+@pytest.mark.parametrize("change, words", [
+    (wrong_moments, "optimizer .*exp_avg of shape .3, 5. for a parameter"),
+    (lambda state: state["optimizer"]["state"].update({0: 3}), "optimizer"),
+    (lambda state: state["optimizer"]["param_groups"].clear(), "optimizer"),
+    (lambda state: state["rng"][0].update(torch=3), "random states of this run"),
+    (lambda state: state["rng"][0].pop("numpy"), "random states of this run"),
+    (lambda state: state["progress"].update(step="x"), "--step to be of type int"),
+    (lambda state: state["progress"].update(best=math.nan), "best of the run from -1 .* got nan"),
+    (lambda state: state["progress"].update(bad_steps=-9), "bad_steps of the run from -1 .* -9"),
+    (lambda state: state.update(ema_updates="x"), "random states of this run, got: TypeError")])
+def test_damage_inside_the_state_of_a_run_is_one_line(tmp_path, change, words):
+    settings = config("deformable_detr", epochs=1)
+    train.train(run(tmp_path), *settings)
+    path = tmp_path / "run" / "last.pt"
+    state = checkpoints.load(path)
+    change(state)
+    torch.save(state, path)
+    with pytest.raises(UserError, match=words):
+        train.train(run(tmp_path, resume=str(path)), *settings)
+
+
+def test_options_of_the_optimizer_are_those_of_the_settings_and_not_of_the_file(tmp_path):
+    """`maximize` in a file would turn the gradients around. Only the learning rate is loaded: a run
+    that was killed in its last evaluation saves it again."""
+    weight = torch.nn.Parameter(torch.ones(2))
+    weight.grad = torch.ones(2)
+    optimizer = torch.optim.AdamW([weight], lr=0.1)
+    optimizer.step()
+    saved = optimizer.state_dict()
+    saved["param_groups"][0] |= {"maximize": True, "lr": 7.0, "betas": None}
+    checkpoints.restore_optimizer(optimizer, saved)
+    group = optimizer.param_groups[0]
+    assert (group["maximize"], group["lr"], group["betas"]) == (False, 7.0, (0.9, 0.999))
+    assert optimizer.state[weight]["step"] == 1
+
+
+def test_a_run_goes_on_with_the_classes_it_was_trained_on_only(tmp_path):
+    """Names that were exchanged in the json since would be learned by the columns of the others."""
+    folder = coco_folder(tmp_path / "data", images=4)
+    settings = config("deformable_detr", epochs=1)
+    train.train(run(tmp_path, data=folder), *settings)
+    path = tmp_path / "data/annotations/instances_train2017.json"
+    content = json.loads(path.read_text())
+    for category, name in zip(content["categories"], ("dog", "cat")):
+        category["name"] = name
+    path.write_text(json.dumps(content))
+    last = str(tmp_path / "run" / "last.pt")
+    with pytest.raises(UserError, match=r"classes of the saved run, .*'dog', 'cat'.*got .*'cat'"):
+        train.train(run(tmp_path, data=folder, resume=last), *settings)
+
+
+def list_pickle(levels, uses):
+    """A pickle of {"a": a list of `levels` levels, each of which holds the next `uses` times}."""
+    put = b"r\x00\x00\x00\x00"
+    get = b"j\x00\x00\x00\x00"
+    level = b"](" + get * uses + b"e" + put
+    return b"\x80\x02]" + put + level * levels + b"}X\x01\x00\x00\x00a" + get + b"s."
+
+
+def write_archive(path, data):
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("archive/data.pkl", data)
+        archive.writestr("archive/version", "3\n")
+        archive.writestr("archive/byteorder", "little")
+
+
+@pytest.mark.parametrize("levels, uses", [(5000, 1), (40, 2)])
+def test_lists_that_no_program_gets_through_are_refused(tmp_path, levels, uses):
+    write_archive(tmp_path / "deep.pt", list_pickle(levels, uses))
+    with pytest.raises(UserError, match="levels of lists and dictionaries"):
+        checkpoints.load(tmp_path / "deep.pt")
+
+
+def test_the_message_for_a_broken_pickle_is_not_the_proposal_to_run_its_code(tmp_path):
+    """PyTorch's own message begins with it."""
+    write_archive(tmp_path / "a.pt", b"\x80\x02}s.")
+    with pytest.raises(UserError, match="broken or cut short .pop from empty list") as refused:
+        checkpoints.load(tmp_path / "a.pt")
+    assert "weights_only" not in str(refused.value)
+
+
 def test_broken_lines_of_a_log_do_not_block_resuming(tmp_path):
     settings = config("deformable_detr", epochs=2)
     train.train(run(tmp_path), *settings)
@@ -425,3 +551,11 @@ def test_broken_lines_of_a_log_do_not_block_resuming(tmp_path):
     train.train(run(tmp_path, resume=str(tmp_path / "run" / "last.pt")), *settings)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [3, 6]
+
+
+def test_the_sampling_of_points_has_another_name_than_in_earlier_mask_networks():
+    """`oversample` now says how often images with rare classes are shown."""
+    paper = importlib.import_module("mask_frozen_detr")
+    state = {"format": 2, "config": {"importance": 0.5, "oversample": 2.0}, "recipe": {}}
+    cfg, recipe = checkpoints.settings(paper, state)
+    assert (cfg.oversample_points, cfg.importance, recipe.oversample) == (2.0, 0.5, 0.0)

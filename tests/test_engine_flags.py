@@ -26,6 +26,16 @@ def test_wrong_flags_end_in_one_line_that_begins_with_the_name_of_the_program(pr
     assert "──" not in end.value.code and "--- " not in end.value.code
 
 
+@pytest.mark.parametrize("program, words, flag", [
+    ("train.py", ["--data="], "--data"), ("eval.py", ["--checkpoint=x", "--json", ""], "--json"),
+    ("eval.py", ["--images", "a.jpg", " "], "--images"), ("analysis.py", ["--data="], "--data"),
+    ("visualize.py", ["strip", "--data", ""], "--data"), ("scenes.py", ["--write="], "--write"),
+    ("tools.check_data", [""], "a value")])
+def test_an_empty_value_is_not_taken_for_a_flag_that_was_not_given(program, words, flag):
+    with pytest.raises(SystemExit, match=f"^{program}: error: {flag}: expected a value, got "):
+        PROGRAMS[program](words)
+
+
 def test_the_near_name_stays_in_the_line():
     with pytest.raises(SystemExit, match=r"Unrecognized options: --lrr, 3 .*--lr FLOAT"):
         train.main([*FLAGS, "--lrr", "3"])

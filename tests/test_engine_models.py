@@ -4,6 +4,7 @@ import sys
 
 import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,15 @@ def test_checkpoints_with_missing_foreign_or_wrong_fields_are_refused_in_one_lin
     assert "\n" not in str(refused.value)
 
 
+def test_a_mask_network_that_names_itself_as_its_detector_is_refused(tmp_path):
+    path = tmp_path / "masks.pt"
+    checkpoints.save(path, {"model_name": "mask_frozen_detr", "config": {}, "model": {},
+                            "class_names": ["cat"], "category_ids": [1],
+                            "run": {"detector": str(path)}})
+    with pytest.raises(UserError, match="expected a detector, got .*masks.pt, a mask network"):
+        models.load_model(path)
+
+
 def test_checkpoints_of_format_one_still_load(tmp_path):
     """One flat config for architecture and recipe, and Co-DETR's base was called detector."""
     cfg, recipe = config("co_detr", base="h_detr", aux_heads="none")
@@ -192,9 +202,33 @@ def test_tensors_without_numbers_of_their_own_are_refused(tmp_path, tensor):
         models.load_model(tmp_path / "a.pt")
 
 
+@pytest.mark.parametrize("kind", (torch.complex64, torch.int64, torch.bool))
+def test_weights_that_are_no_real_numbers_are_refused(tmp_path, kind):
+    """PyTorch would convert them without a word."""
+    path = tmp_path / "a.pt"
+    small_checkpoint(path)
+    state = checkpoints.load(path)
+    state["model"]["level_embed"] = state["model"]["level_embed"].to(kind)
+    checkpoints.save(path, state)
+    with pytest.raises(UserError, match=f"level_embed {kind} instead of torch.float32"):
+        models.load_model(path)
+
+
+def test_a_detector_for_a_model_that_needs_none_is_refused():
+    """It would be left unused."""
+    with pytest.raises(UserError, match="expected no --detector with --model deformable_detr"):
+        models.build_model(importlib.import_module("deformable_detr"), None, 2, "best.pt")
+
+
 def test_a_start_from_weights_that_are_no_tensors_is_refused(tmp_path):
     state = small_checkpoint(tmp_path / "a.pt")
     small_checkpoint(tmp_path / "a.pt", model={**state["model"], "level_embed": "x"})
     net = importlib.import_module("deformable_detr").build(config("deformable_detr")[0], 2)[0]
     with pytest.raises(UserError, match="expected tensors by name, got str as level_embed"):
         models.start_weights(train.Run(init=str(tmp_path / "a.pt")), None, net, ["a", "b"])
+
+
+def test_a_backbone_of_ones_own_keeps_its_weights_and_the_report_says_so():
+    cfg = SimpleNamespace(backbone="resnet50", backbone_weights="imagenet")
+    note = models.backbone_start(torch.nn.Conv2d(3, 4, 1), cfg)
+    assert note == "backbone: Conv2d with the weights that `build` gave it"

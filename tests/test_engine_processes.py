@@ -23,10 +23,12 @@ def test_the_place_is_that_of_torchrun(monkeypatch):
     ({"WORLD_SIZE": "-1"}, "WORLD_SIZE: expected a number"),
     ({"WORLD_SIZE": "9" * 20}, "WORLD_SIZE: expected a number"),
     ({"RANK": "1"}, "RANK from 0 to WORLD_SIZE - 1, got 1 of 1"),
+    ({"LOCAL_WORLD_SIZE": "0"}, "expected LOCAL_RANK from 0 to LOCAL_WORLD_SIZE - 1, got 0 of 0"),
     ({"WORLD_SIZE": "0"}, "got 0 of 0"), ({"WORLD_SIZE": "2"}, "expected MASTER_ADDR")])
 def test_values_that_torchrun_would_not_write_are_refused(monkeypatch, values, words):
     """A process that takes itself for the second of one trains and writes nothing."""
-    for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR",
+                 "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in values.items():
         monkeypatch.setenv(name, value)

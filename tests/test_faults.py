@@ -6,7 +6,7 @@ its folder, and what was on disk before is complete afterwards.
     PAPERDETR_FAULTS=5000 pytest tests/test_faults.py --slow -s        as many as you like
     PAPERDETR_FAULTS=1 PAPERDETR_FAULTS_SEED=17 pytest ... --slow -s   a single one again
 
-The damages are in faults.py. Every case runs in a forked child.
+The damages are in faults.py, the commands in fault_cases.py. Every case runs in a forked child.
 """
 import contextlib
 import functools
@@ -31,6 +31,7 @@ from PIL import Image
 
 import analysis
 import eval as evaluation
+import fault_cases
 import faults
 import scenes
 import train
@@ -103,7 +104,7 @@ def narrow_backbones():
 def run_case(seed, materials, folder) -> Result:
     """Draw a case, run it in a child, and judge it. `folder` is made and removed."""
     shutil.copytree(materials, folder)
-    damage, rng, program, words = faults.draw_case(seed)
+    damage, rng, program, words = fault_cases.draw_case(seed)
     what = damage(rng, folder)
     (folder / "temporary").mkdir()
     environment = folder / "environment.json"
@@ -216,7 +217,8 @@ def watch_writing(folder):
         if not writes or isinstance(path, int):
             return
         location = os.path.realpath(os.path.dirname(os.fsdecode(path)) or ".")
-        if not (location + "/").startswith(inside + "/") and location != "/dev":
+        if not (location + "/").startswith((inside + "/", "/dev/null/", "/proc/")) \
+                and location != "/dev":
             os.write(2, f"\nOUTSIDE {event} {os.fsdecode(path)!r}\n".encode())
 
     sys.addaudithook(watch)
@@ -338,11 +340,50 @@ def test_every_fault_ends_in_success_or_in_one_line(materials, tmp_path):
 def test_every_fault_of_many_ends_in_success_or_in_one_line(materials, tmp_path):
     count = int(os.environ.get("PAPERDETR_FAULTS", 2000))
     first = int(os.environ.get("PAPERDETR_FAULTS_SEED", 0))
-    results = run_cases(range(first, first + count), materials, tmp_path, report=print_if_bad)
+    results = run_cases(range(first, first + count), materials, tmp_path, report=print_result)
     print(table(results))
     check(results)
 
 
-def print_if_bad(result):
+def print_result(result):
+    print(f"case {result.seed}: {result.damage}: {result.verdict}: {result.seconds:.2f} s")
     if result.verdict not in ("ok", "one line"):
         print(describe(result), flush=True)
+
+
+# ---- the judge -----------------------------------------------------------------------------------
+
+def stop(message):
+    return lambda words: sys.exit(message)
+
+
+def write(name, content=b"x"):
+    return lambda words: Path(name).write_bytes(content)
+
+
+ENDS = {
+    "success": (lambda words: None, "ok"),
+    "a line with the name": (stop("train.py: error: expected 1, got 2"), "one line"),
+    "a line without the name": (stop("expected 1, got 2"), "unclear"),
+    "a very long line": (stop("train.py: " + "x" * 5000), "unclear"),
+    "an exit code without a word": (stop(3), "unclear"),
+    "an exception": (lambda words: {}["key"], "traceback"),
+    "no end": (lambda words: time.sleep(60), "hang"),
+    "a segmentation fault": (lambda words: os.kill(os.getpid(), signal.SIGSEGV), "crash"),
+    "code of a checkpoint": (lambda words: os.mkdir("executed"), "ran code"),
+    "a file beside the folder": (write("../file"), "wrote outside"),
+    "a damaged checkpoint": (write("runs/small/last.pt"), "lost or half a file"),
+    "a changed image": (write("photos/photo.jpg"), "lost or half a file"),
+    "a removed image": (lambda words: os.remove("photos/photo.jpg"), "lost or half a file"),
+    "a temporary file": (write("runs/small/last.pt.tmp"), "lost or half a file"),
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_the_judge_recognizes(materials, tmp_path, monkeypatch, end):
+    program, verdict = ENDS[end]
+    monkeypatch.setitem(PROGRAMS, "train.py", program)
+    monkeypatch.setattr(fault_cases, "draw_case", lambda seed: (
+        faults.nothing, None, "train.py", []))
+    monkeypatch.setitem(globals(), "LIMIT", 1 if end == "no end" else LIMIT)
+    assert run_case(0, materials, tmp_path / "case").verdict == verdict

@@ -17,7 +17,7 @@ import data
 import eval as evaluation
 import scenes
 import visualize
-from engine import drawing, plots
+from engine import checkpoints, drawing, plots
 from engine.commands import open_detector
 from engine.errors import UserError
 from engine.mistakes import find_mistakes
@@ -273,6 +273,48 @@ def test_the_legend_of_sampling_points_names_every_mark():
     labels = [handle.get_label() for handle in visualize.sample_legend(2)]
     assert labels == ["level 1", "level 2", "attention weight 0.05", "attention weight 0.5",
                       "reference point of the layer", "detected box", "outside the image"]
+
+
+@pytest.mark.parametrize("words, message", [
+    (("predictions", "--n", "0"), "--n from 1 to 1000, got 0"),
+    (("strip", "--n", "-1"), "--n from 1 to 1000, got -1"),
+    (("mistakes", "--n", "10000000000"), "--n from 1 to 1000"),
+    (("strip", "--side", "0"), "--side from 16 to 10000, got 0"),
+    (("predictions", "--score_threshold", "nan"), "--score_threshold from 0 to 1, got nan"),
+    (("predictions", "--device", "1"), "--device: expected cpu or cuda, got '1'"),
+    (("predictions", "--device", ""), "--device: expected a value, got ''"),
+    (("predictions", "--device", "cuda:9"), "--device cuda:9: PyTorch finds no such GPU")])
+def test_values_that_cannot_work_end_in_one_line(checkpoint, tmp_path, words, message):
+    with pytest.raises(SystemExit, match=f"^visualize.py: error: .*{message}"):
+        visualize.main([*words, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "a.png")])
+
+
+@pytest.fixture(scope="module")
+def broken(tmp_path_factory):
+    """A checkpoint whose weights are finite and whose outputs are NaN."""
+    path = write_checkpoint(tmp_path_factory.mktemp("broken") / "best.pt")
+    state = checkpoints.load(path)
+    for name, values in state["model"].items():
+        if name.endswith("running_var"):
+            values.fill_(-1)
+    checkpoints.save(path, state)
+    return path
+
+
+@pytest.mark.parametrize("name", ["detections", "anchors", "sampling_points"])
+def test_nothing_is_drawn_of_a_model_that_is_not_finite(broken, picture, tmp_path, name):
+    out = tmp_path / "out.png"
+    with pytest.raises(SystemExit, match="^visualize.py: error: expected finite detections"):
+        visualize.main([name, "--checkpoint", str(broken), "--image", str(picture), "--out",
+                        str(out)])
+    assert not out.exists()
+
+
+def test_discriminability_of_a_model_that_is_not_finite_is_not_drawn(broken):
+    maps = visualize.discriminability_maps(str(broken), "", 1, "cpu")
+    words = "expected finite outputs, got NaN .* pred_logits of 000000.png"
+    with pytest.raises(UserError, match=words):
+        next(maps)
 
 
 def test_a_detection_that_does_not_exist_has_no_sampling_points(checkpoint, picture, tmp_path):

@@ -8,9 +8,9 @@ import scenes
 from engine import checkpoints
 from engine.recipe import configure
 
-SIZES = {"dim": 32, "num_heads": 2, "ffn_dim": 32, "num_queries": 12, "decoder_layers": 2,
+SIZES = {"dim": 64, "num_heads": 2, "ffn_dim": 32, "num_queries": 12, "decoder_layers": 2,
          "train_sizes": (64,), "eval_size": 64}
-OWN_SIZES = {"co_detr": {"dim": 64, "roi_dim": 32}}
+OWN_SIZES = {"co_detr": {"roi_dim": 32}}
 
 
 def write_checkpoint(path, name="dino", class_names=scenes.SCENE_CLASSES, change=None, **run):

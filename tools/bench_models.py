@@ -251,6 +251,4 @@ def step_cost(setting: Setting) -> tuple[float, float]:
     parameters = paper.param_groups(model, recipe)
     training = TrainingStep(model, criterion, parameters, recipe, setting.device)
     ms = median_ms(lambda: training(batch, setting.amp), setting.seconds)
-    if setting.device == "cuda":
-        return ms, torch.cuda.max_memory_allocated() / 2 ** 30
-    return ms, peak_gib()
+    return ms, peak_gib(setting.device)
