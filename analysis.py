@@ -107,7 +107,7 @@ def matched_distances(outputs, targets, criterion):
     for b, (query, index) in enumerate(criterion.match(outputs, targets)):
         boxes = targets[b]["boxes"][index.to(anchors.device)]                  # (n, 4)
         distances.append(anchor_distances(anchors[b, query.to(anchors.device)], boxes))
-        areas.append(boxes[:, 2:].prod(-1) * targets[b]["orig_size"].prod())
+        areas.append(boxes[:, 2:].prod(-1) * targets[b]["canvas_size"].prod())
     return torch.cat(distances).cpu(), torch.cat(areas).cpu()
 
 
@@ -419,7 +419,7 @@ class Options:
     out: str = ""           # folder for analysis.json; none: that of the first checkpoint
     batch_size: int = 1     # images per batch
     workers: int = 0        # processes that read images
-    device: str = ""        # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""        # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool = False       # bfloat16 autocast
     variant: str = ""       # variant of released weights whose file does not show it: dc5
 
@@ -457,8 +457,7 @@ def main(argv=None):
         commands.require(options.k >= 1, "--k of at least 1", options.k)
         commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)
         commands.require(0 <= options.workers <= 256, "--workers in 0..256", options.workers)
-        first = Path(options.checkpoint[0])
-        folder = first if first.is_dir() else first.parent
+        folder = commands.results_folder(options.checkpoint[0])
         out = files.prepare_folder(options.out or folder)
         analyses = analyze_files(options)
         print(analysis_table(analyses))

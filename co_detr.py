@@ -8,19 +8,22 @@ Co-DINO reaches 52.1 AP in 12 epochs, and Co-Deformable-DETR 49.5 (both with Res
 
     paper                                              here
     Figure 4, section 3.2 heads read the encoder       CoDETR.collaborate, CoDETR.pyramid
-    Table 1 the heads (heads/, one file per paper)     RPN, RoIHead, ATSS, RetinaNet, FCOS
+    section 3.2 one map becomes five                   multi_scale_adapter
+    Table 1 the heads (heads/, one file per paper)     RPN, RoIHead, ATSS, RetinaNet, FCOS, GFL
     section 3.2, Eq. 1-3 assignment and losses         CoDETR.run_head, Criterion
     section 3.3, Eq. 4 customized positive queries     choose_rows, CustomizedQueries
     section 3.3, Eq. 5-6 their losses, all losses      Criterion.query_losses, Criterion.__call__
     section 4.3 Co-DINO: quality focal loss, NMS       quality_focal_loss, detect
     Table 11 each head alone                           CoDETR.head_detections
     section 4.4, appendix A, Eq. 9-12 conflict         CoDETR.confidences, and analysis.conflict
-    Tables 4-5 detectors and recipes                   Config, RECIPE, VARIANTS
+    Tables 4-6 detectors and recipes                   Config, RECIPE, VARIANTS
+    appendix federated loss for LVIS                   FederatedLoss
 
     symbol                here
     Co-DINO               base "dino", with the changes of `make_detector`
     Co-Deformable-DETR    base "h_detr" without its one-to-many queries: Deformable-DETR++ (Table 3)
-    K heads A_i           aux_heads: "atss" is K = 1, "atss,rcnn" K = 2, "atss,rcnn,retinanet" K = 3
+    Deformable-DETR       base "deformable_detr", plain (Tables 2, 8, 9, 10, 12 and 13)
+    K heads A_i           aux_heads: "atss" is K = 1, "atss,rcnn" K = 2, "atss,atss" two equal heads
     F_1..J, F_J+1         CoDETR.pyramid: the encoder's levels and a coarser one, as maps
     B_i^pos, P_i^pos      Chosen.boxes; Chosen.labels and Chosen.targets
     Q_i                   CustomizedQueries
@@ -47,7 +50,8 @@ Differences from the paper
     after a forward pass, are averaged over the ranks' current micro-batches, not over the step.
  7. One decoder pass for the queries of all heads, masked from each other; the code makes one pass
     for each head. The result is the same.
- 8. RetinaNet and FCOS (in the paper, not in its code) have ATSS's convolutions and loss weights.
+ 8. RetinaNet, FCOS and GFL (in the paper, not in its code) have ATSS's convolutions and loss
+    weights, and GFL 12 x 0.25 for its distributions.
  9. GIoU and IoU have no epsilon. Denoising queries, and images with fewer tokens than queries, are
     handled as in dino.py. The coordinates of customized queries are clamped at 1e-5 before they are
     embedded, also in Co-DINO, whose other inverse sigmoids clamp at 1e-3 (code).
@@ -57,44 +61,52 @@ Differences from the paper
     sampled, 1 to 5 of 1024, which changes gradients by 1e-3 to 1e-2 of their size.
 13. The authors' sampler puts images of one orientation together on a GPU; ours mixes them.
 14. Precision, classes and skipped steps: as in deformable_detr.py, 10 to 12.
-15. Not built: large-scale jitter with copy-paste (54.8 and 60.7 AP), LVIS with its federated loss
-    and sampling, the heads PAA, GFL and Mask R-CNN, several equal heads, the multi-scale
-    adapter for single-scale encoders, Conditional-, DAB- and plain Deformable-DETR as detectors
-    (Table 2), the mask branch of the largest model, training on Objects365, test-time augmentation.
+15. The paper does not say how the adapter connects its convolutions, or gives each level one:
+    here each makes its map from the neighboring one, with group normalization.
+16. With more than three heads the weights of their losses are two K-ths (in GFL one K-th), as in
+    configurations of the authors; the paper does not say so.
+17. Federated loss: the authors' code has it for the focal loss only. With quality focal loss, its
+    chosen classes are factors of that loss (OUR CHOICE), in decoder, proposals, denoising,
+    customized queries and ATSS; and in the second stage if it has no background (`roi_sigmoid`).
+18. Not built: the heads PAA and Mask R-CNN, Conditional- and DAB-DETR as detectors (Table 2), the
+    mask branch of the largest model, training on Objects365, test-time augmentation.
 """
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
-from typing import NamedTuple
-
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 import deformable_detr
 import dino
 import h_detr
 from backbones import build_backbone
-from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid, paired_giou, paired_iou
-from deformable_detr import Memory, Queries, sine_embedding
+from boxes import box_cxcywh_to_xyxy, paired_giou
+from co_detr_queries import (Candidates, Chosen, CustomizedQueries, choose_rows, customized_mask,
+                             join)
+from co_detr_variants import VARIANTS  # noqa: F401
+from deformable_detr import Memory
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
 from engine.schedules import layer_groups
-from heads.anchors import LOWEST_SCORE, Objects, Pyramid, pick
+from heads.adapter import adapter_step, multi_scale_adapter
+from heads.anchors import LOWEST_SCORE, Objects, Pyramid
 from heads.atss import ATSS, atss_counts, atss_losses
-from heads.faster_rcnn import (RPN, RoIHead, classify_proposals, detect_regions,
-                               predict_both_stages, roi_losses, rpn_losses)
+from heads.faster_rcnn import (RPN, RoIHead, class_probabilities, classify_proposals,
+                               detect_regions, predict_both_stages, roi_losses, rpn_losses)
 from heads.fcos import FCOS, fcos_counts, fcos_losses
+from heads.federated import FederatedLoss
+from heads.gfl import GFL, gfl_counts, gfl_losses, quality_focal_loss
 from heads.regions import clip_boxes, soft_nms
 from heads.retinanet import RetinaNet, retinanet_losses
 from matcher import Matches, copy_to_device, copy_to_host, count_boxes, stack_layers
 
-BASES = {"dino": dino, "h_detr": h_detr}
-HEADS = ("rcnn", "atss", "retinanet", "fcos")   # they run in this order, not in that of aux_heads
+BASES = {"dino": dino, "h_detr": h_detr, "deformable_detr": deformable_detr}
+HEADS = ("rcnn", "atss", "retinanet", "fcos", "gfl")   # they run in this order, whatever is asked
+ONE_STAGE = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS, "gfl": GFL}
 HEAD_LOSSES = {"rpn": rpn_losses, "rcnn": roi_losses, "atss": atss_losses, "fcos": fcos_losses,
-               "retinanet": retinanet_losses}
-HEAD_COUNTS = {"atss": atss_counts, "fcos": fcos_counts}   # averaged over GPUs, see Criterion
-LEAST_QUERIES = 9       # a head has at least so many customized queries, even without positives
+               "retinanet": retinanet_losses, "gfl": gfl_losses}
+MOST_FULL_HEADS = 3     # with more heads than these, their losses have lower weights
 
 
 @dataclass
@@ -104,8 +116,10 @@ class Config:
     backbone_weights: str = "imagenet"  # imagenet, a file, or none: random weights
     backbone_norm: str = "batch"        # batch or group norm without backbone_weights; else frozen
     drop_path: float = 0.0              # maximum stochastic depth rate of a Swin, ViT or FocalNet
-    base: str = "dino"                  # base detector: dino, or h_detr without one-to-many queries
-    aux_heads: str = "atss,rcnn"        # none, or any of rcnn, atss, retinanet, fcos, with commas
+    # base detector: dino, deformable_detr, or h_detr without one-to-many queries
+    base: str = "dino"
+    aux_heads: str = "atss,rcnn"        # none, or rcnn, atss, retinanet, fcos, gfl, with commas
+    adapter: str = "auto"               # pyramid: five maps for the heads from one; identity; auto
     aux_queries: int = 300              # maximum of customized queries per head and image
     aux_negatives: bool = True          # add negatives of the head up to aux_queries
     lambda_queries: float = 1.0         # lambda_1: weight of the customized queries' losses
@@ -117,12 +131,14 @@ class Config:
     roi_samples: int = 512              # regions per image that train the second stage
     roi_dim: int = 1024                 # hidden units of the second stage
     roi_convs: int = 0                  # convolutions of the second stage; ViT-L: 4, class-agnostic
+    roi_sigmoid: bool = False           # second stage: a sigmoid for each class, no background
     test_pre_nms: int = 1000            # eval_head rcnn: proposals per level that reach NMS
     test_proposals: int = 1000          # eval_head rcnn: proposals per image
     test_proposal_nms: float = 0.7      # eval_head rcnn: IoU threshold of the proposals' NMS
     rcnn_soft_nms: float = 0.0          # eval_head rcnn: IoU threshold of soft-NMS; 0: NMS at 0.5
     dense_soft_nms: float = 0.0         # one-stage eval_head: soft-NMS threshold; 0: NMS at 0.6
     quality_focal: bool = True          # class loss: quality focal loss; false: focal loss
+    fed_loss: int = 0                   # classes in each class loss (FedLoss, for LVIS); 0: all
     soft_nms: float = 0.8               # IoU from which soft-NMS lowers scores; 0: no NMS
     dn_number: int = 100                # denoising pairs per image, over all groups
     dn_label_noise: float = 0.5         # a label is resampled with half this probability
@@ -154,67 +170,6 @@ SMALL = {**SMALL_RECIPE, **SMALL_DETECTOR, "epochs": 10, "dn_number": 50, "top_k
          "rpn_samples": 64, "roi_samples": 32, "roi_dim": 128, "test_pre_nms": 64,
          "test_proposals": 64}
 
-EPOCHS_24 = dict(epochs=24, lr_drop=20)
-EPOCHS_36 = dict(epochs=36, lr_drop=30)
-DEFORMABLE = dict(base="h_detr", quality_focal=False, soft_nms=0.0, loss_class=2.0, top_k=100)
-CO_DEFORMABLE = dict(DEFORMABLE, num_feature_levels=4, num_queries=300)   # at its published size
-LARGE_IMAGES = dict(train_sizes=tuple(range(480, 1537, 32)), max_size=2048, eval_size=1280,
-                    size_divisor=32)
-
-
-def co_swin(backbone: str, drop_path: float, **more) -> dict:
-    """Co-Deformable-DETR with a Swin backbone."""
-    return dict(CO_DEFORMABLE, weight_decay=0.05, backbone=backbone, drop_path=drop_path, **more)
-
-
-# Published detectors with their AP on COCO val2017. "<variant>_<epochs>_epochs" is the same
-# detector trained longer, with a drop_path of its own.
-VARIANTS = {
-    "24_epochs": EPOCHS_24,
-    "36_epochs": EPOCHS_36,
-    "swin_l": dict(backbone="swin_l", drop_path=0.3),                                       # 58.9
-    "swin_l_24_epochs": dict(EPOCHS_24, backbone="swin_l", drop_path=0.5),                  # 59.8
-    "swin_l_36_epochs": dict(EPOCHS_36, backbone="swin_l", drop_path=0.6),                  # 60.0
-    # 64.1, starting from weights trained on Objects365
-    "swin_l_o365": dict(LARGE_IMAGES, backbone="swin_l", drop_path=0.3, dn_number=500,
-                        dn_box_noise=0.4, lr=1e-4, lr_backbone=1e-5, batch_size=16, epochs=16,
-                        lr_drop=8),
-    # 65.4, starting from weights trained on Objects365; 500 steps of warmup; see Difference 11
-    "vit_l": dict(LARGE_IMAGES, train_max_size=2400, backbone="vit_l", drop_path=0.4,
-                  num_queries=1500, dn_number=300, dn_box_noise=0.4, roi_convs=4, top_k=1000,
-                  test_pre_nms=8000, test_proposals=2000, test_proposal_nms=0.9, rcnn_soft_nms=0.5,
-                  dense_soft_nms=0.6, lr=5e-5, layer_decay=0.8, weight_decay=0.01, batch_size=64,
-                  lr_drop=7, warmup=0.0225, ema=0.9999, ema_warmup=2000),
-    "co_deformable": CO_DEFORMABLE,                                                         # 49.5
-    "co_deformable_small": DEFORMABLE,   # for the preset small, whose sizes it leaves alone
-    "co_deformable_swin_t": co_swin("swin_t", 0.2),                                   # 51.7
-    "co_deformable_swin_t_36_epochs": co_swin("swin_t", 0.3, **EPOCHS_36),            # 54.1
-    "co_deformable_swin_s": co_swin("swin_s", 0.2),                                   # 53.4
-    "co_deformable_swin_s_36_epochs": co_swin("swin_s", 0.4, **EPOCHS_36),            # 55.3
-    "co_deformable_swin_b": co_swin("swin_b", 0.2),                                   # 55.5
-    "co_deformable_swin_b_36_epochs": co_swin("swin_b", 0.4, **EPOCHS_36),            # 57.5
-    "co_deformable_swin_l": co_swin("swin_l", 0.3),                                   # 56.9
-    "co_deformable_swin_l_900q": co_swin("swin_l", 0.6, num_queries=900, top_k=300,
-                                         **EPOCHS_36),                                # 58.5
-}
-
-
-class Candidates(NamedTuple):
-    """Boxes that a head learns from in one image: customized queries are chosen among them."""
-    boxes: Tensor        # (A, 4) corners, pixels: anchors or sampled regions
-    labels: Tensor       # (A,) N for background
-    targets: Tensor      # (A, 4) corners, pixels, of the assigned objects; zeros for background
-    features: Tensor     # (A / k, C) of the encoder; the k anchors of a cell share them
-
-
-class Chosen(NamedTuple):
-    """Candidates that become a head's customized queries, with boxes cx, cy, w, h in [0, 1]."""
-    boxes: Tensor        # (B, M, 4)
-    labels: Tensor       # (B, M) N for background and padding queries
-    targets: Tensor      # (B, M, 4)
-    features: Tensor     # (B, M, C)
-    weights: Tensor      # (B, M) of the class loss: 0 for padding queries, which are zeros, else 1
-
 
 class CoDETR(nn.Module):
     """Figure 4 of the paper: `detector`, unchanged, and everything that exists only in training."""
@@ -224,28 +179,29 @@ class CoDETR(nn.Module):
         self.cfg = cfg
         self.num_classes = num_classes
         self.detector = make_detector(backbone, cfg, num_classes)
-        self.heads = [head for head in HEADS if head in cfg.aux_heads.split(",")]
+        self.heads = head_names(cfg.aux_heads)
+        if not self.heads:
+            return
         C = cfg.dim
-        levels = cfg.num_feature_levels + 1   # of `pyramid`
-        maps = BASES[cfg.base].num_maps(cfg.num_feature_levels)
-        finest = 2 ** (6 - maps)              # stride: 4 with maps C2 to C5, 8 with C3 to C5
-        self.strides = [finest * 2 ** level for level in range(levels)]
-        co_deformable = cfg.base == "h_detr"
-        if self.heads:
-            self.downsample = nn.Sequential(nn.Conv2d(C, C, 3, 2, 1), nn.GroupNorm(32, C))
-            self.aux_queries = nn.ModuleDict()
-            for head in self.heads:
-                self.aux_queries[head] = CustomizedQueries(C, with_features=co_deformable)
+        levels = cfg.num_feature_levels
+        finest = 2 ** (6 - BASES[cfg.base].num_maps(levels))   # 4 with maps C2 to C5, 32 with C5
+        self.strides = [finest * 2 ** level for level in range(levels + 1)]
+        self.downsample = adapter_step(C, stride=2)
+        self.upsample = nn.ModuleList()
+        if levels == 1 and cfg.adapter != "identity":
+            self.strides = [finest // 4, finest // 2, finest, 2 * finest, 4 * finest]
+            self.upsample = nn.ModuleList(adapter_step(C, stride=1) for _ in range(2))
+            self.downsample_again = adapter_step(C, stride=2)
+        with_features = cfg.base != "dino"
+        self.aux_queries = nn.ModuleDict()
+        for head in self.heads:
+            self.aux_queries[head] = CustomizedQueries(C, with_features)
+            if head != "rcnn":
+                setattr(self, head, ONE_STAGE[kind_of(head)](C, num_classes, len(self.strides)))
         if "rcnn" in self.heads:
             self.rpn = RPN(C)
-            self.roi = RoIHead(C, cfg.roi_dim, num_classes, cfg.roi_convs)
-        if "atss" in self.heads:
-            self.atss = ATSS(C, num_classes, levels)
-        if "retinanet" in self.heads:
-            self.retinanet = RetinaNet(C, num_classes, levels)
-        if "fcos" in self.heads:
-            self.fcos = FCOS(C, num_classes, levels)
-        if self.heads and co_deformable:
+            self.roi = RoIHead(C, cfg.roi_dim, num_classes, cfg.roi_convs, cfg.roi_sigmoid)
+        if with_features:
             self.head_embed = nn.Embedding(len(self.heads), 1)   # Difference 3
 
     def forward(self, images: Tensor, padding: Tensor, targets: list[dict] | None = None) -> dict:
@@ -261,11 +217,14 @@ class CoDETR(nn.Module):
         return outputs
 
     def pyramid(self, memory: Memory) -> Pyramid:
-        """Section 3.2: the encoder's output as maps, one per level, and a coarser map."""
+        """Section 3.2: the encoder's output as maps, with those that the adapter adds."""
         maps = []
         for tokens, shape in zip(memory.by_level(memory.tokens), memory.shapes):
             maps.append(tokens.transpose(1, 2).unflatten(2, shape))        # (B, C, H_l, W_l)
-        maps.append(self.downsample(maps[-1]).to(maps[-1].dtype))
+        coarser = [self.downsample]
+        if len(self.upsample):
+            coarser.append(self.downsample_again)
+        maps = multi_scale_adapter(maps, self.upsample, coarser, self.strides, memory.padded_size)
         return Pyramid(maps, self.strides, memory.image_sizes)
 
     def collaborate(self, memory: Memory, targets: list[dict]) -> dict:
@@ -357,23 +316,58 @@ class CoDETR(nn.Module):
         for head in self.heads:
             if head == "rcnn":
                 logits = torch.cat(self.classify_regions(pyramid)[0])      # (proposals, N + 1)
-                sums[head] = logits.softmax(-1)[:, :-1].sum()
+                sums[head] = class_probabilities(logits, self.num_classes).sum()
             else:
                 sums[head] = getattr(self, head)(pyramid.maps)["logits"].sigmoid().sum()
         return sums
 
 
 def check_choices(cfg: Config) -> None:
-    """Raise UserError for a base or a head that does not exist."""
+    """Raise UserError for a base, a head or an adapter that does not exist or does not fit."""
     if cfg.base not in BASES:
-        raise UserError(f"expected base dino or h_detr, got {cfg.base!r}")
+        raise UserError(f"expected base {', '.join(BASES)}, got {cfg.base!r}")
+    if cfg.adapter not in ("auto", "identity", "pyramid"):
+        raise UserError(f"expected adapter auto, identity or pyramid, got {cfg.adapter!r}")
+    if cfg.adapter == "pyramid" and cfg.num_feature_levels > 1:
+        raise UserError("expected adapter pyramid with a single feature level, of which it makes "
+                        f"five, got {cfg.num_feature_levels}: leave it auto, or give "
+                        "--num_feature_levels 1")
+    if cfg.fed_loss and cfg.base == "h_detr":
+        raise UserError("expected fed_loss with base dino or deformable_detr, got h_detr, whose "
+                        "proposals only tell objects from background: leave it 0")
     heads = cfg.aux_heads.split(",")
     if cfg.aux_heads != "none" and not set(heads) <= set(HEADS):
         raise UserError(f"expected aux_heads none or some of {', '.join(HEADS)}, with commas "
                         f"between, got {cfg.aux_heads!r}")
-    if cfg.eval_head != "detr" and cfg.eval_head not in heads:
+    if heads.count("rcnn") > 1:
+        raise UserError("expected rcnn once in aux_heads (its two stages exist once; one-stage "
+                        f"heads may be repeated), got {cfg.aux_heads!r}")
+    if cfg.eval_head not in ("detr", *head_names(cfg.aux_heads)):
         raise UserError(f"expected eval_head detr or one of aux_heads ({cfg.aux_heads}), "
                         f"got {cfg.eval_head!r}")
+
+
+def head_names(aux_heads: str) -> list[str]:
+    """Names of the heads, in the order of HEADS: "atss,atss,rcnn" -> ["rcnn", "atss", "atss2"]."""
+    given = aux_heads.split(",")
+    names = []
+    for kind in HEADS:
+        for i in range(given.count(kind)):
+            names.append(f"{kind}{i + 1}" if i else kind)
+    return names
+
+
+def kind_of(head: str) -> str:
+    """Which of HEADS a head of this name is: "atss2" -> "atss"."""
+    return head.rstrip("0123456789")
+
+
+def loss_share(head: str, heads: list[str]) -> float:
+    """Factor of the losses of `head`, one of K `heads`: 1, with more than three 2 / K, in GFL 1 / K
+    (Difference 16)."""
+    if len(heads) <= MOST_FULL_HEADS:
+        return 1.0
+    return (1 if kind_of(head) == "gfl" else 2) / len(heads)
 
 
 def make_detector(backbone: nn.Module, cfg: Config, num_classes: int) -> nn.Module:
@@ -385,6 +379,9 @@ def make_detector(backbone: nn.Module, cfg: Config, num_classes: int) -> nn.Modu
     if cfg.base == "h_detr":
         one_to_one = shared_fields(cfg, h_detr.Config, num_queries_one2many=0)
         detector = h_detr.HDETR(backbone, one_to_one, num_classes)
+    elif cfg.base == "deformable_detr":
+        plain = shared_fields(cfg, deformable_detr.Config)
+        detector = deformable_detr.DeformableDETR(backbone, plain, num_classes)
     else:
         detector = dino.DINO(backbone, shared_fields(cfg, dino.Config), num_classes)
         detector.class_embed = nn.ModuleList(deepcopy(head) for head in detector.class_embed)
@@ -422,103 +419,7 @@ def pixel_objects(targets: list[dict], image_sizes: Tensor) -> list[Objects]:
     return objects
 
 
-# ---- customized positive queries
-
-def choose_rows(candidates: list[Candidates], image_sizes: Tensor, num_classes: int,
-                cfg: Config) -> Chosen:
-    """Section 3.3: choose at random M candidates of a head in each image, positives first.
-
-    M is the number of positives of the image with the most, but LEAST_QUERIES at least and
-    `aux_queries` at most. Images with fewer get negatives, then padding queries (Difference 1).
-    candidates: one for each image; image_sizes (B, 2): heights and widths, pixels."""
-    labels = copy_to_host([each.labels for each in candidates])
-    positives = [each < num_classes for each in labels]                            # (A,) an image
-    M = max(LEAST_QUERIES, min(cfg.aux_queries, max(int(mask.sum()) for mask in positives)))
-    chosen = []
-    for each, positive, size in zip(candidates, positives, image_sizes):
-        rows = pick(positive, M)
-        if cfg.aux_negatives:
-            rows = torch.cat((rows, pick(~positive, M - len(rows))))
-        rows = copy_to_device(rows, each.boxes.device)
-        scale = size.flip(0).repeat(2)                                             # (4,) w, h, w, h
-        boxes = box_xyxy_to_cxcywh(each.boxes[rows]) / scale
-        targets = box_xyxy_to_cxcywh(each.targets[rows]) / scale
-        anchors_of_a_cell = max(1, len(each.labels) // max(1, len(each.features)))
-        features = each.features[rows // anchors_of_a_cell]
-
-        missing = M - len(rows)
-        chosen.append(Chosen(F.pad(boxes, (0, 0, 0, missing)),
-                             F.pad(each.labels[rows], (0, missing), value=num_classes),
-                             F.pad(targets, (0, 0, 0, missing)),
-                             F.pad(features, (0, 0, 0, missing)),
-                             F.pad(boxes.new_ones(len(rows)), (0, missing))))
-    return Chosen(*(torch.stack(parts) for parts in zip(*chosen)))
-
-
-def customized_mask(weights: list[Tensor]) -> Tensor:
-    """Attention mask (B, 1, M, M), row = query, column = key, True = blocked; M: sum over heads.
-
-    weights: per head (B, M_i), 0 for padding queries. A query attends to all queries of its own
-    head except padding queries. A padding query also attends to itself: no row is all blocked."""
-    head = torch.cat([torch.full_like(weight[0], i) for i, weight in enumerate(weights)])    # (M,)
-    padding = torch.cat(weights, 1)[:, None] == 0                                  # (B, 1, M)
-    others = ~torch.eye(len(head), dtype=torch.bool, device=head.device)
-    blocked = (head[:, None] != head) | (padding & others)                         # (B, M, M)
-    return blocked[:, None]
-
-
-def join(queries: list[Queries]) -> Queries:
-    """Concatenate the queries of several heads. Positions are None if the decoder makes them."""
-    positions = [each.position for each in queries]
-    return Queries(torch.cat([each.content for each in queries], 1),
-                   None if positions[0] is None else torch.cat(positions, 1),
-                   torch.cat([each.reference for each in queries], 1))
-
-
-class CustomizedQueries(nn.Module):
-    """Eq. 4: decoder queries from positive boxes and the encoder's features there.
-
-    Without features (Co-DINO) the box's embedding is the content; the decoder makes positions."""
-
-    def __init__(self, dim: int, with_features: bool):
-        super().__init__()
-        self.with_features = with_features
-        width = 2 * dim if with_features else dim
-        self.pos_trans = nn.Linear(2 * dim, width)
-        self.pos_norm = nn.LayerNorm(width)
-        nn.init.xavier_uniform_(self.pos_trans.weight)
-        if with_features:
-            self.feat_trans = nn.Linear(dim, dim)
-            self.feat_norm = nn.LayerNorm(dim)
-            nn.init.xavier_uniform_(self.feat_trans.weight)
-
-    def forward(self, boxes: Tensor, features: Tensor) -> Queries:
-        """boxes (B, M, 4), which may reach outside the image, features (B, M, C) -> M queries."""
-        C = features.shape[-1]
-        inside = inverse_sigmoid(boxes).sigmoid()   # clamped to [1e-5, 1 - 1e-5]
-        embedding = sine_embedding(inside, C // 2).flatten(2)                      # (B, M, 2 C)
-        x = self.pos_norm(self.pos_trans(embedding.to(features.dtype)))
-        if not self.with_features:
-            return Queries(x, None, boxes)
-        position, content = x.chunk(2, -1)                                         # (B, M, C) each
-        return Queries(content + self.feat_norm(self.feat_trans(features)), position, boxes)
-
-
 # ---- losses
-
-def quality_focal_loss(logits: Tensor, labels: Tensor, boxes: Tensor,
-                       target_boxes: Tensor) -> Tensor:
-    """Quality focal loss (Li et al. 2020, Eq. 2): a positive's target is the IoU of its box.
-
-    logits (..., N), labels (...) N for background, boxes and target_boxes (..., 4) cx, cy, w, h
-    -> loss per query and class (..., N)."""
-    classes = torch.arange(logits.shape[-1], device=logits.device)                 # (N,)
-    one_hot = (labels[..., None] == classes).to(logits.dtype)                      # (..., N)
-    iou, _ = paired_iou(box_cxcywh_to_xyxy(boxes.detach()), box_cxcywh_to_xyxy(target_boxes))
-    quality = one_hot * iou.nan_to_num()[..., None]   # (..., N); NaN: two boxes without area
-    cross_entropy = F.binary_cross_entropy_with_logits(logits, quality, reduction="none")
-    return (quality - logits.sigmoid()) ** 2 * cross_entropy
-
 
 class Criterion:
     """Eq. 6: the losses of the detector, of the heads, and of the customized queries.
@@ -531,8 +432,9 @@ class Criterion:
         RPN                                    sampled anchors                         own
         RoI head                               sampled regions                         own
         RetinaNet                              positive anchors                        own
-        ATSS and FCOS: class and centerness    positive anchors                        mean
+        ATSS, FCOS and GFL: class, centerness  positive anchors                        mean
         ATSS and FCOS: boxes                   sum of the positives' centerness        mean
+        GFL: boxes                             sum of the positives' probabilities     mean
         detector: layers and proposals         objects                                 mean
         Co-DINO: denoising                     objects x denoising groups              mean
         customized queries of a head           positive queries of that head           mean
@@ -543,11 +445,22 @@ class Criterion:
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
+        self.heads = head_names(cfg.aux_heads)
         base = BASES[cfg.base]
         self.base = base.Criterion(shared_fields(cfg, base.Config))
         self.base.set_loss.eps = 0.0   # Difference 9
         if cfg.quality_focal:
             self.base.set_loss.class_loss = quality_focal_loss
+        self.federated = None
+        if cfg.fed_loss:
+            self.federated = FederatedLoss(self.base.set_loss.class_loss, cfg.fed_loss)
+            self.base.set_loss.class_loss = self.federated
+            self.federated_heads = ("atss", "rcnn") if cfg.roi_sigmoid else ("atss",)
+
+    def set_image_counts(self, counts: Tensor) -> None:
+        """counts (N,): training images with each class, for `fed_loss`."""
+        if self.federated:
+            self.federated.set_image_counts(counts)
 
     def match(self, outputs: dict, targets: list[dict]) -> Matches:
         """The last layer's matching: per image indices of queries and of their objects."""
@@ -569,8 +482,12 @@ class Criterion:
                 terms = self.query_losses(**part, count=counts[name])
             else:
                 factor = self.cfg.lambda_heads * self.cfg.decoder_layers
+                factor *= loss_share(name, self.heads)
                 given = {"counts": counts[name]} if name in counts else {}
-                terms = HEAD_LOSSES[name](**part, **given)
+                if self.federated and kind_of(name) in self.federated_heads:
+                    N = part["logits"].shape[-1]
+                    given["classes"] = self.federated.chosen_classes(part["labels"][None], N)[0]
+                terms = HEAD_LOSSES[kind_of(name)](**part, **given)
             for term, value in terms.items():
                 losses[f"{name}.{term}"] = factor * value
         return losses
@@ -586,10 +503,12 @@ class Criterion:
             if name.endswith(".queries"):
                 N = part["layers"][-1]["pred_logits"].shape[-1]
                 counts[name] = (part["labels"] < N).sum()
-            elif name in HEAD_COUNTS:
+            elif kind_of(name) in ("atss", "fcos"):
                 N = part["logits"].shape[-1]
-                head_counts = HEAD_COUNTS[name]
+                head_counts = atss_counts if kind_of(name) == "atss" else fcos_counts
                 counts[name] = head_counts(part["labels"], part["boxes"], part["anchors"], N)
+            elif kind_of(name) == "gfl":
+                counts[name] = gfl_counts(part["logits"], part["labels"])
         return {name: count.double() for name, count in counts.items()}
 
     def detector_losses(self, outputs: dict, targets: list[dict], num_boxes: float | None,

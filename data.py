@@ -1,6 +1,6 @@
 """COCO-layout folders, the published augmentation, and batches.
 
-The way of one image:  file -> Pillow image and boxes in pixels -> Transform -> collate -> batch
+The way of an image: file -> Pillow image and boxes in pixels -> transform -> collate -> batch
 
     image     float32 (3, h, w), RGB, normalized with ImageNet's mean and standard deviation
     target    labels (n,) int64 in 0..N-1, for N classes
@@ -8,6 +8,8 @@ The way of one image:  file -> Pillow image and boxes in pixels -> Transform -> 
               masks (n, h, w) bool, if asked for
               image_id int, of the json; index int, position in the data set
               size (2,), height and width of the image; orig_size (2,), of the original
+              canvas_size (2,), those of the image, with what padding counts as image, in pixels of
+              the original: orig_size, but for large-scale jitter
     padding   (B, H, W) bool, True on pixels added to bring the images of a batch to one size
 
 Classes: the `categories` of the json, sorted by id, become labels 0..N-1; `category_ids[label]`
@@ -16,16 +18,9 @@ leads back. engine/class_labels.py gives a validation set the labels of its trai
 Randomness: a training sample depends on (seed, epoch, index), the order of an epoch on (seed,
 epoch). The number of worker processes changes nothing.
 
-engine/coco_json.py reads and checks the json, engine/images.py reads image files, scenes.py draws
-the generated data set. `python -m tools.check_data DIR` reports every problem.
-
-Differences from the papers' data pipeline (test_data.py compares both on recorded choices):
- 1. A pixel of a resized mask copies the old pixel that contains its center. In the authors' code it
-    copies the one that contains its upper left corner, which shifts a mask by up to half a pixel.
-    Scene masks resized from 160 to 128 px and back have an IoU of 0.969 with the original, 0.930
-    by the authors' rule.
- 2. An image whose long side is more than 20 times its short side is never cropped.
- 3. `color_jitter` (off in the papers' recipes) also changes colors.
+transforms.py and jitter.py change images and boxes, engine/coco_json.py reads and checks the json,
+engine/lvis.py what LVIS has beyond it, engine/images.py reads image files, scenes.py draws the
+generated data set. `python -m tools.check_data DIR` reports every problem.
 """
 import contextlib
 import copy
@@ -34,7 +29,6 @@ import itertools
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,37 +39,23 @@ from pycocotools.coco import COCO
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from engine import coco_json
+from engine import coco_json, lvis
 from engine.coco_json import Problem
 from engine.errors import UserError
 from engine.images import UnreadableImage, read_header, read_image, upright_size
 from engine.notices import one_line
 from engine.segmentations import decode_mask
 from engine.workers import TIMEOUT, affordable_workers, one_line_errors, start_worker
+from jitter import FitSquare, LargeScaleJitter
+from transforms import Transform, has_area
 
-MEAN = np.array([0.485, 0.456, 0.406], np.float32)   # of ImageNet, RGB
-STD = np.array([0.229, 0.224, 0.225], np.float32)
-CROP_SHORT_SIDES = (400, 500, 600)   # px, short side of the image before it is cropped
-CROP_SIDES = (384, 600)              # px, limits of the sides of a crop
-MAX_CROP_RATIO = 20                  # long side / short side; beyond it the resized image is huge
-JITTER_GAIN = 0.15                   # color jitter: largest relative change of values in [0, 1]
-JITTER_SHIFT = 0.08                  # largest shift of values in [0, 1]
-JITTER_INVERT = 0.15                 # probability of an inversion
 SMALL_AREA = 32 ** 2                 # pixels; COCO's small objects are below,
 LARGE_AREA = 96 ** 2                 # its large objects above, its medium objects between
 MAX_UNREADABLE = 0.01                # share of images that may be unreadable; one image always may
 GRAY = (124, 116, 104)               # ImageNet's mean; fills the substitute of an unreadable image
 MAX_GRAY_SIDE = 4096                 # px; its limit, as a json may list a wrong size
+IF_COMPLETE = "if complete"          # load masks if every object has a valid one
 UNKNOWN_LONG_SIDE = 2000             # px, assumed for memory where a transform has no max_size
-
-
-def random_generator(purpose: str, *key: int) -> np.random.Generator:
-    """NumPy generator seeded by (purpose, *key): scene 3 and sample 3 get independent numbers.
-
-    purpose: "scene", "order" or "sample"
-    """
-    number = ("scene", "order", "sample").index(purpose)
-    return np.random.default_rng((1 + number, *key))
 
 
 # -------------------------------------------------------------------------------- annotations
@@ -163,6 +143,7 @@ class DetectionData(Dataset):
     degenerate = 0
     problems: list[Problem] = []
     load_masks = False
+    federated = None      # of an LVIS json: see engine/lvis.py
 
     def __len__(self):
         return len(self.image_ids)
@@ -193,14 +174,19 @@ class DetectionData(Dataset):
 
     def __getitem__(self, index):
         """Return the transformed (image, target), as described at the top of this file."""
-        index, image = self.load_or_substitute(int(index))
+        index, image, target = self.pixel_sample(int(index))
         width, height = image.size
-        target = self.pixel_target(index, width, height)
-        tensor, target = self.transform(image, target, self.epoch, index)
+        tensor, target = self.transform(image, target, self.epoch, index, self)
         target["image_id"] = int(self.image_ids[index])
         target["orig_size"] = torch.tensor([height, width])
+        target["canvas_size"] = torch.tensor(self.transform.canvas_size(width, height))
         target["index"] = index
         return tensor, target
+
+    def pixel_sample(self, index: int) -> tuple[int, Image.Image, dict]:
+        """Return (index, image, pixel target) of a sample, or of its substitute."""
+        index, image = self.load_or_substitute(index)
+        return index, image, self.pixel_target(index, *image.size)
 
     def pixel_target(self, index: int, width: int, height: int) -> dict:
         """Return the objects of an image, without crowds, before any transform.
@@ -254,6 +240,8 @@ class DetectionData(Dataset):
         truth = COCO()
         truth.dataset = {
             "info": {}, "images": images, "annotations": rows, "categories": categories}
+        if self.federated:
+            lvis.add_to_truth(truth.dataset, self.federated)
         with contextlib.redirect_stdout(io.StringIO()):
             truth.createIndex()
         return truth
@@ -278,8 +266,11 @@ class CocoFolder(DetectionData):
 
     root: the folder, also in other usual layouts (engine/coco_json.py lists them)
     split: train, val or test
-    load_masks: samples have masks, unless the json has none (then `has_masks` is False)
+    load_masks: samples have masks, unless the json has none (then `has_masks` is False); with
+        IF_COMPLETE also unless some objects have none, which is else refused
     annotations, images: explicit paths of the json and of the image folder
+
+    A json of LVIS is read as it is (engine/lvis.py), its images from the folders it names.
 
     Crowds are never learned and are regions to ignore in coco(). Boxes without width or height
     inside the image are dropped and counted (`degenerate`). Images without objects stay. EXIF
@@ -305,6 +296,9 @@ class CocoFolder(DetectionData):
             content.setdefault("annotations", [])   # those of a test set are often not public
         self.problems = coco_json.json_problems(content)
         coco_json.refuse_fatal(self.path, self.problems)
+        self.federated = None
+        if lvis.is_lvis(content):
+            self.federated = lvis.read_federated(content, self.path)
         self.folder = Path(images or coco_json.images_folder(root, split, content))
 
         categories = sorted(content["categories"], key=lambda category: category["id"])
@@ -332,7 +326,7 @@ class CocoFolder(DetectionData):
         self.problems += malformed.values()
         usable = [given[k] and k not in malformed for k in range(len(rows))]
         self.has_masks = bool(rows) and all(usable)
-        if self.load_masks and any(given) and not self.has_masks:
+        if self.load_masks is True and any(given) and not self.has_masks:
             raise UserError(
                 f"{self.path}: masks need a valid segmentation for every object, got {sum(given)} "
                 f"for {len(rows)} objects, {len(malformed)} malformed; "
@@ -430,203 +424,18 @@ class CocoFolder(DetectionData):
 
 # ---------------------------------------------------------------------------------- transforms
 
-def has_area(boxes: np.ndarray) -> np.ndarray:
-    """Find boxes (n, 4) xyxy with positive width and height: (n,) bool."""
-    return (boxes[:, 2:] > boxes[:, :2]).all(1)
+def train_transform(recipe, seed: int = 0, keep_masks: bool = False):
+    """Transform for training, by `augment` of a recipe: none, flip, paper or lsj.
 
-
-def resized_size(width: int, height: int, short_side: int,
-                 max_size: int | None = None) -> tuple[int, int]:
-    """Return the (width, height) in px to which the papers resize an image of this size.
-
-    The shorter side becomes `short_side`, less where the longer side would exceed max_size.
+    paper: the sizes, crop and color_jitter of the recipe. keep_masks: large-scale jitter, which
+    reads masks in any case, leaves them in the targets.
     """
-    short = min(width, height)
-    long = max(width, height)
-    if max_size is not None and long / short * short_side > max_size:
-        short_side = max(1, int(round(max_size * short / long)))
-    if short == short_side:
-        return width, height
-    long_side = int(short_side * long / short)
-    return (short_side, long_side) if width < height else (long_side, short_side)
-
-
-def nearest_pixels(new: int, old: int) -> np.ndarray:
-    """For each of `new` pixels, the one of `old` that contains its center: (new,) int64."""
-    return ((np.arange(new) + 0.5) * (old / new)).astype(int)
-
-
-def resize(image: Image.Image, target: dict,
-           size: tuple[int, int]) -> tuple[Image.Image, dict]:
-    """Resize an image and its target, as of pixel_target, to (width, height) in px."""
-    if image.size == size:
-        return image, target
-    scale_x = size[0] / image.width
-    scale_y = size[1] / image.height
-    result = dict(target, boxes=target["boxes"] * (scale_x, scale_y, scale_x, scale_y))
-    if "masks" in target:
-        rows = nearest_pixels(size[1], image.height)
-        columns = nearest_pixels(size[0], image.width)
-        result["masks"] = target["masks"][:, rows[:, None], columns]                 # (n, h, w)
-    return image.resize(size, Image.Resampling.BILINEAR), result
-
-
-def flip(image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
-    """Mirror an image and its target left to right."""
-    x0, y0, x1, y1 = target["boxes"].T
-    boxes = np.stack([image.width - x1, y0, image.width - x0, y1], 1)                # (n, 4)
-    result = dict(target, boxes=boxes)
-    if "masks" in target:
-        result["masks"] = target["masks"][:, :, ::-1]
-    return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), result
-
-
-class Crop(NamedTuple):
-    """Resize the short side to `short_side`, then cut out a window of the result; all in px."""
-    short_side: int
-    left: int
-    top: int
-    width: int
-    height: int
-
-
-def crop(image: Image.Image, target: dict, window: Crop) -> tuple[Image.Image, dict]:
-    """Resize an image and its target and cut out a window; objects outside of it are dropped."""
-    size = resized_size(*image.size, window.short_side)
-    image, target = resize(image, target, size)
-    left, top, width, height = window[1:]
-    right = left + width
-    bottom = top + height
-    boxes = target["boxes"] - (left, top, left, top)
-    boxes = np.clip(boxes, 0, (width, height, width, height))
-    keep = has_area(boxes)
-    result = {"labels": target["labels"][keep], "boxes": boxes[keep]}
-    if "masks" in target:
-        result["masks"] = target["masks"][keep, top:bottom, left:right]              # (n, h, w)
-    return image.crop((left, top, right, bottom)), result
-
-
-class Colors(NamedTuple):
-    """A change of colors, in this order; values are in [0, 1]."""
-    channels: tuple = (0, 1, 2)    # new channel c is old channel channels[c]
-    invert: bool = False           # value -> 1 - value
-    gain: float = 1.0              # value -> value * gain + shift, limited to [0, 1]
-    shift: float = 0.0
-
-
-def normalize(image: Image.Image, colors: Colors = Colors()) -> Tensor:
-    """Turn an RGB image into a normalized float32 tensor (3, h, w).
-
-    A table with one result for each channel and each of its 256 values replaces the arithmetic.
-    """
-    levels = np.arange(256, dtype=np.float32) / 255
-    if colors.invert:
-        levels = 1 - levels
-    levels = np.clip(levels * colors.gain + colors.shift, 0, 1)
-    table = (levels - MEAN[:, None]) / STD[:, None]                                  # (3, 256)
-    pixels = np.asarray(image)                                                       # (h, w, 3)
-    planes = []
-    for c in range(3):
-        source = pixels[:, :, colors.channels[c]]
-        planes.append(table[c].take(source))
-    return torch.from_numpy(np.stack(planes))
-
-
-class Augmentation(NamedTuple):
-    """The random choices for one training sample, in the order in which they are applied."""
-    flip: bool = False
-    crop: Crop | None = None
-    short_side: int | None = None      # px after resizing, None keeps the size
-    colors: Colors = Colors()
-
-
-@dataclass(frozen=True)
-class Transform:
-    """(RGB image, pixel target) -> (float32 (3, h, w), model target). Default: normalization only.
-
-    sizes: short sides in px; without augment the first is used, () keeps the size
-    max_size: limit of the long side in px
-    augment: choose one of `sizes` at random, and flip horizontally with probability 1/2
-    crop: if augment, crop before resizing with probability 1/2
-    color_jitter: if augment, change colors
-    """
-    sizes: tuple = ()
-    max_size: int | None = None
-    augment: bool = False
-    crop: bool = False
-    color_jitter: bool = False
-    seed: int = 0
-
-    def __call__(self, image, target=None, epoch=0, index=0):
-        if target is None:
-            target = {"labels": NO_OBJECTS.labels, "boxes": NO_OBJECTS.boxes}
-        choices = Augmentation(short_side=self.sizes[0] if self.sizes else None)
-        if self.augment:
-            rng = random_generator("sample", self.seed, epoch, index)
-            choices = self.draw(image.size, rng)
-        return self.apply(image, target, choices)
-
-    def draw(self, size: tuple[int, int], rng: np.random.Generator) -> Augmentation:
-        """Draw the random choices for an image of this (width, height)."""
-        short_side = int(rng.choice(self.sizes))
-        flipped = bool(rng.random() < 0.5)
-        window = None
-        if self.crop and rng.random() < 0.5 and max(size) <= MAX_CROP_RATIO * min(size):
-            window = draw_crop(size, rng)
-        colors = draw_colors(rng) if self.color_jitter else Colors()
-        return Augmentation(flipped, window, short_side, colors)
-
-    def apply(self, image: Image.Image, target: dict, choices: Augmentation) -> tuple[Tensor, dict]:
-        """Apply given choices to an image and its pixel target."""
-        if choices.flip:
-            image, target = flip(image, target)
-        if choices.crop:
-            image, target = crop(image, target, choices.crop)
-        if choices.short_side:
-            size = resized_size(*image.size, choices.short_side, self.max_size)
-            image, target = resize(image, target, size)
-        return normalize(image, choices.colors), model_target(target, *image.size)
-
-
-def draw_crop(size: tuple[int, int], rng: np.random.Generator) -> Crop:
-    """Draw a crop for an image of this (width, height) in px."""
-    short_side = int(rng.choice(CROP_SHORT_SIDES))
-    size = resized_size(*size, short_side)
-    low, high = CROP_SIDES
-    width, height = (int(rng.integers(low, min(side, high) + 1)) for side in size)
-    left = int(rng.integers(0, size[0] - width + 1))
-    top = int(rng.integers(0, size[1] - height + 1))
-    return Crop(short_side, left, top, width, height)
-
-
-def draw_colors(rng: np.random.Generator) -> Colors:
-    """Draw a change of colors."""
-    return Colors(
-        channels=tuple(rng.permutation(3)),
-        gain=1 + rng.uniform(-JITTER_GAIN, JITTER_GAIN),
-        shift=rng.uniform(-JITTER_SHIFT, JITTER_SHIFT),
-        invert=bool(rng.random() < JITTER_INVERT),
-    )
-
-
-def model_target(target: dict, width: int, height: int) -> dict:
-    """Turn a pixel target into what models learn from: tensors, boxes cxcywh in [0, 1]."""
-    boxes = target["boxes"] / (width, height, width, height)                         # (n, 4)
-    low = boxes[:, :2]
-    high = boxes[:, 2:]
-    boxes = np.concatenate([(low + high) / 2, high - low], 1)
-    result = {
-        "labels": torch.from_numpy(target["labels"]),
-        "boxes": torch.from_numpy(boxes.astype(np.float32)),
-        "size": torch.tensor([height, width]),
-    }
-    if "masks" in target:
-        result["masks"] = torch.from_numpy(target["masks"].astype(bool))
-    return result
-
-
-def train_transform(recipe, seed: int = 0) -> Transform:
-    """Transform for training: sizes, crop and color_jitter of a recipe."""
+    if recipe.augment == "lsj":
+        return LargeScaleJitter(recipe.lsj_size, tuple(recipe.lsj_ratios), seed, keep_masks)
+    if recipe.augment == "none":
+        return eval_transform(recipe)
+    if recipe.augment == "flip":
+        return Transform((recipe.eval_size,), recipe.max_size, augment=True, seed=seed)
     return Transform(
         sizes=tuple(recipe.train_sizes),
         max_size=recipe.train_max_size or recipe.max_size,
@@ -637,8 +446,10 @@ def train_transform(recipe, seed: int = 0) -> Transform:
     )
 
 
-def eval_transform(recipe) -> Transform:
-    """Transform for evaluation: only resizes, to eval_size of a recipe."""
+def eval_transform(recipe):
+    """Transform for evaluation: only resizes, to eval_size of a recipe, or into lsj_size."""
+    if recipe.augment == "lsj":
+        return FitSquare(recipe.lsj_size)
     return Transform((recipe.eval_size,), recipe.max_size)
 
 
@@ -695,6 +506,6 @@ def batch_bytes(dataset: DetectionData, batch_size: int) -> int:
     transform = getattr(dataset, "transform", Transform())
     side = transform.max_size or UNKNOWN_LONG_SIDE
     bytes_per_pixel = 3 * 4 + 1                                # image and padding
-    if dataset.load_masks:
+    if dataset.load_masks and getattr(transform, "keep_masks", True):
         bytes_per_pixel += int(objects_per_image(dataset).max(initial=0))
     return batch_size * side * side * bytes_per_pixel

@@ -137,9 +137,7 @@ def sampling_locations(reference, offsets, shapes):
     """
     center = reference[:, :, None, :, None, :2]                         # (B, Nq, 1, L, 1, 2)
     if reference.shape[-1] == 2:
-        # Filled on the device: copying a list from the host would make it wait.
-        size = torch.stack([center.new_full((), n) for H, W in shapes for n in (W, H)])
-        return center + offsets / size.view(-1, 1, 2)
+        return center + offsets / _level_sizes(center, shapes)
     if reference.shape[-1] == 4:
         size = reference[:, :, None, :, None, 2:]                       # (B, Nq, 1, L, 1, 2)
         return center + offsets * (0.5 / offsets.shape[-2]) * size
@@ -193,27 +191,37 @@ def ms_deform_attn_torch(value, shapes, locations, weights):
     dtype = torch.promote_types(coordinate_dtype(value), locations.dtype)
     locations = locations.to(dtype)
     weights = weights.to(dtype)
-    image = torch.arange(B, device=value.device)[:, None, None, None]   # (B, 1, 1, 1)
-    head = torch.arange(M, device=value.device)[:, None]                # (M, 1)
+
+    # Borders of zeros, two pixels before and three behind: no point needs a test.
+    maps = []
+    for level, (H, W) in zip(value.to(dtype).split([H * W for H, W in shapes], dim=1), shapes):
+        level = F.pad(level.view(B, H, W, M * D), (0, 0, 2, 3, 2, 3))   # (B, H + 5, W + 5, M D)
+        maps.append(level.flatten(1, 2))
+    rows = torch.cat(maps, 1).view(-1, D)                               # (B S' M, D)
+
+    # In pixels: (0, 0) is the center of the top left one. Beyond these limits all is zero.
+    size = _level_sizes(locations, shapes)                              # (L, 1, 2): W, H
+    position = (locations * size - 0.5).clamp(min=-2).minimum(size + 1)  # (B, Nq, M, L, K, 2)
+    cell = position.detach().nan_to_num(nan=0.0).floor()                # the pixel at the top left
+    right, below = (position - cell).unbind(-1)                         # (B, Nq, M, L, K) each
+    left = 1 - right
+    above = 1 - below
+
+    # The rows of the four pixels, and their sum.
+    x, y = (cell.long() + 2).unbind(-1)                                 # (B, Nq, M, L, K) each
+    width, height = (size.long() + 5).unbind(-1)                        # (L, 1) each
+    cells = width * height
+    start = cells.cumsum(0) - cells                                     # (L, 1)
+    image = torch.arange(B, device=value.device).view(-1, 1, 1, 1, 1)
+    head = torch.arange(M, device=value.device).view(-1, 1, 1)          # (M, 1, 1)
+    first = (image * cells.sum() + start + y * width + x) * M + head    # (B, Nq, M, L, K)
     output = 0
-    for l, level in enumerate(value.to(dtype).split([H * W for H, W in shapes], dim=1)):
-        H, W = shapes[l]
-        # One token of zeros more: all pixels outside the map are read from there.
-        rows = F.pad(level, (0, 0, 0, 0, 0, 1)).reshape(-1, D)          # (B (H W + 1) M, D)
-        # In pixels: (0, 0) is the center of the top left one. Limits beyond which nothing is seen.
-        x = (locations[:, :, :, l, :, 0] * W - 0.5).clamp(-2, W + 1)    # (B, Nq, M, K)
-        y = (locations[:, :, :, l, :, 1] * H - 0.5).clamp(-2, H + 1)    # (B, Nq, M, K)
-        for right, below in ((0, 0), (1, 0), (0, 1), (1, 1)):
-            column = x.floor() + right
-            row = y.floor() + below
-            width = x - x.floor() if right else 1 - (x - x.floor())
-            height = y - y.floor() if below else 1 - (y - y.floor())
-            inside = (column >= 0) & (column < W) & (row >= 0) & (row < H)
-            token = torch.where(inside, row.long() * W + column.long(), H * W)
-            index = (image * (H * W + 1) + token) * M + head            # (B, Nq, M, K)
-            pixel = rows.index_select(0, index.flatten()).view(*index.shape, D)
-            area = width * height * weights[:, :, :, l]                 # (B, Nq, M, K)
-            output = output + (area[..., None] * pixel).sum(-2)         # (B, Nq, M, D)
+    for step, area in ((0, left * above), (M, right * above),
+                       (width * M, left * below), (width * M + M, right * below)):
+        pixels = rows.index_select(0, (first + step).flatten())         # (B Nq M L K, D)
+        pixels = pixels.view(*first.shape[:3], -1, D)                   # (B, Nq, M, L K, D)
+        area = (area * weights).flatten(3)                              # (B, Nq, M, L K)
+        output = output + (area[..., None] * pixels).sum(-2)            # (B, Nq, M, D)
     return output.flatten(2).to(value.dtype)                            # (B, Nq, M D)
 
 
@@ -224,6 +232,12 @@ def _reference_implementation(value, shapes, points, weights, reference=None):
         weights = logits.flatten(-2).softmax(-1, dtype=coordinate_dtype(value)).view_as(logits)
         points = sampling_locations(reference, points.to(weights.dtype), shapes)
     return ms_deform_attn_torch(value, shapes, points, weights)
+
+
+def _level_sizes(like, shapes):
+    """Width and height of all levels, (L, 1, 2), on the device and in the dtype of a tensor."""
+    # Filled on the device: copying a list from the host would make it wait.
+    return torch.stack([like.new_full((), n) for H, W in shapes for n in (W, H)]).view(-1, 1, 2)
 
 
 def _flat(shapes):

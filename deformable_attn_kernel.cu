@@ -20,32 +20,31 @@
 // So a point is prepared once, not once per channel, and a group reads 128 bytes (float) or 64
 // bytes (half) in one piece.
 //
-// The ladder: what each idea changes. "Counted" is read off the machine code for sm_90 or the
-// access pattern, "simulated" comes from a cache model or a cycle-level simulator of a V100. None
-// of it has been measured on a GPU yet. A row has 16 points of 32 channels; the case is the encoder
-// of DINO at 800 x 1333. The first line is the authors' kernel.
+// The ladder: what each idea changes, and how that is known. "Counted" is read off the machine code
+// for sm_90 or the access pattern; loops in instructions a round. "Simulated" comes from a cache
+// model, or from a cycle-level simulator of a V100 (times the multiprocessors). "Measured" is for a
+// GPU, and empty: `python -m tools.bench gpu` will tell. A row has 16 points of 32 channels; the
+// case is the encoder of DINO at 800 x 1333.
 //
-//   idea                                         effect                               known by
-//   one thread a channel                         1,566 instructions a row, fp32       counted
-//   16 bytes of channels a lane, a point         231 instructions a row               counted
-//     prepared once a group
-//   a block works on one head and a tile of      L2 to L1: 610 -> 205 MB an image     simulated
-//     queries 8 wide, whose points overlap
-//   softmax and locations inside (fused)         two tensors less in memory; 276      counted
-//                                                instructions a row
-//   shared arrays padded against bank conflicts  conflict stalls 82,944 -> 9,216,     simulated
-//                                                208 -> 203 cycles a row
-//   bf16 unpacked by shift and mask              forward loop 582 -> 500              counted
-//                                                instructions
-//   backward: sums over channels by reduce-      4,608 -> 554 instructions a row      counted
-//     scatter instead of one thread's loop
-//   sm_90, CUDA 12.1: four channels in one       a quarter of the additions           counted
+//   idea                                      measured counted                  simulated
+//   one thread a channel: the authors' kernel -        1,566 instructions a row 412 cycles a row
+//   16 bytes of channels a lane, a point      -        231 instructions a row   208 cycles a row,
+//     prepared once a group                                                     with the next line
+//   a block works on one head and a tile of   -                                 L2 to L1: 610 ->
+//     queries 8 wide, whose points overlap                                      205 MB an image
+//   softmax and locations inside (fused)      -        276 instructions a row,
+//                                                      two tensors less
+//   shared arrays padded against bank         -                                 208 -> 203 cycles,
+//     conflicts                                                                 stalls 83 k -> 9 k
+//   bf16 unpacked by shift and mask           -        loop: 582 -> 500
+//   backward: sums over channels by reduce-   -        4,608 -> 554
+//     scatter instead of one thread's loop             instructions a row
+//   sm_90, CUDA 12.1: four channels in one    -        a quarter of additions
 //     addition (RED.128)
-//   elsewhere: one channel a lane, neighboring   16 -> 4 sectors a value row,         counted
-//     lanes on neighboring channels              2,231 -> 836 cycles a row            simulated
-//   loads of a point before its additions,       836 -> 817 cycles a row              simulated
-//     one branch a point, no check of D = 32     backward loop 615 -> 508 (bf16:      counted
-//                                                932 -> 590), spill 48 -> 0 bytes
+//   elsewhere: a channel a lane, neighboring  -        16 -> 4 sectors a value  2,231 -> 836 cycles
+//     lanes on neighboring channels                    row
+//   loads of a point before its additions,    -        loop: 615 -> 508 (bf16:  836 -> 817 cycles
+//     one branch a point, no check of D = 32           932 -> 590), spill 0
 //
 // Registers for sm_90 and D = 32: forward 64, backward 128. One (forward fp32) and four (backward
 // bf16) more are kept in local memory, outside the loop over channels and points.

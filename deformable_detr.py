@@ -257,12 +257,18 @@ def input_projections(channels: list[int], dim: int, levels: int) -> nn.ModuleLi
 
 def project(projections: nn.ModuleList, maps: list[Tensor]) -> list[Tensor]:
     """Make all levels (B, C, H_l, W_l) from backbone maps."""
-    levels = [projection(x) for projection, x in zip(projections, maps)]
+    levels = [apply_projection(projection, x) for projection, x in zip(projections, maps)]
     x = maps[-1]
     for projection in projections[len(maps):]:
-        x = projection(x)
+        x = apply_projection(projection, x)
         levels.append(x)
     return levels
+
+
+def apply_projection(projection: nn.Sequential, x: Tensor) -> Tensor:
+    """Convolution and GroupNorm; on CPUs the latter loses two digits on maps in NHWC order."""
+    convolution, norm = projection
+    return norm(convolution(x).contiguous())
 
 
 def flatten_pyramid(pyramid: list[Tensor], padding: Tensor, level_embed: Tensor, features: list,
@@ -347,7 +353,7 @@ class EncoderLayer(nn.Module):
         query = x + memory.positions
         attended = self.self_attn(query, references, x, memory.shapes, memory.padding)
         x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x)))
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
@@ -377,7 +383,7 @@ class DecoderLayer(nn.Module):
         attended = self.cross_attn(x + position, references, memory.tokens, memory.shapes,
                                    memory.padding)
         x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x)))
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
         return self.norm3(x + self.dropout(self.linear2(hidden)))
 
 

@@ -11,7 +11,7 @@ suffer, because attention among all pixels affords only one coarse map.
     section 3.2 backbone and encoder         DETR.encode, EncoderLayer, sine_positions
     section 3.2 decoder, auxiliary losses    DETR.decode, DecoderLayer, named_layers
     section 3.2 prediction heads (FFNs)      class_embed, bbox_embed, MLP
-    A.1 multi-head attention                 attention
+    A.1 multi-head attention                 attend
     section 4 detections                     detect
 
 B images, S = H W tokens, Nq queries (N in the paper), C channels, K classes.
@@ -36,6 +36,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import MultiheadAttention
 
 from backbones import build_backbone
 from boxes import at_least_float32, box_cxcywh_to_xyxy
@@ -71,9 +72,10 @@ class Config:
 RECIPE = Recipe(lr=1e-4, lr_backbone=1e-5, batch_size=64, epochs=500, lr_drop=400)
 
 # For two CPU cores and ten minutes: sizes and optimization change, the method does not.
-SMALL = dict(SMALL_RECIPE, lr=1e-4, lr_backbone=2e-4, clip=0.1, warmup=0.02, backbone="tiny",
-             backbone_weights="none", dilation=True, dim=128, num_heads=4, encoder_layers=1,
-             decoder_layers=3, ffn_dim=384, dropout=0.0, num_queries=40, size_divisor=32)
+SMALL = dict(SMALL_RECIPE, lr=1e-4, lr_backbone=2e-4, muon=0.0, clip=0.1, warmup=0.02,
+             backbone="tiny", backbone_weights="none", dilation=True, dim=128, num_heads=4,
+             encoder_layers=1, decoder_layers=3, ffn_dim=384, dropout=0.0, num_queries=40,
+             size_divisor=32)
 VARIANTS = {
     "dc5": dict(dilation=True),                             # 43.3 AP
     "r101": dict(backbone="resnet101"),                     # 43.5 AP
@@ -152,7 +154,7 @@ class EncoderLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.self_attn = attention(cfg)
+        self.self_attn = MultiheadAttention(cfg.dim, cfg.num_heads, cfg.dropout, batch_first=True)
         self.norm1 = nn.LayerNorm(cfg.dim)
         self.linear1 = nn.Linear(cfg.dim, cfg.ffn_dim)
         self.linear2 = nn.Linear(cfg.ffn_dim, cfg.dim)
@@ -163,9 +165,9 @@ class EncoderLayer(nn.Module):
         """-> tokens (B, S, C). Positions are added to queries and keys, never to values."""
         x = memory.tokens
         q = x + memory.positions                                                   # (B, S, C)
-        attended, _ = self.self_attn(q, q, x, memory.padding, need_weights=False)
+        attended = attend(self.self_attn, q, q, x, memory.padding)                 # (B, S, C)
         x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x)))                             # (B, S, 8 C)
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))               # (B, S, 8 C)
         return self.norm2(x + self.dropout(self.linear2(hidden)))
 
 
@@ -174,9 +176,9 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, cfg):
         super().__init__()
-        self.self_attn = attention(cfg)
+        self.self_attn = MultiheadAttention(cfg.dim, cfg.num_heads, cfg.dropout, batch_first=True)
         self.norm1 = nn.LayerNorm(cfg.dim)
-        self.cross_attn = attention(cfg)
+        self.cross_attn = MultiheadAttention(cfg.dim, cfg.num_heads, cfg.dropout, batch_first=True)
         self.norm2 = nn.LayerNorm(cfg.dim)
         self.linear1 = nn.Linear(cfg.dim, cfg.ffn_dim)
         self.linear2 = nn.Linear(cfg.ffn_dim, cfg.dim)
@@ -186,19 +188,21 @@ class DecoderLayer(nn.Module):
     def forward(self, x: Tensor, position: Tensor, memory: Memory) -> Tensor:
         """x and position (B, Nq, C) -> (B, Nq, C)."""
         q = x + position                                                           # (B, Nq, C)
-        attended, _ = self.self_attn(q, q, x, need_weights=False)
+        attended = attend(self.self_attn, q, q, x)                                 # (B, Nq, C)
         x = self.norm1(x + self.dropout(attended))
         q = x + position                                                           # (B, Nq, C)
         k = memory.tokens + memory.positions                                       # (B, S, C)
-        attended, _ = self.cross_attn(q, k, memory.tokens, memory.padding, need_weights=False)
+        attended = attend(self.cross_attn, q, k, memory.tokens, memory.padding)    # (B, Nq, C)
         x = self.norm2(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x)))                             # (B, Nq, 8 C)
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))               # (B, Nq, 8 C)
         return self.norm3(x + self.dropout(self.linear2(hidden)))
 
 
-def attention(cfg: Config) -> nn.MultiheadAttention:
-    """A.1: called with queries, keys, values (B, ., C) and a mask (B, S) of keys to ignore."""
-    return nn.MultiheadAttention(cfg.dim, cfg.num_heads, cfg.dropout, batch_first=True)
+def attend(attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
+    """Queries (B, Nq, C), keys and values (B, S, C), padding (B, S), whose keys are ignored ->
+    (B, Nq, C). On CPUs the fused attention is slow for small maps; weights come without it."""
+    weights = k.shape[1] <= 256 and not k.is_cuda
+    return attention(q, k, v, padding, need_weights=weights)[0]
 
 
 class MLP(nn.Module):
@@ -217,9 +221,9 @@ class MLP(nn.Module):
 def pad_to_multiple(images: Tensor, padding: Tensor, divisor: int) -> tuple[Tensor, Tensor]:
     """Pad right and bottom until both sides are multiples of `divisor`. Otherwise the number of
     valid cells of a small image would depend on the other images of its batch."""
-    fill = (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor)
-    if not any(fill):
+    if divisor == 1:
         return images, padding
+    fill = (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor)
     return F.pad(images, fill), F.pad(padding, fill, value=True)
 
 

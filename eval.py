@@ -36,14 +36,14 @@ from pycocotools import mask as rle
 from tqdm import tqdm
 
 import visualize
-from engine import commands, files
+from engine import commands, files, lvis
 from engine.cli import registry
 from engine.commands import open_detector
 from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
-from engine.images import UnreadableImage, read_image
-from engine.inference import detect_image, predict, require_finite
+from engine.images import SUFFIXES, UnreadableImage, read_image
+from engine.inference import detect_image, detect_on_canvas, predict, require_finite
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
@@ -54,25 +54,25 @@ COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # the kinds of figures and their names in short; segm_cls: masks ranked without their own score
 KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}
 DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint has none
-SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 # data set -> its ground truth for pycocotools, made once: training evaluates after every epoch
 _TRUTHS = weakref.WeakKeyDictionary()
 
 
 # ---- AP ------------------------------------------------------------------------------------------
 
-def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, amp=False,
+def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=0, amp=False,
              workers=0, rank=0, world=1):
     """AP of a model on a data set.
 
-    detect: the paper file's. With `world` processes each rank runs and matches every world-th
-    image; all ranks return the same figures, those of a single process. The model's training mode
-    is restored. UserError, on every rank, where detections are not finite.
+    detect: the paper file's. max_dets: see `limit_of`. With `world` processes each rank runs and
+    matches every world-th image; all ranks return the same figures, those of a single process. The
+    model's training mode is restored. UserError, on every rank, where detections are not finite.
 
     -> {"bbox": figures, "segm": figures (with masks), "segm_cls": the same masks ranked by the
     score of their box (where they have scores of their own), "images", "seconds", "score_seconds"},
     figures as in `engine.scoring.score`."""
     start = time.perf_counter()
+    max_dets = limit_of(dataset, max_dets)
     cfg = replace(cfg, top_k=max(cfg.top_k, max_dets))
     results = collect_results(model, detect, dataset, cfg, device, batch_size, amp, workers, rank,
                               world)
@@ -85,6 +85,12 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=100, am
             "score_seconds": end - scoring}
 
 
+def limit_of(dataset, max_dets=0):
+    """How many detections count: `max_dets`, 0 for 100 of each image and class, as COCO's figures
+    have it, or on LVIS 300 of each image."""
+    return max_dets or (lvis.LIMIT if dataset.federated else 100)
+
+
 @torch.no_grad()
 def collect_results(model, detect, dataset, cfg, device, batch_size=1, amp=False, workers=0,
                     rank=0, world=1):
@@ -94,7 +100,8 @@ def collect_results(model, detect, dataset, cfg, device, batch_size=1, amp=False
     with errors_of_all_ranks(world):
         for outputs, targets in predict(model, dataset, indices, device, batch_size, amp, workers):
             sizes = torch.stack([target["orig_size"] for target in targets])   # (B, 2), h and w
-            detections = detect(outputs, sizes.to(device), cfg)
+            canvas = torch.stack([target["canvas_size"] for target in targets])    # (B, 2)
+            detections = detect_on_canvas(detect, outputs, canvas.to(device), sizes, cfg)
             image_ids = [target["image_id"] for target in targets]
             results += coco_results(detections, image_ids, dataset.category_ids)
     return results
@@ -127,6 +134,8 @@ def errors_of_all_ranks(world):
 def score_results(dataset, results, max_dets=100, rank=0, world=1):
     """The results of this rank's images -> {"bbox": figures, ...} of all ranks, see `evaluate`,
     with the `curves` of every class."""
+    if dataset.federated:
+        return federated_results(dataset, results, max_dets, rank, world)
     truth = ground_truth(dataset, rank, world)
     metrics = {"bbox": score(truth, results, "bbox", max_dets, rank, world)}
     keys = set().union(*gather({key for row in results for key in row}, world))
@@ -136,6 +145,22 @@ def score_results(dataset, results, max_dets=100, rank=0, world=1):
         if "mask_score" in keys:
             metrics["segm_cls"] = score(truth, results, "segm", max_dets, rank, world)
     return metrics
+
+
+def federated_results(dataset, results, max_dets, rank=0, world=1):
+    """`score_results` for LVIS: the first process scores the results of all."""
+    shares = gather(results, world)
+    metrics = None
+    with errors_of_all_ranks(world):
+        if rank == 0:
+            everything = [row for share in shares for row in share]
+            truth = ground_truth(dataset).dataset
+            metrics = {"bbox": lvis.score(truth, everything, "bbox", max_dets)}
+            if dataset.has_masks and any("segmentation" in row for row in everything):
+                ranked = [{**row, "score": row.get("mask_score", row["score"])}
+                          for row in everything]
+                metrics["segm"] = lvis.score(truth, ranked, "segm", max_dets)
+    return gather(metrics, world)[0]
 
 
 def ground_truth(dataset, rank=0, world=1):
@@ -191,7 +216,8 @@ def table(metrics, classes=True):
     """The figures of `evaluate` as text: one line per kind, then (`classes`) one line per class."""
     kinds = [kind for kind in KINDS if kind in metrics]
     recalls = [key for key in metrics["bbox"] if re.fullmatch(r"AR\d+", key)]
-    columns = (*COLUMNS, *sorted(recalls, key=lambda name: int(name[2:])))
+    rarity = [name for name in ("APr", "APc", "APf") if name in metrics["bbox"]]
+    columns = (*COLUMNS, *rarity, *sorted(recalls, key=lambda name: int(name[2:])))
     lines = [" " * 8 + "".join(f"{name:>8}" for name in columns)]
     for kind in kinds:
         cells = [cell(metrics[kind][name]) for name in columns]
@@ -367,7 +393,8 @@ def write_csv(path, head, rows):
 @dataclass
 class Options:
     """COCO AP of a checkpoint, or detections on your own images."""
-    checkpoint: str              # best.pt of a run, its folder, or released weights
+    # best.pt of a run, its folder, released weights, their address, or a name of assets/weights
+    checkpoint: str
     data: str = ""               # COCO-layout folder; none: the data of the checkpoint's own run
     # COCO json to use instead of the folder's annotations/instances_val2017.json. Without
     # annotations in it, only detections.json is written. With --images: where the image ids are
@@ -377,16 +404,20 @@ class Options:
     # with --images: minimum score to draw and to list; None: for each class the one with the best
     # F1 at the last evaluation in training, else 0.3
     score_threshold: Annotated[float | None, tyro.conf.arg(metavar="FLOAT")] = None
-    max_dets: int = 100          # maximum detections per image and class in AP
+    # maximum detections in AP: of each image and class (0: 100), on LVIS of each image (0: 300; the
+    # published figures of Co-DETR are for 1000)
+    max_dets: int = 0
     save_detections: bool = False  # also write the COCO results, detections.json
     boxes_only: bool = False     # leave the masks out of detections.json
     tile: int = 0                # also detect on tiles of this side, px, for small objects; 0: off
     overlap: float = 0.2         # fraction of a tile that its neighbor overlaps
-    eval_size: int = 0           # shorter side of the images, px; 0: the checkpoint's
+    # shorter side of the images, or the side of the squares of large-scale jitter, px; 0: the
+    # checkpoint's
+    eval_size: int = 0
     out: str = ""                # folder for results; none: that of the checkpoint
     batch_size: int = 1          # images per batch; with 1 no image is padded
     workers: int = -1            # processes that read images; -1: depends on the CPU cores
-    device: str = ""             # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""             # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool = False            # bfloat16 autocast
     # deformable attention: kernel or torch; default: the kernel where it can be built
     impl: str = ""
@@ -397,7 +428,7 @@ class Options:
         """UserError for values that cannot work."""
         require = commands.require
         require(self.impl in ("", "kernel", "torch"), "--impl kernel or torch", self.impl)
-        require(self.max_dets >= 1, "--max_dets of at least 1", self.max_dets)
+        require(self.max_dets >= 0, "--max_dets of at least 0", self.max_dets)
         require(self.batch_size >= 1, "--batch_size of at least 1", self.batch_size)
         require(-1 <= self.workers <= 256, "--workers in -1..256", self.workers)
         require(0 <= self.eval_size <= 10_000, "--eval_size in 1..10000", self.eval_size)
@@ -415,6 +446,10 @@ def settings(cfg, recipe):
     multiple = f" up to a multiple of {divisor}" if divisor > 1 else ""
     soft_nms = getattr(cfg, "soft_nms", 0)
     nms = f", soft-NMS from IoU {soft_nms}" if soft_nms else ""
+    if recipe.augment == "lsj":
+        return (f"in: RGB, in a square of {recipe.lsj_size} px (bilinear), filled with gray that "
+                "counts as image, ImageNet mean and deviation\n"
+                f"out: the {cfg.top_k} best (query, class) pairs{nms}")
     return (f"in: RGB, short side {recipe.eval_size} px but long side at most {recipe.max_size} px "
             f"(bilinear), ImageNet mean and deviation, zeros to the right and below{multiple}\n"
             f"out: the {cfg.top_k} best (query, class) pairs{nms}")
@@ -457,6 +492,9 @@ def run_on_data(options, detector, out, device, rank, world):
     """Evaluate on a data set; write eval.json and, on request or without ground truth,
     detections.json."""
     detector, dataset = commands.with_data(detector, options.data, options.json)
+    max_dets = limit_of(dataset, options.max_dets)
+    cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, max_dets))
+    detector = detector._replace(cfg=cfg)
     labeled = dataset.split != "test"
     folder = files.prepare_folder(options.out or out)
     workers = options.workers if options.workers >= 0 else commands.default_workers()
@@ -478,14 +516,15 @@ def run_on_data(options, detector, out, device, rank, world):
         return
 
     scoring = time.perf_counter()
-    metrics = score_results(dataset, results, options.max_dets, rank, world)
+    metrics = score_results(dataset, results, max_dets, rank, world)
     end = time.perf_counter()
     metrics |= {"images": len(dataset), "seconds": end - start, "score_seconds": end - scoring}
     if rank == 0:
         print(table(metrics))
         print(f"\n{threshold_table(metrics)}")
-        print(f"\n{dataset.name}: {len(dataset)} images, best {options.max_dets} detections of "
-              f"each, {end - start:.1f} s ({end - scoring:.1f} s of them scoring)")
+        whose = "image" if dataset.federated else "image and class"
+        print(f"\n{dataset.name}: {len(dataset)} images, best {max_dets} detections of each "
+              f"{whose}, {end - start:.1f} s ({end - scoring:.1f} s of them scoring)")
         record = {"checkpoint": options.checkpoint, "step": detector.meta["step"],
                   "data": dataset.name, **metrics}
         files.write_json(folder / "eval.json", record)
@@ -519,10 +558,10 @@ def main(argv=None):
         top_k = max(detector.cfg.top_k, options.max_dets)
         detector = detector._replace(cfg=replace(detector.cfg, top_k=top_k))
         if options.eval_size:
-            recipe = replace(detector.recipe, eval_size=options.eval_size)
+            recipe = replace(detector.recipe, eval_size=options.eval_size,
+                             lsj_size=options.eval_size)
             detector = detector._replace(recipe=recipe)
-        checkpoint = Path(options.checkpoint)
-        out = checkpoint if checkpoint.is_dir() else checkpoint.parent
+        out = commands.results_folder(options.checkpoint)
         if options.images:
             commands.require(world == 1, "one process with --images", f"{world} processes")
             print(settings(detector.cfg, detector.recipe))

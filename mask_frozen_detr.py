@@ -10,7 +10,8 @@ Neither code nor weights of the authors are public. We know the equations and th
 published reading note only.
 
     paper                                               here
-    the frozen detector                                 FrozenDetector
+    the frozen detector                                 FrozenDetector (frozen_detector.py)
+    fine-tuning the detector instead, an ablation       train_detector, TrainedDetector
     F = C1 + interp(F_e(E))                             feature_map
     baseline, image level: M_i = sigma(q_i F^T)         image_masks
     baseline, box level: M_i = sigma(q_i R_i^T)         box_masks, region_masks
@@ -33,7 +34,7 @@ published reading note only.
     M_i            sigmoid of outputs["mask_logits"] (n, r, r)
     s_i            "mask_scores" of `detect`. The baselines have no mask scoring: there
                    s_i = c_i (sum of M_i where M_i > 0.5) / (number of cells where M_i > 0.5)
-    N, k, beta     loss_points, oversample and importance of `Config`: of k N random points the
+    N, k, beta     loss_points, oversample_points, importance of `Config`: of k N random points the
                    beta N least certain ones enter the loss, and (1 - beta) N other random points
 
 B images, n regions of all images together, P points. C = channel_dim is the width of the mask
@@ -61,9 +62,10 @@ Differences from the paper. We do not know what the paper does on these points:
 10. Six complete epochs instead of 88,500 steps. The learning rate is multiplied by 0.1 after 90 %
     and again after 95 % of them, and the gradient norm is clipped at 0.1.
 11. Masks are made for the detector's own detections, after its soft-NMS if it has one.
+12. Fine-tuning (`train_detector`): a copy of the detector learns from the gradient of the masks
+    and from its own losses, at a tenth of the learning rates of its own recipe.
 """
 from dataclasses import dataclass, replace
-from hashlib import sha256
 from typing import NamedTuple
 
 import torch
@@ -74,9 +76,10 @@ import matcher
 from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention
-from deformable_detr import encoder_references, sine_positions
+from deformable_detr import apply_projection, encoder_references, sine_positions
 from engine.errors import UserError
 from engine.recipe import SMALL_RECIPE, Recipe
+from frozen_detector import FrozenDetector, TrainedDetector
 from heads.regions import roi_align
 from masks import dice_loss, grid_points, mask_iou, paste
 from masks import sample_maps, sample_true_masks, select_masks, uncertain_points
@@ -113,9 +116,12 @@ class Config:
     num_points: int = 4                  # sampling points per attention head and feature level
     point_loss: bool = True              # loss at sampled points; else at every cell of the region
     loss_points: int = 12544             # N: points per object at which the loss is computed
-    oversample: float = 3.0              # k: candidate points per point that is used
+    oversample_points: float = 3.0       # k: candidate points per point that is used
     importance: float = 0.75             # beta: fraction of points chosen by uncertainty
     train_regions: int = 100             # objects per image in a training step
+    train_detector: bool = False         # train a copy of the detector too; else it is frozen
+    detector_lr: float = 0.1             # its learning rates, as a fraction of its own recipe's
+    expected_detector: str = ""          # model and backbone that it must be of; none: any
     top_k: int = 100                     # detections per image
     cost_class: float = 2.0              # matching: weight of the class cost
     cost_l1: float = 5.0                 # matching: weight of the L1 cost of boxes
@@ -130,11 +136,18 @@ RECIPE = Recipe(
 
 # For SMALL detectors, minutes on two CPU cores: other sizes and optimization, the same method.
 SMALL = SMALL_RECIPE | dict(
-    lr=4e-3, epochs=2, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2,
+    lr=4e-3, muon=0.0,
+    epochs=2, roi_size=16, image_layers=1, image_ffn_dim=256, channel_dim=64, box_layers=2,
     box_ffn_dim=128, score_dim=16, score_ffn_dim=64, num_heads=4, loss_points=392)
 BASELINE = dict(
     image_encoder="none", box_encoder="none", query_encoder="none", mask_scoring=False)
-VARIANTS = {"image_baseline": dict(level="image", **BASELINE), "box_baseline": BASELINE}
+VARIANTS = {
+    "image_baseline": dict(level="image", **BASELINE),
+    "box_baseline": BASELINE,
+    # the systems of the main comparison: 55.3 mask AP on test-dev is the better one of them
+    "h_detr_swin_l": dict(expected_detector="h_detr swin_l_window7"),
+    "dino_focalnet_l": dict(expected_detector="dino focalnet_l_4level"),
+}
 ENCODERS = ("none", "deformable", "swin", "convnext")
 CHOICES = {"level": ("box", "image"), "roi_box": ("pred", "gt"),
            "image_encoder": ENCODERS, "box_encoder": ENCODERS,
@@ -176,24 +189,29 @@ def concatenate(images: list[Regions]) -> Regions:
 
 
 class MaskFrozenDETR(nn.Module):
-    """The mask network. Its parameters and its state dict do not include the frozen detector."""
+    """The mask network. Its parameters and its state dict do not include a frozen detector. A
+    trained one is the submodule `detector`, and `carried` describes it for checkpoints."""
 
-    def __init__(self, frozen: "FrozenDetector", cfg: Config):
+    def __init__(self, base: FrozenDetector | TrainedDetector, cfg: Config):
         super().__init__()
         check_config(cfg)
-        dim, C, M = frozen.dim, cfg.channel_dim, cfg.num_heads
-        self.frozen = frozen
+        dim, C, M = base.dim, cfg.channel_dim, cfg.num_heads
+        self.base = base
         self.cfg = cfg
-        self.class_names = frozen.class_names
+        self.class_names = base.class_names
+        self.carried = None
+        if cfg.train_detector:
+            self.detector = base.model
+            self.carried = base.description()
         self.matching_costs = Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou)
 
         # F = C1 + interp(F_e(E)). Only deformable attention reads all levels of E.
         if cfg.neck:
-            self.neck = Neck(frozen.channels, dim)
-        elif frozen.channels != dim:
+            self.neck = Neck(base.channels, dim)
+        elif base.channels != dim:
             raise UserError(f"expected a backbone map of {dim} channels, as wide as the encoder, "
-                            f"without a neck; got {frozen.channels}: use the neck")
-        levels = frozen.num_levels if cfg.image_encoder == "deformable" else 1
+                            f"without a neck; got {base.channels}: use the neck")
+        levels = base.num_levels if cfg.image_encoder == "deformable" else 1
         image_blocks = BlockConfig(dim, M, levels, cfg.num_points, cfg.image_ffn_dim)
         self.image_encoder = build_blocks(cfg.image_encoder, cfg.image_layers, image_blocks)
 
@@ -214,8 +232,8 @@ class MaskFrozenDETR(nn.Module):
         with mask scoring, and in evaluation `detections`: per image the scores, labels, boxes and
         queries of the detector, and `region`, the row of each one's mask in `mask_logits`.
         """
-        # The frozen detector, and the boxes that masks are computed for.
-        outputs, tokens = self.frozen(images, padding)
+        # The detector, and the boxes that masks are computed for.
+        outputs, tokens = self.base(images, padding, targets)
         memory = outputs["memory"]
         if self.training:
             regions = self.training_regions(outputs, targets)
@@ -318,8 +336,8 @@ class MaskFrozenDETR(nn.Module):
         """The detector's `top_k` detections, with boxes in [0, 1], and their regions: one for each
         query, which may have detections of several classes."""
         predicted = clipped_corners(outputs["pred_boxes"])               # (B, Nq, 4)
-        cfg = replace(self.frozen.model.cfg, top_k=self.cfg.top_k)
-        detections = self.frozen.detect(outputs, predicted.new_ones(len(predicted), 2), cfg)
+        cfg = replace(self.base.model.cfg, top_k=self.cfg.top_k)
+        detections = self.base.detect(outputs, predicted.new_ones(len(predicted), 2), cfg)
         images = []
         first = 0                                                        # first region of the image
         for b, detection in enumerate(detections):
@@ -349,74 +367,23 @@ class MaskFrozenDETR(nn.Module):
         return concatenate(images), detections
 
     def get_extra_state(self) -> Tensor:
-        """The detector's hash, which PyTorch adds to every state dict of the mask network."""
-        return self.frozen.hash
+        """The frozen detector's hash, which PyTorch adds to every state dict of the network."""
+        return self.base.hash
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Called when a state dict is loaded: its weights are useless with another detector."""
+        """Called when a state dict is loaded: its weights are useless with another detector. That
+        of a trained detector has all weights itself."""
         expected = bytes(state.tolist()).hex()[:12]
-        got = bytes(self.frozen.hash.tolist()).hex()[:12]
-        if not torch.equal(state.cpu(), self.frozen.hash):
+        got = bytes(self.base.hash.tolist()).hex()[:12]
+        if not self.cfg.train_detector and not torch.equal(state.cpu(), self.base.hash):
             raise UserError(f"expected the detector that these masks were trained on, weights "
                             f"{expected}, got {got}: give the right file with --detector")
 
     def _apply(self, fn, recurse: bool = True):
         """Called by to(), cuda(), double() and the like, which convert the detector as well."""
-        self.frozen.model._apply(fn)
+        if not self.cfg.train_detector:
+            self.base.model._apply(fn)
         return super()._apply(fn, recurse)
-
-
-class FrozenDetector:
-    """The frozen detector. Deliberately not an nn.Module, so that parameters(), state_dict() and
-    train() of the mask network skip it. Copies of the mask network (EMA) share it. `detect` is the
-    function of the detector's paper file."""
-
-    def __init__(self, model: nn.Module, detect, enc_layer: int = 0, class_names=None):
-        inner = getattr(model, "detector", model)         # Co-DETR has its detector as a submodule
-        if not hasattr(inner, "level_embed"):
-            raise UserError(f"expected a detector with several feature levels, got a "
-                            f"{type(inner).__name__}: give one of Deformable DETR, DINO, H-DETR or "
-                            "Co-DETR with --detector")
-        layers = len(inner.encoder)
-        if not 0 <= enc_layer <= layers:
-            raise UserError(f"expected enc_layer from 0 to {layers}, the detector's number of "
-                            f"encoder layers, got {enc_layer}")
-        self.model = model.eval().requires_grad_(False)
-        self.detect = detect
-        self.enc_layer = enc_layer
-        self.class_names = class_names
-        self.channels = inner.backbone.channels[0]        # of C1
-        self.num_levels, self.dim = inner.level_embed.shape
-        self.hash = weight_hash(model)
-        self.layer_tokens = None
-        if enc_layer:
-            inner.encoder[enc_layer - 1].register_forward_hook(self.store_tokens)
-
-    @torch.no_grad()
-    def __call__(self, images: Tensor, padding: Tensor) -> tuple[dict, Tensor]:
-        """Images (B, 3, H, W), padding (B, H, W) -> the detector's outputs and E: the tokens
-        (B, S, dim) after encoder layer `enc_layer`."""
-        outputs = dict(self.model(images, padding))
-        if self.enc_layer == 0:
-            return outputs, outputs["memory"].tokens
-        tokens = self.layer_tokens
-        self.layer_tokens = None                          # frees the memory
-        return outputs, tokens
-
-    def store_tokens(self, layer: nn.Module, inputs: tuple, tokens: Tensor) -> None:
-        """Forward hook: remember what an encoder layer returned."""
-        self.layer_tokens = tokens
-
-    def __deepcopy__(self, memo) -> "FrozenDetector":
-        return self
-
-
-def weight_hash(model: nn.Module) -> Tensor:
-    """SHA-256 of all names and weights of a model: (32,) uint8."""
-    digest = sha256()
-    for name, value in model.state_dict().items():
-        digest.update(name.encode() + value.cpu().contiguous().numpy().tobytes())
-    return torch.tensor(list(digest.digest()), dtype=torch.uint8)
 
 
 def clipped_corners(boxes: Tensor) -> Tensor:
@@ -457,6 +424,7 @@ def region_memory(region: Tensor) -> Memory:
 
 class Neck(nn.Sequential):
     """C1 <- GN(PWConv(C1)): (B, channels, H, W) -> (B, dim, H, W)."""
+    forward = apply_projection
 
     def __init__(self, channels: int, dim: int):
         super().__init__(nn.Conv2d(channels, dim, 1, bias=False), nn.GroupNorm(32, dim))
@@ -611,14 +579,17 @@ class ScoreHead(nn.Module):
 
 
 class Criterion:
-    """Binary cross-entropy and dice loss at points, and the squared error of the predicted IoU."""
+    """Binary cross-entropy and dice loss at points, and the squared error of the predicted IoU;
+    with the criterion of a detector that is trained too, its own losses as well."""
 
-    def __init__(self, cfg: Config):
+    def __init__(self, cfg: Config, detector=None):
         self.cfg = cfg
+        self.detector = detector
         self.matching_costs = Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou)
 
     def __call__(self, outputs: dict, targets: list[dict], num_boxes=None) -> dict[str, Tensor]:
-        """Compute the weighted losses {"bce", "dice", "iou"}, whose sum is the training loss.
+        """Compute the weighted losses {"bce", "dice", "iou", and for a trained detector
+        "detector.cls", ...}, whose sum is the training loss.
 
         targets: per image labels (n,) and masks (n, h, w). num_boxes: the divisor of all losses,
         which are sums over objects; by default the number of objects in `targets`.
@@ -633,7 +604,7 @@ class Criterion:
         # Predicted and true values at P points of every region.
         if cfg.point_loss:
             points = uncertain_points(
-                logits, cfg.loss_points, cfg.oversample, cfg.importance)   # (n, P, 2)
+                logits, cfg.loss_points, cfg.oversample_points, cfg.importance)   # (n, P, 2)
             values = sample_maps(logits, points)                         # (n, P)
         else:
             points = grid_points(*logits.shape, logits.device)           # (n, r r, 2)
@@ -647,7 +618,13 @@ class Criterion:
         if "mask_ious" in outputs:
             true_ious = mask_iou(logits.detach(), masks, regions.xyxy)   # (n,)
             terms["iou"] = cfg.loss_iou * (outputs["mask_ious"] - true_ious) ** 2
-        return {name: (regions.weight * term).sum() / num_boxes for name, term in terms.items()}
+        losses = {}
+        for name, term in terms.items():
+            losses[name] = (regions.weight * term).sum() / num_boxes
+        if self.detector is not None:
+            for name, loss in self.detector(outputs, targets, num_boxes).items():
+                losses[f"detector.{name}"] = loss
+        return losses
 
     def match(self, outputs: dict, targets: list[dict]) -> Matches:
         """Match the detector's queries: per image query and object indices, on the host."""
@@ -684,16 +661,28 @@ def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
 
 def build(cfg: Config, num_classes: int, detector) -> tuple[MaskFrozenDETR, Criterion]:
     """Make the mask network, with random weights, and its criterion. detector: what
-    `engine.models.load_model` returned, frozen from now on."""
+    `engine.models.load_model` returned; it is frozen from now on, or copied and trained."""
     names = detector.meta["class_names"]
     if len(names) != num_classes:
         raise UserError(f"expected a detector of {num_classes} classes, as the data has, got one "
                         f"with {len(names)}: train it on this data first (train.py --init copies "
                         "class rows by name)")
+    kind = f"{detector.paper.__name__} {detector.cfg.backbone}"
+    if cfg.expected_detector not in ("", kind):
+        raise UserError(f"expected a detector of the kind {cfg.expected_detector}, got {kind}: "
+                        "give another one with --detector, or leave out --variant")
+    if cfg.train_detector:
+        trained = TrainedDetector(detector, cfg.enc_layer)
+        return MaskFrozenDETR(trained, cfg), Criterion(cfg, detector.criterion)
     frozen = FrozenDetector(detector.model, detector.paper.detect, cfg.enc_layer, names)
     return MaskFrozenDETR(frozen, cfg), Criterion(cfg)
 
 
 def param_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
-    """All parameters, with one learning rate."""
-    return [{"params": list(model.parameters()), "lr": recipe.lr}]
+    """Parameters of the mask network, with one learning rate, and groups of a trained detector."""
+    named = model.named_parameters()
+    masks = [parameter for name, parameter in named if not name.startswith("detector.")]
+    groups = [{"params": masks, "lr": recipe.lr}]
+    if model.cfg.train_detector:
+        groups += model.base.param_groups(recipe, model.cfg.detector_lr)
+    return groups

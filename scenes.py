@@ -1,6 +1,7 @@
 """The generated data set: scenes of eight shapes, with exact boxes and masks of what is visible.
 
-    python scenes.py --write DIR      writes the scenes as a COCO-layout folder
+    python scenes.py --write DIR                    writes the scenes as a COCO-layout folder
+    python scenes.py --write DIR --layout lvis      the same, annotated as LVIS is
 
 A scene depends on (seed, split, index) alone. It has a textured background and 0 to 8 objects,
 which may overlap, reach over the border, and cast shadows.
@@ -13,20 +14,21 @@ import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import tyro
 from PIL import Image, ImageDraw, ImageFilter
 from pycocotools import mask as coco_mask
 
-from data import LARGE_AREA, DetectionData, Objects, Transform, join_annotations, random_generator
+from data import LARGE_AREA, DetectionData, Objects, join_annotations
 from engine.coco_json import json_path
 from engine.errors import UserError, user_errors
 from engine.files import complete_file, complete_picture
 from engine.flags import one_line_usage
 from engine.notices import one_line
 from engine.ranges import check_ranges
+from transforms import Transform, random_generator
 
 NUM_TRAIN = 4000           # scenes of the default data set
 NUM_VAL = 500
@@ -44,6 +46,10 @@ MIN_VISIBLE = 0.6          # share of every object that later objects leave visi
 MAX_OUTSIDE = 0.15         # share of an object's side that may lie outside the image
 ATTEMPTS = 12              # places tried for an object before it is left out
 RING_HOLE = 0.56           # inner radius of a ring over its outer radius
+# layout lvis: training images in which a class is annotated, the others being frequent
+RARE = {"heart": 8, "crescent": 60}
+VERIFIED = 0.5             # chance that an absent class is known to be absent
+INCOMPLETE = 0.1           # chance that one object of a class with several is not annotated
 LIGHT = 14                 # of 255: brightness from center to left edge, and to upper edge
 
 
@@ -389,17 +395,76 @@ class Shapes(DetectionData):
         return part
 
 
+# ---------------------------------------------------------------------------------------- LVIS
+
+def federate(content: dict, split: str, seed: int) -> dict:
+    """Turn the json of a split into one of LVIS: federated, with images named by address.
+
+    In training a class of RARE is annotated in so many images, and unknown in the others.
+    """
+    rng = random_generator("federated", seed, ("train", "val").index(split))
+    ids = {category["name"]: category["id"] for category in content["categories"]}
+    remaining = {ids[name]: count for name, count in RARE.items()} if split == "train" else {}
+    rows_of = {image["id"]: [] for image in content["images"]}
+    for row in content["annotations"]:
+        rows_of[row["image_id"]].append(row)
+
+    annotations = []
+    images = []
+    for image in content["images"]:
+        rows = rows_of[image["id"]]
+        present = {row["category_id"] for row in rows}
+        unknown = {number for number in present if remaining.get(number, 1) == 0}
+        for number in present & remaining.keys() - unknown:
+            remaining[number] -= 1
+        rows = [row for row in rows if row["category_id"] not in unknown]
+        absent = [number for number in ids.values()
+                  if number not in present and rng.random() < VERIFIED]
+        incomplete = []
+        for number in sorted(present - unknown):
+            same = [row for row in rows if row["category_id"] == number]
+            if len(same) > 1 and rng.random() < INCOMPLETE:
+                incomplete.append(number)
+                rows.remove(same[-1])
+        annotations += [{name: row[name] for name in row if name != "iscrowd"} for row in rows]
+        images.append({
+            "id": image["id"], "width": image["width"], "height": image["height"],
+            "coco_url": f"http://images.cocodataset.org/{split}2017/{image['file_name']}",
+            "neg_category_ids": absent, "not_exhaustive_category_ids": incomplete})
+    return {"images": images, "annotations": annotations, "categories": content["categories"]}
+
+
+def name_frequencies(train: dict) -> list[dict]:
+    """The categories of LVIS: with their frequency in the json of the training images."""
+    categories = []
+    for category in train["categories"]:
+        images = [row["image_id"] for row in train["annotations"]
+                  if row["category_id"] == category["id"]]
+        count = len(set(images))
+        frequency = "f"
+        if count <= 100:
+            frequency = "c"
+        if count <= 10:
+            frequency = "r"
+        categories.append({**category, "synset": f"{category['name']}.n.01",
+                           "frequency": frequency, "image_count": count,
+                           "instance_count": len(images)})
+    return categories
+
+
 @dataclass
 class Options:
     """Write the generated scenes as a COCO-layout folder with PNG images."""
     write: str                   # folder to create
+    layout: Literal["coco", "lvis"] = "coco"   # format of the annotations
     num_train: int = NUM_TRAIN   # training scenes
     num_val: int = NUM_VAL       # validation scenes
     seed: int = SCENE_SEED       # seed of the scenes
 
 
-def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEED) -> None:
-    """Write the generated scenes as a COCO-layout folder.
+def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEED,
+                 layout="coco") -> None:
+    """Write the generated scenes as a COCO-layout folder, annotated as COCO or LVIS is (layout).
 
     Raises UserError if the folder already has annotations, or if a split would be empty.
     """
@@ -415,14 +480,23 @@ def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEE
         scenes = Shapes(split, count, seed)
         folder = Path(directory) / f"{split}2017"
         path = json_path(directory, split)
+        if layout == "lvis":
+            path = Path(directory) / f"annotations/lvis_v1_{split}.json"
         folder.mkdir(parents=True, exist_ok=True)
         path.parent.mkdir(exist_ok=True)
         for index in range(count):
             with complete_picture(folder / scenes.file_name(index)) as file:
                 scenes.image(index).save(file, "PNG", compress_level=1)
+        content = scenes.coco().dataset
+        if layout == "lvis":
+            content = federate(content, split, seed)
+            if split == "train":
+                categories = name_frequencies(content)
+            content["categories"] = categories
         with complete_file(path) as temporary:
-            temporary.write_text(json.dumps(scenes.coco().dataset))
-        print(f"{one_line(str(path))}: {count} images, {len(scenes.annotations.labels)} objects")
+            temporary.write_text(json.dumps(content))
+        objects = len(content["annotations"])
+        print(f"{one_line(str(path))}: {count} images, {objects} objects")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -430,7 +504,8 @@ def main(argv: list[str] | None = None) -> None:
         with one_line_usage("scenes.py", argv):
             options = tyro.cli(Options, args=argv, prog="scenes.py", use_underscores=True)
         check_ranges(options)
-        write_scenes(options.write, options.num_train, options.num_val, options.seed)
+        write_scenes(options.write, options.num_train, options.num_val, options.seed,
+                     options.layout)
 
 
 if __name__ == "__main__":

@@ -23,7 +23,8 @@ Written to the run folder: config.json, log.jsonl, curves.png, predictions.png, 
 #   model(images, padding, targets) -> {pred_logits (B, N, classes), pred_boxes (B, N, 4), ...}, for
 #                        analysis also `anchors`, `memory`; images (B, 3, H, W), padding (B, H, W)
 #                        True outside, targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1], ...}
-#   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}
+#   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}; if it has
+#                        set_image_counts(counts (N,)), it learns how many images have each class
 #   detect(outputs, sizes, cfg)     -> B x {scores (k,), labels (k,), boxes (k, 4) xyxy px, ...};
 #                        sizes (B, 2): height and width of the original images, px
 #   param_groups(model, recipe)     -> groups of parameters with their `lr`
@@ -45,7 +46,7 @@ import data
 import visualize
 from engine import cli
 from engine.batch_norm import batch_statistics
-from engine.batches import BatchSizes, epoch_batches
+from engine.batches import OVERFIT_AP, BatchSizes, epoch_batches
 from engine.checkpoints import RunFolder
 from engine.datasets import build_datasets
 from engine.ema import make_ema
@@ -54,14 +55,14 @@ from engine.layers import compile_or_recompute
 from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, prepare_cpu,
                             set_up_machine)
 from engine.models import load_paper, make_model
+from engine.muon import Muon, split_groups
 from engine.recipe import Recipe
 from engine.run_log import RunLog
+from engine.sampling import epoch_length, image_counts
 from engine.schedules import is_kept
 from eval import KINDS, evaluate, thresholds
 from scenes import NUM_TRAIN, NUM_VAL
 from tools import check_data
-
-OVERFIT_AP = 0.95   # at which --overfit ends
 
 
 @dataclass
@@ -74,13 +75,14 @@ class Run:
     out: str = ""                    # run folder; none: runs/MODEL
     resume: cli.OptionalText = ""    # continue the run in --out (give no value) or in this folder
     overfit: int = 0                 # overfit this many images, without augmentation; 0: off
-    init: str = ""                   # initial weights; classifiers are copied by class name
+    init: str = ""                   # initial weights: file, name of assets/weights, URL, or none
+    freeze: str = ""                 # backbone: keep its initial weights; none: train everything
     detector: str = ""               # trained detector, for models that add masks to one
     check_data: str = ""             # check this COCO-layout folder and exit
     num_train: int = NUM_TRAIN       # generated scenes to train on
     num_val: int = NUM_VAL           # generated scenes to evaluate on
     seed: int = 0                    # random seed; runs with the same seed are bit-identical
-    device: str = ""                 # cpu or cuda; none: cuda if there is a GPU
+    device: str = ""                 # cpu, cuda or mps; none: cuda if there is a GPU
     amp: bool | None = None          # bfloat16 autocast; auto: if the hardware supports it
     accum: int = 1                   # micro-batches per optimizer step: less memory, same gradients
     recompute: bool = False          # recompute activations in the backward pass: less memory
@@ -89,7 +91,7 @@ class Run:
     impl: str = ""                   # deformable attention: kernel or torch; none: kernel if built
     deterministic: bool = False      # bit-identical runs on a GPU too; slower
     workers: int = -1                # processes that read images; -1: depends on the CPU cores
-    threads: int = 0                 # CPU threads; 0: OMP_NUM_THREADS, or one per core, at most 8
+    threads: int = 0                 # CPU threads; 0: OMP_NUM_THREADS or one per idle core, up to 8
     eval_every: int = 1              # epochs between evaluations
     save_every: int = 1000           # steps between saves; every epoch is saved too
     keep_every: int = 0              # keep epoch_NNNN.pt of every N epochs; 0: before lr drops only
@@ -121,10 +123,13 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
     with RunFolder(run, machine) as folder:
         # data
         train_set, val_set = load_data(run, paper, cfg, recipe, machine)
-        batch = BatchSizes(recipe.batch_size, run, machine, len(train_set))
+        batch = BatchSizes(recipe.batch_size, run, machine, len(train_set),
+                           epoch_length(train_set))
 
         # model and optimizer: same initial weights on every rank, other random numbers afterwards
         model, criterion, notes = make_model(run, paper, cfg, train_set.class_names, machine)
+        if hasattr(criterion, "set_image_counts"):
+            criterion.set_image_counts(torch.from_numpy(image_counts(train_set)))
         machine.seed_rank(run.seed)
         ema = make_ema(model, recipe.ema, recipe.ema_warmup)
         optimizer, base_lrs = make_optimizer(paper, model, recipe, batch)
@@ -136,7 +141,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
         if run.resume:
             progress = folder.restore(progress, model, ema, optimizer, batch.steps_per_epoch,
                                       train_set.class_names)
-        folder.describe(cfg, recipe, train_set)
+        folder.describe(cfg, recipe, train_set, getattr(model, "carried", None))
         log = RunLog(run, recipe, batch, machine, progress)
         log.report(paper, cfg, train_set, val_set, model, notes)
 
@@ -251,9 +256,13 @@ def count_objects(micro_batches) -> int:
 # ---- optimizer and learning rate -----------------------------------------------------------------
 
 def make_optimizer(paper, model, recipe: Recipe, batch: BatchSizes) -> tuple:
-    """-> AdamW; the learning rate of each group, which follows the batch size in proportion"""
+    """-> optimizer; the learning rate of each group, which follows the batch size in proportion"""
     groups = paper.param_groups(model, recipe)
-    optimizer = torch.optim.AdamW(groups, weight_decay=recipe.weight_decay, fused=True)
+    optimizer_class = torch.optim.AdamW
+    if recipe.muon:
+        groups = split_groups(groups, model, recipe.muon)
+        optimizer_class = Muon
+    optimizer = optimizer_class(groups, weight_decay=recipe.weight_decay, fused=True)
     scale = batch.total / recipe.batch_size
     return optimizer, [group["lr"] * scale for group in optimizer.param_groups]
 

@@ -13,6 +13,7 @@
     curves            AP, losses and learning rate of a run folder
     compare_curves    AP against training time of several runs
     precision_recall  precision over recall of each class, from eval.json
+    explore           a page to click through: everything a detector computes for an image
 
 train.py calls `curves` and `predictions` after every evaluation. Boxes are xyxy in pixels of the
 picture here.
@@ -46,6 +47,7 @@ from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
 from engine.ranges import check_values
+from explorer import explore
 from scenes import Shapes
 
 __all__ = ["compare_curves", "curves", "draw_detections", "ladder", "predictions", "read_log",
@@ -68,7 +70,7 @@ def detections(checkpoint: str, image: str, out: str = "detections.jpg",
         image: Image file.
         out: Picture to write, .png or .jpg.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
@@ -138,7 +140,7 @@ def predictions_of_checkpoint(checkpoint: str, out: str = "predictions.png", dat
         data: COCO-layout folder; default: the checkpoint's own data.
         n: Number of images.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, dataset = with_data(open_detector(checkpoint, device), data)
     return predictions(detector.model, detector.paper.detect, dataset, detector.cfg, device, out,
@@ -157,7 +159,7 @@ def strip(checkpoint: list[str], out: str = "strip.jpg", data: str = "", n: int 
         n: Number of images.
         side: Longer side of each picture in px.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     columns = []
     names = []
@@ -191,7 +193,7 @@ def mistakes(checkpoint: str, out: str = "mistakes.jpg", data: str = "", n: int 
         data: COCO-layout folder; default: the checkpoint's own data.
         n: Number of mistakes of each kind.
         score_threshold: Minimum score of detections.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, dataset = with_data(open_detector(checkpoint, device), data)
     found = []
@@ -266,11 +268,12 @@ def run_on_file(checkpoint, image, device, top_k=0):
     of the decoder's attention, and the best `top_k` detections (at least `cfg.top_k`)."""
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
+    transform = eval_transform(detector.recipe)
     with recorded_attention(detector.model) as records:
-        outputs = infer(detector.model, eval_transform(detector.recipe), picture, device)
-    size = torch.tensor([[picture.height, picture.width]], device=device)      # (1, 2)
+        outputs = infer(detector.model, transform, picture, device)
+    canvas = torch.tensor([transform.canvas_size(*picture.size)], device=device)   # (1, 2)
     cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, top_k))
-    detection = detector.paper.detect(outputs, size, cfg)[0]
+    detection = detector.paper.detect(outputs, canvas, cfg)[0]
     require_finite(detection, str(image))
     return detector, picture, outputs, records, detection
 
@@ -285,7 +288,7 @@ def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg
         image: Image file.
         out: Picture to write, .png or .jpg.
         rank: Which detection's query; 0: the best.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, picture, _, records, found = run_on_file(checkpoint, image, device, rank + 1)
     require(records, "a model with deformable attention", detector.meta["model_name"])
@@ -385,7 +388,7 @@ def anchors(checkpoint: str, image: str, out: str = "anchors.jpg", score_thresho
         image: Image file.
         out: Picture to write, .png or .jpg.
         score_threshold: Minimum score to draw.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     detector, picture, outputs, _, found = run_on_file(checkpoint, image, device)
     require("anchors" in outputs, "a model whose queries start at anchors",
@@ -438,7 +441,7 @@ def analysis(analysis: str, out: str = "analysis.png", data: str = "", n: int = 
         out: Picture to write, .png or .jpg.
         data: COCO-layout folder; default: each checkpoint's own data.
         n: Number of images.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     analyses = read_analyses(analysis)
     conflicts = {name: a["conflict"] for name, a in analyses.items() if "conflict" in a}
@@ -618,7 +621,8 @@ COMMANDS = {"detections": detections,
             "scenes": scenes,
             "curves": curves,
             "compare_curves": compare_curves,
-            "precision_recall": precision_recall}
+            "precision_recall": precision_recall,
+            "explore": explore}
 
 
 def main(argv=None):

@@ -24,11 +24,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.focalnet import FOCALNETS, FocalNet
-from backbones.resnet import RESNETS
+from backbones.resnet import RESNETS, ResNet
 from backbones.swin import SWINS, Swin, relative_position_index
 from backbones.vit import VITS, ViT, resize_positions, rotary_table
 from engine.errors import UserError
 
+PUBLISHED = (ResNet, Swin, ViT, FocalNet)
 BACKBONES = (*RESNETS, *SWINS, *VITS, *FOCALNETS)
 
 PYTORCH = "https://download.pytorch.org/models/"

@@ -251,5 +251,9 @@ def resize_positions(table: Tensor, height: int, width: int) -> Tensor:
     return square.flatten(2).transpose(1, 2)
 
 
-# Width, depth, heads, window size, every how many blocks one attends to the complete map.
-VITS = {"vit_l": (1024, 24, 16, 24, 4)}
+# Width, depth, heads, window size, every how many blocks one attends to the complete map; on COCO
+# and on LVIS.
+VITS = {
+    "vit_l": (1024, 24, 16, 24, 4),
+    "vit_l_window16": (1024, 24, 16, 16, 3),
+}

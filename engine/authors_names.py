@@ -246,13 +246,14 @@ def co_detr_patterns(state: dict, back: bool) -> list[tuple[re.Pattern, str]]:
 def translate_co_detr(state: dict, back: bool = False) -> dict:
     """Rename Co-DETR's tensors to our names, or with `back` ours to theirs.
 
-    Raw weights that are saved beside averaged ones (`ema_...`) are left out: nothing reads them.
+    Left out are raw weights that are saved beside averaged ones (`ema_...`) and class frequencies
+    of the federated loss: nothing reads them.
     Raises UserError for a name without a place in our model.
     """
     patterns = co_detr_patterns(state, back)
     result = {}
     for key, value in state.items():
-        if key.startswith("ema_"):
+        if key.startswith("ema_") or key.endswith("fed_loss_weight"):
             continue
         for pattern, new in patterns:
             if pattern.match(key):

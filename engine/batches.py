@@ -9,8 +9,11 @@ import numpy as np
 
 import data
 from engine.errors import UserError
+from engine.sampling import epoch_order
+from transforms import random_generator
 
 OVERFIT_STEPS = 100   # steps in one epoch of --overfit
+OVERFIT_AP = 0.95     # at which --overfit ends
 
 
 class BatchSizes:
@@ -21,12 +24,13 @@ class BatchSizes:
     repeats: passes over the images in one epoch
     steps_per_epoch: optimizer steps in one epoch
 
-    wanted is --batch_size, images the size of the training set. If the set is smaller than the
+    wanted is --batch_size, images the size of the training set, epoch_length the number of images
+    in an epoch, the same unless rare classes are oversampled. If the set is smaller than the
     batch, the batch shrinks and a message says so. Raises UserError if `wanted` cannot be divided
     or if there are fewer images than micro-batches in a step.
     """
 
-    def __init__(self, wanted: int, run, machine, images: int):
+    def __init__(self, wanted: int, run, machine, images: int, epoch_length: int = 0):
         parts = run.accum * machine.world   # micro-batches per step
         if wanted % parts:
             raise UserError(f"expected --batch_size divisible by accum x processes = {parts}, got "
@@ -41,7 +45,7 @@ class BatchSizes:
         self.repeats = 1
         if run.overfit:
             self.repeats = math.ceil(OVERFIT_STEPS * self.total / images)
-        self.steps_per_epoch = images * self.repeats // self.total
+        self.steps_per_epoch = (epoch_length or images) * self.repeats // self.total
 
 
 def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: int):
@@ -51,8 +55,8 @@ def epoch_batches(dataset, batch: BatchSizes, run, machine, epoch: int, start: i
     number of workers or ranks nor a restart changes what is trained on. Images that would not fill
     the last batch are left out of this epoch.
     """
-    rng = data.random_generator("order", run.seed, epoch)
-    order = np.concatenate([rng.permutation(len(dataset)) for _ in range(batch.repeats)])
+    rng = random_generator("order", run.seed, epoch)
+    order = np.concatenate([epoch_order(dataset, rng) for _ in range(batch.repeats)])
     micro_batches = order[:batch.steps_per_epoch * batch.total].reshape(-1, batch.micro)
     first = start * run.accum * machine.world
     # The ranks take turns, one micro-batch each.

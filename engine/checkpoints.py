@@ -2,7 +2,8 @@
 
 A checkpoint of a run is a dictionary: format, model_name, variant, config, recipe, run,
 class_names, category_ids, data, model, ema (EMA weights), epoch, step, best; last.pt also
-holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly.
+holds progress, ema_updates, optimizer and rng, so that a run continues bit-exactly. `detector`
+describes a detector whose weights are among those of a mask network.
 """
 import contextlib
 import dataclasses
@@ -16,9 +17,9 @@ from argparse import Namespace
 from pathlib import Path
 
 import numpy as np
-import safetensors.torch
 import torch
 
+from engine import weight_files
 from engine.errors import UserError
 from engine.files import prepare_folder, write_json
 from engine.forms import mismatch
@@ -55,7 +56,8 @@ FIELDS = {"model_name": str, "config": dict, "model": dict, "class_names": list,
 # The forms of what it may hold besides; see engine.forms.
 FORMS = {"format": int, "class_names": [str], "category_ids": [int], "recipe": {}, "ema": {},
          "run": {},
-         "variant": str, "step": int, "epoch": int, "thresholds": {str: float}}
+         "variant": str, "step": int, "epoch": int, "thresholds": {str: float},
+         "detector": {"model_name": str, "config": {}, "recipe": {}, "class_names": [str]}}
 RUN_DEFAULTS = {"data": "", "seed": 0, "overfit": 0, "num_train": 1, "num_val": 1,
                 "detector": ""}   # what evaluating reads of a run
 RUN_FILES = (".lock", "config.json", "log.jsonl", "nan_report.jsonl", "last.pt", "last.pt.prev",
@@ -113,7 +115,11 @@ def load(path: str | Path, map_location="cpu") -> dict:
         raise UserError(f"expected a checkpoint at {path}, found no file; see what {path.parent} "
                         "holds")
     if path.suffix == ".safetensors":
-        return load_safetensors(path)
+        state = weight_files.read(path)
+        if "model_name" in state:
+            check_fields(path, state, FIELDS)
+            check_forms(path, state)
+        return state
     try:
         with torch.serialization.safe_globals(ALLOWED):
             state = torch.load(path, map_location=map_location, weights_only=True)
@@ -225,15 +231,6 @@ def check_forms(path: Path, state: dict) -> None:
         check_values(state["run"], RUN_DEFAULTS)
 
 
-def load_safetensors(path: Path) -> dict:
-    """Tensors of a .safetensors file."""
-    try:
-        return safetensors.torch.load_file(path)
-    except Exception as error:   # the library has its own exception, and raises built-in ones
-        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
-                        f"short ({type(error).__name__}: {error}). Copy it again") from error
-
-
 def newest(folder: str | Path) -> Path:
     """The newest complete checkpoint that a run folder can continue from: last.pt, or else
     last.pt.prev. Prints which one."""
@@ -259,6 +256,8 @@ def settings(paper, state: dict) -> tuple:
         detector = values.pop("detector")
         if not getattr(paper, "NEEDS_DETECTOR", False):
             values["base"] = detector
+    if {"importance", "oversample"} <= values.keys() and "oversample_points" not in values:
+        values["oversample_points"] = values.pop("oversample")   # its name in earlier mask networks
     cfg, recipe = configure(paper, values)
     check_ranges(cfg, recipe)
     return cfg, recipe
@@ -314,6 +313,7 @@ class RunFolder:
         self.lock = None
 
     def __enter__(self):
+        self.is_new = not self.path.exists()
         if self.machine.is_main:
             prepare_folder(self.path)
             self._refuse_other_kinds()
@@ -324,9 +324,14 @@ class RunFolder:
                 temporary.unlink()
         return self
 
-    def __exit__(self, *error):
-        if self.lock:
-            self.lock.close()
+    def __exit__(self, kind, *error):
+        if not self.lock:
+            return
+        self.lock.close()
+        failed_at_start = kind is not None and os.listdir(self.path) == [".lock"]
+        if failed_at_start and self.is_new:
+            (self.path / ".lock").unlink()
+            self.path.rmdir()
 
     def _refuse_other_kinds(self):
         """A pipe or a device in place of a file would block, a folder would fail late."""
@@ -343,8 +348,10 @@ class RunFolder:
                 raise UserError(f"{self.path} already holds a run: continue it with --resume, or "
                                 "name another folder with --out")
 
-    def describe(self, cfg, recipe, dataset) -> None:
-        """Set `header`, the part of every checkpoint that describes the run. Write config.json."""
+    def describe(self, cfg, recipe, dataset, carried: dict | None = None) -> None:
+        """Set `header`, the part of every checkpoint that describes the run. Write config.json.
+
+        carried: the description of a detector that the model trains as a part of itself."""
         described = {"run": dataclasses.asdict(self.run), "config": dataclasses.asdict(cfg),
                      "recipe": dataclasses.asdict(recipe)}
         self.header = {
@@ -352,6 +359,8 @@ class RunFolder:
             **described,
             "class_names": list(dataset.class_names),
             "category_ids": [int(i) for i in dataset.category_ids], "data": dataset.name}
+        if carried:
+            self.header["detector"] = {"format": FORMAT, **carried}
         if self.machine.is_main:
             write_json(self.path / "config.json", described)
 

@@ -6,6 +6,8 @@
     fit                 weights for a model with other classes, by class name (train.py --init)
     fit_classes         a loaded model for the classes of a data set (eval.py)
 """
+import re
+
 import torch
 from torch import nn
 
@@ -22,8 +24,9 @@ fork, knife, spoon, bowl, banana, apple, sandwich, orange, broccoli, carrot, hot
 cake, chair, couch, potted plant, bed, dining table, toilet, tv, laptop, mouse, remote, keyboard,
 cell phone, microwave, oven, toaster, sink, refrigerator, book, clock, vase, scissors, teddy bear,
 hair drier, toothbrush""".replace("\n", " ").split(", ")
-CLASS_TENSORS = ("label_enc.", "detector.label_enc.", "roi.cls.", "roi.reg.", "atss.cls.",
-                 "retinanet.cls.")
+CLASS_TENSORS = ("label_enc.", "detector.label_enc.", "roi.cls.", "roi.reg.")
+# the class layer of a one-stage head of Co-DETR; equal heads are numbered: atss2
+ONE_STAGE = re.compile(r"(atss|retinanet|fcos|gfl)\d*\.cls\.")
 
 
 def coco_columns() -> list[str]:
@@ -34,16 +37,19 @@ def coco_columns() -> list[str]:
 
 def has_class_rows(key: str) -> bool:
     """Whether rows of this tensor belong to classes."""
-    return "class_embed" in key or key.startswith(CLASS_TENSORS)
+    if "class_embed" in key or key.startswith(CLASS_TENSORS):
+        return True
+    return ONE_STAGE.match(key) is not None
 
 
 def rows_of(key: str, length: int, classes: list[int], num_classes: int) -> list[int]:
     """Rows of these classes in a tensor with `length` rows for `num_classes` classes.
 
-    One row a class, except for the region head's boxes (four rows a class) and RetinaNet (one row
-    a class for each anchor). An extra last row, for background or padding, stays last.
+    One row a class, except for the region head's boxes (four rows a class) and one-stage heads (one
+    row a class for each anchor of a cell). An extra last row, for background or padding, stays
+    last.
     """
-    if key.startswith("retinanet.cls."):
+    if ONE_STAGE.match(key):
         anchors = length // num_classes
         return [anchor * num_classes + i for anchor in range(anchors) for i in classes]
     if key.startswith("roi.reg."):
@@ -100,6 +106,11 @@ def select_classes(state: dict, classes: list[int]) -> dict:
             value = value[rows_of(key, len(value), chosen, num_classes)]
         result[key] = value
     return result
+
+
+def numbered_names(count: int) -> list[str]:
+    """Names of classes of a released head that has no names."""
+    return [f"class {i}" for i in range(count)]
 
 
 def without_unused(model: nn.Module, paper, cfg, names: list[str]) -> tuple[nn.Module, list[str]]:
@@ -171,6 +182,10 @@ def fit_classes(model: nn.Module, paper, cfg, meta: dict, dataset) -> nn.Module:
     Raises UserError when the classes, or their order, differ in any other way.
     """
     names = [name for name in meta["class_names"] if not name.startswith("unused ")]
+    if names == numbered_names(len(dataset.class_names)):
+        print(f"the checkpoint does not name its {len(names)} classes: they are taken to be those "
+              f"of {dataset.name}, in order")
+        return model
     if names != dataset.class_names:
         raise UserError(f"expected a data set with the classes of the checkpoint, in this order: "
                         f"{names}; got {dataset.name} with {dataset.class_names}: give the data it "

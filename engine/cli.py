@@ -25,6 +25,14 @@ CHANGEABLE_ON_RESUME = {
     "save_every", "keep_every", "max_steps", "accum", "amp", "recompute", "compile",
     "channels_last", "impl", "deterministic"}
 OVERFIT_EPOCHS = 30
+# Flags of other programs, and what they are called here.
+OTHER_NAMES = {
+    **dict.fromkeys(("imgsz", "img", "img_size", "image_size"), "--train_sizes and --eval_size"),
+    **dict.fromkeys(("weights", "pretrained", "load_from"), "--init"),
+    **dict.fromkeys(("project", "output_dir", "work_dir"), "--out"),
+    **dict.fromkeys(("coco_path", "data_path", "dataset"), "--data"),
+    **dict.fromkeys(("num_classes", "nc", "names"), "in the json of --data: nothing is to be set"),
+}
 
 registry = ConstructorRegistry()
 
@@ -89,6 +97,8 @@ def parse_resume(argv, given, run_class, description) -> tuple:
     after = {**vars(run), **vars(cfg), **vars(recipe)}
     for name in sorted(set(given) - CHANGEABLE_ON_RESUME):
         if name in before and after[name] != before[name]:
+            if name == "data" and Path(after[name]).resolve() == Path(before[name]).resolve():
+                continue     # the same folder by another path
             raise UserError(
                 f"--resume continues with the saved settings ({path}), got another --{name} "
                 f"{given[name]}: the run has {before[name]}; leave it out, or start a new run with "
@@ -115,6 +125,9 @@ def read_flags(argv, run, cfg, recipe, paper, description) -> tuple:
     flag for one that it does not know."""
     defaults = {**vars(run), **vars(cfg), **vars(recipe)}
     for name, text in given_flags(argv).items():
+        if name in OTHER_NAMES and name not in defaults:
+            raise UserError(f"expected a flag of train.py, got --{name}: it is here "
+                            f"{OTHER_NAMES[name]}")
         if not text and isinstance(defaults.get(name), str) and name != "resume":
             raise UserError(f"--{name}: expected a value, got nothing")
     variants = ", ".join(getattr(paper, "VARIANTS", {})) or "none"

@@ -23,6 +23,10 @@ JSON_PLACES = (
     "annotations/instances_{split}2017.json",
     "annotations/instances_{split}.json",
     "{split}/_annotations.coco.json",      # as Roboflow exports it
+    "annotations/{split}.json",
+    "{split}/annotations.json",
+    "{split}.json",
+    "annotations/lvis_v1_{split}.json",
 )
 IMAGE_PLACES = ("{split}2017", "images/{split}2017", "{split}", "images/{split}", "images", "")
 SPLIT_NAMES = {"val": ("val", "valid")}    # where files and folders have several names for a split
@@ -31,6 +35,7 @@ SPLIT_NAMES = {"val": ("val", "valid")}    # where files and folders have severa
 FOREIGN_LAYOUTS = {
     "yolo": ("data.yaml", "labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "classes.txt"),
     "voc": ("Annotations/*.xml", "*/Annotations/*.xml", "*.xml", "*/*.xml"),
+    "csv": ("*.csv", "*/*.csv"),
 }
 
 # The lists of a json, and the fields that every entry must have.
@@ -100,7 +105,20 @@ def read_json(path: str | Path, root: str | Path = "", split: str = "") -> dict:
         raise UserError(
             f"{path}: expected a JSON object with images, annotations and categories, got a "
             f"{type(content).__name__}; a list is often a results file: give the ground truth")
+    name_files(content.get("images"))
     return content
+
+
+def name_files(images) -> None:
+    """Name the files of LVIS's images, which have a `coco_url` and no `file_name`, in place."""
+    if not isinstance(images, list):
+        return
+    for image in images:
+        if isinstance(image, dict) and "file_name" not in image:
+            url = image.get("coco_url")
+            if isinstance(url, str):
+                place = url.partition("://")[2]                # host/train2017/1.jpg
+                image["file_name"] = place.partition("/")[2]
 
 
 def missing_json(path: Path, root: Path, split: str) -> str:
@@ -124,7 +142,7 @@ def missing_json(path: Path, root: Path, split: str) -> str:
 
 
 def foreign_layout(root: Path) -> str | None:
-    """Return "yolo" or "voc" if a folder looks like one, else None."""
+    """Return "yolo", "voc" or "csv" if a folder looks like one, else None."""
     for layout, patterns in FOREIGN_LAYOUTS.items():
         for pattern in patterns:
             if next(root.glob(pattern), None):

@@ -1,40 +1,50 @@
 """What the command lines of eval.py, analysis.py and visualize.py share."""
-import re
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 import data
+from engine.assets import is_name
 from engine.class_rows import fit_classes, without_unused
 from engine.coco_json import read_json
 from engine.datasets import validation_set
+from engine.download import cache_path, is_url, split_address
 from engine.errors import UserError
-from engine.machine import cores, node_processes
+from engine.machine import choose_device, cores, node_processes
 from engine.models import load_model
 from engine.processes import own_place
 
 
 def open_detector(checkpoint, device="cpu", variant="", detector=""):
-    """Load a checkpoint file, or the best.pt of a run folder -> Loaded."""
-    check_device(device)
+    """Load a checkpoint -> Loaded.
+
+    checkpoint: a file, a run folder (its best.pt), the name of weights in assets/weights, or an
+    address on the web"""
     require(str(checkpoint).strip(), "--checkpoint FILE", "no path")   # "" is the current folder
+    device = choose_device(str(device))
     path = Path(checkpoint)
     if path.is_dir():
         path = path / "best.pt"
         if not path.is_file():
             raise UserError(f"--checkpoint: expected a run folder with best.pt, got {checkpoint} "
                             "without one; a run writes it at its first evaluation")
-    return load_model(path, device, variant, detector)
+        checkpoint = path
+    return load_model(checkpoint, device, variant, detector)
 
 
-def check_device(name):
-    """UserError for a device that is not cpu, cuda or cuda:NUMBER, or that is not here."""
-    if not re.fullmatch(r"cpu|cuda(:\d)?", str(name)):
-        raise UserError(f"--device: expected cpu or cuda, got {name!r}")
-    number = int(str(name).partition(":")[2] or 0)
-    if name != "cpu" and number >= torch.cuda.device_count():
-        raise UserError(f"--device {name}: PyTorch finds no such GPU here; leave the flag out")
+def results_folder(checkpoint):
+    """Where the results of a checkpoint go: its run folder, or runs/NAME for what is none of ours.
+
+    checkpoint: as for `open_detector`"""
+    if is_url(checkpoint):
+        return Path("runs") / cache_path(split_address(checkpoint)[0]).stem
+    path = Path(checkpoint)
+    if path.is_dir():
+        return path
+    if is_name(checkpoint) and not path.exists():
+        return Path("runs") / checkpoint
+    return path.parent
 
 
 def in_used_classes(detector):
@@ -70,10 +80,8 @@ def with_data(detector, folder="", json=""):
 def join_processes(device):
     """Join the process group that torchrun prepared -> (device of this process, rank, world size).
 
-    device: cpu, cuda, or "" for cuda where there is a GPU. UserError for a device that PyTorch does
-    not have here."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    check_device(name)
+    device: as for `choose_device`"""
+    name = choose_device(device)
     # products and convolutions in float32, which training may compute in TF32
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False

@@ -1,9 +1,12 @@
 """The data sets of a run and of a checkpoint."""
 import copy
+import sys
 
-from data import CocoFolder, eval_transform, train_transform
+from data import IF_COMPLETE, CocoFolder, eval_transform, train_transform
 from engine.class_labels import match_classes
 from engine.errors import UserError
+from engine.processes import own_place
+from engine.sampling import repeat_factors
 from scenes import NUM_TRAIN, NUM_VAL, Shapes
 
 RUN_FIELDS = ("data", "seed", "overfit", "num_val")   # of a checkpoint: which data it belongs to
@@ -17,14 +20,23 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
     seed: of the augmentation; the generated scenes are the same for every seed
     overfit: if not 0, both are the first `overfit` training images with objects, not augmented
     """
-    train = open_split(data, "train", num_train, load_masks)
+    jitter = recipe.augment == "lsj" and not overfit
+    train_masks = load_masks
+    if jitter and not load_masks:
+        train_masks = IF_COMPLETE
+    train = open_split(data, "train", num_train, train_masks)
     if overfit:
         train = train.first(overfit)
         train.transform = eval_transform(recipe)
         return train, copy.copy(train)
     val = open_split(data, "val", num_val, load_masks)
     match_classes(val, train.class_names, train.category_ids)
-    train.transform = train_transform(recipe, seed)
+    if jitter and not train.has_masks and own_place().rank == 0:
+        print(f"{train.name}: no mask for every object, so --augment lsj pastes no objects and "
+              "clips the boxes of cropped ones", file=sys.stderr)
+    train.transform = train_transform(recipe, seed, keep_masks=load_masks)
+    if recipe.oversample:
+        train.repeat_factors = repeat_factors(train, recipe.oversample)
     val.transform = eval_transform(recipe)
     return train, val
 

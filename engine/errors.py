@@ -21,7 +21,8 @@ def user_errors(program: str):
 
     Other exceptions keep their traceback. When nobody reads the output any more, exit silently."""
     if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(line_buffering=True)   # a closed pipe is noticed at the next line
+        # A closed pipe is noticed at the next line. A terminal may lack letters of a class name.
+        sys.stdout.reconfigure(line_buffering=True, errors="replace")
     try:
         yield
     except BrokenPipeError:   # train.py | head -1

@@ -10,6 +10,8 @@ from PIL import Image, ImageOps
 from engine.errors import UserError
 from engine.notices import notice_once
 
+# of files that count as images where a folder is read
+SUFFIXES = {".jpg", ".jpeg", ".png", ".bmp", ".gif", ".tif", ".tiff", ".webp"}
 MAX_PIXELS = 2 * Image.MAX_IMAGE_PIXELS   # larger images are refused by Pillow
 ORIENTATION = 0x0112                      # the EXIF tag
 SWAPS_SIDES = (5, 6, 7, 8)                # EXIF orientations that exchange width and height

@@ -53,11 +53,26 @@ def infer(model, transform, image, device, amp=False):
         return model(images.to(device), padding.to(device))
 
 
+def detect_on_canvas(detect, outputs, canvas_sizes, sizes, cfg):
+    """Detections in pixels of the original images.
+
+    canvas_sizes, sizes (B, 2): height and width of the network's input and of the original images,
+    both in pixels of the originals; see data.py. Masks end where the original image ends."""
+    if "mask_logits" in outputs:
+        canvas_sizes = canvas_sizes.round().long()
+    detections = detect(outputs, canvas_sizes, cfg)
+    for found, (height, width) in zip(detections, sizes.tolist()):
+        if "masks" in found:
+            found["masks"] = found["masks"][:, :height, :width]
+    return detections
+
+
 def detect_with(model, detect, transform, image, cfg, device, amp=False, name="the image"):
     """The `cfg.top_k` best detections of one PIL RGB image; `name` stands in errors."""
     outputs = infer(model, transform, image, device, amp)
-    size = torch.tensor([[image.height, image.width]], device=device)          # (1, 2)
-    detection = detect(outputs, size, cfg)[0]
+    canvas = torch.tensor([transform.canvas_size(*image.size)], device=device)  # (1, 2)
+    size = torch.tensor([[image.height, image.width]])                         # (1, 2)
+    detection = detect_on_canvas(detect, outputs, canvas, size, cfg)[0]
     require_finite(detection, name)
     return detection
 

@@ -1,7 +1,8 @@
-"""--compile, --recompute, --channels_last and --impl: how the layers of a model are computed."""
+"""--compile, --recompute, --freeze, --channels_last, --impl: how a model's layers are computed."""
 import contextlib
 import re
 from functools import partial
+from types import MethodType
 
 import torch
 from torch.utils.checkpoint import checkpoint
@@ -44,6 +45,24 @@ def compile_or_recompute(model, run) -> None:
             contexts = partial(recompute_contexts, layer)
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+
+
+def freeze_backbone(model) -> list[str]:
+    """--freeze backbone: its weights and batch statistics keep their values. -> report lines"""
+    backbones = {name: m for name, m in model.named_modules() if name.split(".")[-1] == "backbone"}
+    if not backbones:
+        raise UserError("expected a module named backbone for --freeze backbone, got none: leave "
+                        "the flag out (a mask network's detector is always frozen)")
+    for module in backbones.values():
+        module.requires_grad_(False)
+        module.eval()
+        module.train = MethodType(stay_in_evaluation_mode, module)
+    return [f"{name} is frozen" for name in backbones]
+
+
+def stay_in_evaluation_mode(module, mode: bool = True):
+    """Takes the place of a frozen module's `train`."""
+    return module
 
 
 def order_channels_last(model, device) -> None:

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +19,11 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from engine.errors import UserError, is_out_of_memory, one_line
+from engine.notices import notice_once
 from engine.processes import own_place
 
+MAX_THREADS = 8              # by default; more help little at these sizes
+BUSY_SECONDS = 0.5           # for which the load of the machine is measured
 SAME_REQUEST_SECONDS = 2.0   # stop signals within this time are one request
 QUIT_SECONDS = 1.0           # after a second request: time for the program to end by itself
 # In what gloo and NCCL say about a process that is gone.
@@ -117,12 +121,9 @@ def set_up_machine(run) -> Machine:
     """Choose device, threads and workers of a run, and join its process group. Seed PyTorch with
     the same number on every rank, so that all of them build the same model."""
     rank, world, local_rank, _ = own_place()
-    name = run.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = choose_device(run.device)
     device = torch.device(name)
     if name == "cuda":
-        if not torch.cuda.is_available():
-            raise UserError("--device cuda: PyTorch finds no GPU here; leave the flag out, or give "
-                            "--device cpu")
         device = torch.device("cuda", local_rank)
         torch.cuda.set_device(device)
         # matrix products in TF32, as the authors trained; eval.py computes them exactly
@@ -132,21 +133,47 @@ def set_up_machine(run) -> Machine:
         dist.init_process_group("cpu:gloo,cuda:nccl" if name == "cuda" else "gloo")
 
     share = cores() // node_processes()
-    threads = run.threads or omp_threads() or max(1, min(8, share))
-    torch.set_num_threads(threads)
+    # saved with the run: resumed under another load, it computes the same numbers
+    run.threads = run.threads or omp_threads() or default_threads()
+    torch.set_num_threads(run.threads)
     workers = run.workers
     if workers < 0:
         workers = min(4, share // (2 if name == "cuda" else 4))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # for --deterministic on a GPU
     torch.use_deterministic_algorithms(run.deterministic)
 
-    machine = Machine(device, bool(run.amp), rank, world, local_rank, threads, workers)
-    if run.amp is None:   # only where the hardware multiplies bfloat16; emulation is slow
-        machine.amp = (torch.cuda.is_bf16_supported(False) if name == "cuda"
-                       else torch.cpu._is_avx512_bf16_supported())
+    machine = Machine(device, bool(run.amp), rank, world, local_rank, run.threads, workers)
+    if run.amp is None:
+        machine.amp = multiplies_bfloat16(name)
     machine.seed_rank(run.seed)
     torch.manual_seed(run.seed)
     return machine
+
+
+def choose_device(name: str) -> str:
+    """Return a device by its name; "" stands for cuda if there is a GPU, else cpu. UserError for a
+    device that PyTorch does not have here."""
+    name = name or ("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
+        raise UserError(f"expected --device cpu, cuda or mps, got {name!r}")
+    kind, _, number = name.partition(":")
+    there = {"cpu": True, "cuda": int(number or 0) < torch.cuda.device_count(),
+             "mps": torch.backends.mps.is_available()}
+    if not there[kind]:
+        kind_of_gpu = "Apple GPU" if kind == "mps" else "GPU"
+        raise UserError(f"--device {name}: PyTorch finds no {kind_of_gpu} here; leave the flag "
+                        "out, or give --device cpu")
+    if kind == "mps":
+        notice_once("mps", "--device mps is untested: compare its results with --device cpu; if "
+                           "PyTorch lacks an operator there, set PYTORCH_ENABLE_MPS_FALLBACK=1")
+    return name
+
+
+def multiplies_bfloat16(device: str) -> bool:
+    """Whether the hardware multiplies bfloat16; emulation would be slow."""
+    if device == "cuda":
+        return torch.cuda.is_bf16_supported(False)
+    return device == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def cores() -> int:
@@ -154,6 +181,41 @@ def cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count()
+
+
+def default_threads() -> int:
+    """One thread for each core of this process that other programs leave idle, 1 to 8. A thread
+    that has to wait for a core stops all others."""
+    share = cores() // node_processes()
+    busy = 0
+    if node_processes() == 1:      # else the other processes of the run would be counted
+        busy = round(busy_cores())
+    if busy:
+        print(f"other programs keep {busy} of {cores()} cores busy: --threads "
+              f"{max(1, min(MAX_THREADS, share - busy))} is chosen, as more would wait for them")
+    return max(1, min(MAX_THREADS, share - busy))
+
+
+def busy_cores() -> float:
+    """How many of its cores other programs use now, measured for BUSY_SECONDS; 0 where the system
+    does not say. Programs of low priority (nice) do not count: they give way."""
+    if not os.path.exists("/proc/stat"):
+        return 0.0
+    before = busy_seconds()
+    time.sleep(BUSY_SECONDS)
+    return (busy_seconds() - before) / BUSY_SECONDS
+
+
+def busy_seconds() -> float:
+    """Time that the cores of this process have worked since the system started, seconds."""
+    mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
+    ticks = 0
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *times = line.split()
+        if name in mine:
+            user, _, system = times[:3]
+            ticks += int(user) + int(system)
+    return ticks / os.sysconf("SC_CLK_TCK")
 
 
 def node_processes() -> int:
@@ -295,8 +357,10 @@ def next_flag(error, run, recipe) -> str:
         flag = f"--accum {2 * run.accum}"
     else:
         start = f" --init {last} --out DIR" if saved else ""
-        return (f"out of memory ({error}). Try smaller images in a new run: "
-                f"--max_size {recipe.max_size // 2}{start}")
+        smaller = f"--max_size {recipe.max_size // 2}"
+        if recipe.augment == "lsj":
+            smaller = f"--lsj_size {recipe.lsj_size // 2}"
+        return f"out of memory ({error}). Try smaller images in a new run: {smaller}{start}"
     state = (f"{last} is complete: add --resume to continue from there" if saved
              else "nothing was saved yet")
     return f"out of memory ({error}). Try {flag}; {state}"

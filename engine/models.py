@@ -7,10 +7,11 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from backbones import load_backbone_weights
+from backbones import PUBLISHED, load_backbone_weights
 from engine import checkpoints, class_rows
+from engine.assets import find_weights, start_for
 from engine.errors import UserError
-from engine.layers import order_channels_last, prepare_attention
+from engine.layers import freeze_backbone, order_channels_last, prepare_attention
 from engine.recipe import Recipe
 from engine.released import convert
 
@@ -58,9 +59,12 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
                masks: bool = True) -> Loaded:
     """Load a checkpoint of ours or a released one.
 
+    path: a file, or whatever `find_weights` reads.
     variant: one of the paper file's VARIANTS, for what a released file does not show (`dc5`).
-    detector: path of a mask network's frozen detector; default: its path when it was trained.
+    detector: path of a mask network's frozen detector; default: its path when it was trained. A
+    network that trained its detector has it in its own checkpoint.
     masks: False refuses a mask network."""
+    path = find_weights(path)
     state = checkpoints.load(path)
     if "model_name" not in state:
         state = convert(state, path, variant)
@@ -70,13 +74,20 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     paper = load_paper(state["model_name"])
     cfg, recipe = checkpoints.settings(paper, state)
     names = state["class_names"]
+    weights = state.get("ema", state["model"])
     parts = [cfg, len(names)]
     if getattr(paper, "NEEDS_DETECTOR", False):
         if not masks:
             raise UserError(f"expected a detector, got {path}, a mask network: give the detector "
                             "it was trained on")
-        parts.append(load_detector(detector or checkpoints.saved_detector(state)))
-    weights = state.get("ema", state["model"])
+        carried = state.get("detector")
+        if carried and detector:
+            raise UserError(f"--detector is for masks on a frozen detector, {path} has trained its "
+                            "own: leave it out")
+        if carried:
+            parts.append(carried_detector(carried, weights, path))
+        else:
+            parts.append(load_detector(detector or checkpoints.saved_detector(state)))
     # a damaged file may ask for a model that no memory holds: compare the shapes first
     with torch.device("meta"):
         checkpoints.check_fit(paper.build(*parts)[0], weights, path)
@@ -94,8 +105,8 @@ def build_model(paper, cfg, num_classes: int, detector: str) -> tuple:
     if getattr(paper, "NEEDS_DETECTOR", False):
         return paper.build(cfg, num_classes, load_detector(detector))
     if detector:
-        raise UserError(f"expected no --detector with --model {paper.__name__}, which adds no masks "
-                        f"to one, got {detector}: --init starts from its weights")
+        raise UserError(f"expected no --detector with --model {paper.__name__}, which adds no "
+                        f"masks to one, got {detector}: --init starts from its weights")
     return paper.build(cfg, num_classes)
 
 
@@ -105,13 +116,29 @@ def load_detector(path: str) -> Loaded:
         raise UserError("expected --detector FILE, a trained detector to put masks on, got none: "
                         "python train.py --model dino makes runs/dino/best.pt, with --data DIR on "
                         "your own images")
-    if not Path(path).is_file():
+    path = find_weights(path)
+    if not path.is_file():
         raise UserError(f"expected the detector at {path}, found no file: say where it lies with "
                         "--detector FILE")
     loaded = load_model(path, masks=False)   # a damaged file may name itself
     model, names = class_rows.without_unused(loaded.model, loaded.paper, loaded.cfg,
                                              loaded.meta["class_names"])
     return loaded._replace(model=model, meta={**loaded.meta, "class_names": names})
+
+
+def carried_detector(description: dict, weights: dict, path: str | Path) -> Loaded:
+    """The detector that a mask network trained and has among its weights, as "detector.NAME"."""
+    paper = load_paper(description["model_name"])
+    cfg, recipe = checkpoints.settings(paper, description)
+    names = description["class_names"]
+    own = {}
+    for name, value in weights.items():
+        if name.startswith("detector."):
+            own[name.removeprefix("detector.")] = value
+    with torch.device("meta"):
+        checkpoints.check_fit(paper.build(cfg, len(names))[0], own, path)
+    model, criterion = paper.build(cfg, len(names))
+    return Loaded(model, paper, cfg, recipe, {"class_names": names}, criterion)
 
 
 def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
@@ -124,16 +151,35 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
                         "--data what it was trained on")
     if run.resume:
         return [f"resumed from {run.resume}"]
-    if not run.init:
+    init = run.init
+    chosen_by = ""
+    if not init:
+        init = start_for(run, cfg, model)
+        chosen_by = " (weights of the same model come with the program; --init none: from scratch)"
+    if init in ("", "none"):
+        if run.freeze and getattr(cfg, "backbone_weights", "") == "none":
+            raise UserError("expected trained weights with --freeze backbone, got random ones: "
+                            "give --init FILE, or --backbone_weights imagenet")
+        if not hasattr(cfg, "backbone"):     # a trained detector has its backbone already
+            return []
         backbones = [m for name, m in model.named_modules() if name.split(".")[-1] == "backbone"]
-        return [load_backbone_weights(m, cfg.backbone, cfg.backbone_weights) for m in backbones]
-    state = checkpoints.load(run.init)
+        return [backbone_start(m, cfg) for m in backbones]
+    path = find_weights(init)
+    state = checkpoints.load(path)
     if "model_name" not in state:
-        state = convert(state, run.init)
-    weights = checkpoints.saved_weights(run.init, state)
+        state = convert(state, path)
+    weights = checkpoints.saved_weights(path, state)
     fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)
     model.load_state_dict(fitted)
-    return [f"started from {run.init}"] + [f"  skipped {line}" for line in skipped]
+    return [f"started from {init}{chosen_by}"] + [f"  skipped {line}" for line in skipped]
+
+
+def backbone_start(module, cfg) -> str:
+    """Load --backbone_weights into a backbone -> a line that says so. A module of the user's own,
+    which is none of backbones/, keeps the weights that `build` gave it."""
+    if not isinstance(module, PUBLISHED):
+        return f"backbone: {type(module).__name__} with the weights that `build` gave it"
+    return load_backbone_weights(module, cfg.backbone, cfg.backbone_weights)
 
 
 def make_model(run, paper, cfg, class_names: list[str], machine) -> tuple:
@@ -143,6 +189,8 @@ def make_model(run, paper, cfg, class_names: list[str], machine) -> tuple:
     model, criterion = build_model(paper, cfg, len(class_names), run.detector)
     with machine.first_on_node():     # one process downloads and compiles for all others
         notes = start_weights(run, cfg, model, class_names)
+        if run.freeze:
+            notes += freeze_backbone(model)
         prepare_attention(run.impl, machine.device)
     model.to(machine.device)
     if run.channels_last:

@@ -214,6 +214,26 @@ def ladder(scores, out="ladder.png"):
     return save_figure(figure, out)
 
 
+def convergence(curves, out="convergence.png"):
+    """AP over epochs, {title: [{epoch: {"AP": .., "APs": ..}} of each seed]}, of all objects and of
+    small ones: a line for the mean, an area from the lowest to the highest seed."""
+    panels = (("AP", "all objects"), ("APs", "small objects"))
+    figure, axes = plt.subplots(1, 2, figsize=(9.5, 4), sharey=True)
+    for axis, (name, title) in zip(axes, panels):
+        for number, (label, seeds) in enumerate(curves.items()):
+            epochs = sorted(set.intersection(*[set(seed) for seed in seeds]))
+            values = np.array([[seed[epoch][name] for epoch in epochs] for seed in seeds])
+            mean = values.mean(0)                                              # (epochs,)
+            text = f"{label}: {mean[-1]:.3f}" if epochs else label
+            axis.plot(epochs, mean, marker="o", markersize=3, color=f"C{number}", label=text)
+            axis.fill_between(epochs, values.min(0), values.max(0), color=f"C{number}", alpha=0.2)
+        axis.set(title=title, xlabel="epochs", xlim=(0, None), ylim=(0, None))
+        axis.legend(loc="upper left", frameon=False, fontsize=9)
+        clean_axis(axis)
+    axes[0].set_ylabel("AP on held-out generated scenes; areas: seeds")
+    return save_figure(figure, out)
+
+
 # ---- one evaluation ------------------------------------------------------------------------------
 
 def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: str = "bbox"):

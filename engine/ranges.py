@@ -20,9 +20,11 @@ RANGES = {
     "max_steps": (0, 1_000_000_000),
     # Recipe
     "lr": (0, 1000), "lr_backbone": (0, 1000), "lr_offsets": (0, 1000), "layer_decay": FRACTION,
-    "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION, "ema": (0, 0.999999),
+    "muon": (0, 1000), "weight_decay": (0, 1000), "lr_drops": FRACTION, "warmup": FRACTION,
+    "ema": (0, 0.999999),
     "ema_warmup": (0, 1_000_000), "train_max_size": (0, 10_000),
-    "train_sizes": SIDE, "max_size": SIDE, "eval_size": SIDE, "lr_drop": (0, 1_000_000),
+    "train_sizes": SIDE, "max_size": SIDE, "eval_size": SIDE, "lsj_size": SIDE,
+    "lsj_ratios": (0.01, 10), "lr_drop": (0, 1_000_000),
     # Config
     "num_feature_levels": (1, 5), "dim": (1, 8192), "num_heads": (1, 64), "num_points": (1, 64),
     "encoder_layers": (0, 100), "decoder_layers": LAYERS, "image_layers": LAYERS,
@@ -31,10 +33,12 @@ RANGES = {
     "num_queries_one2many": (0, 100_000), "dn_number": (0, 100_000), "dn_label_noise": (0, 2),
     "roi_convs": (0, 100), "roi_dim": (1, 65_536), "roi_size": (1, 1024), "size_divisor": (1, 1024),
     "soft_nms": FRACTION, "rcnn_soft_nms": FRACTION, "dense_soft_nms": FRACTION,
-    "test_proposal_nms": FRACTION, "importance": FRACTION, "oversample": (1, 1000),
+    "test_proposal_nms": FRACTION, "importance": FRACTION, "oversample": FRACTION,
+    "oversample_points": (1, 1000), "fed_loss": (0, 1_000_000),
 }
 CHOICES = {
-    "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda"),
+    "augment": ("none", "flip", "paper", "lsj"), "freeze": ("", "backbone"),
+    "preset": ("", "paper", "small"), "device": ("", "cpu", "cuda", "mps"),
     "impl": ("", "kernel", "torch"),
     "schedule": ("step", "drops", "cosine", "flat"),
 }
@@ -53,6 +57,7 @@ def check_ranges(*settings) -> None:
             check_type(field.name, value, default)
             check_value(field.name, value, default)
         check_heads(group)
+        check_jitter(group)
 
 
 def check_values(settings: dict, defaults: dict) -> None:
@@ -83,9 +88,8 @@ def check_value(name: str, value, default) -> None:
     """UserError for a value, or an element of a tuple, that CHOICES or RANGES exclude."""
     if name in CHOICES:
         if value not in CHOICES[name]:
-            choices = [choice for choice in CHOICES[name] if choice]
-            raise UserError(f"expected --{name} {', '.join(choices[:-1])} or {choices[-1]}, got "
-                            f"{value!r}")
+            choices = " or ".join(choice for choice in CHOICES[name] if choice)
+            raise UserError(f"expected --{name} {choices}, got {value!r}")
         return
     usual = NUMBER if type(default) is float else INTEGER
     low, high = RANGES.get(name, usual)
@@ -109,3 +113,11 @@ def check_heads(cfg) -> None:
         heads = getattr(cfg, "num_heads", 1)
         if size % heads:
             raise UserError(f"expected --{width} divisible by --num_heads, got {size} and {heads}")
+
+
+def check_jitter(recipe) -> None:
+    """UserError unless the ratios of large-scale jitter are two, the lower one first."""
+    ratios = getattr(recipe, "lsj_ratios", (0, 1))
+    if len(ratios) != 2 or ratios[0] > ratios[1]:
+        raise UserError("expected --lsj_ratios LOWEST,HIGHEST, such as 0.1,2, got "
+                        f"{','.join(map(str, ratios))}")

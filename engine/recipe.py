@@ -11,6 +11,7 @@ class Recipe:
     lr_backbone: float = 1e-5       # learning rate of the backbone
     lr_offsets: float = 2e-5        # learning rate of sampling offsets and reference points
     layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: off
+    muon: float = 0.0               # > 0: Muon trains hidden matrices at this many times lr
     weight_decay: float = 1e-4      # weight decay of AdamW
     clip: float = 0.1               # maximum norm of the gradient; 0: no limit
     batch_size: int = 16            # images per step, over all processes and micro-batches
@@ -26,16 +27,23 @@ class Recipe:
     train_sizes: tuple[int, ...] = (480, 512, 544, 576, 608, 640, 672, 704, 736, 768, 800)
     max_size: int = 1333            # maximum longer side, px
     train_max_size: int = 0         # maximum longer side in training, px; 0: max_size
+    # change training images: none, flip, paper (these fields) or lsj (large-scale jitter)
+    augment: str = "paper"
+    # repeat images with rare classes: those in a smaller fraction of the images than this; 0: off
+    oversample: float = 0.0
     crop: bool = True               # crop a random part of half of the training images
     color_jitter: bool = False      # change the colors of training images at random
     eval_size: int = 800            # shorter side at evaluation, px
+    lsj_size: int = 1024            # augment lsj: side of the squares that images fill, px
+    # augment lsj: lowest and highest longer side of a training image, in lsj_size
+    lsj_ratios: tuple[float, ...] = (0.1, 2.0)
 
 
 # Shared by every paper file's SMALL, which trains in minutes on two CPU cores.
 SMALL_RECIPE = dict(
-    lr=6e-4, lr_backbone=6e-4, lr_offsets=2e-4, weight_decay=1e-2, clip=1.0, batch_size=8,
+    lr=6e-4, lr_backbone=6e-4, lr_offsets=2e-4, muon=8.0, weight_decay=1e-2, clip=1.0, batch_size=8,
     epochs=12, schedule="cosine", warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213,
-    crop=False, color_jitter=True, eval_size=128)
+    crop=False, color_jitter=True, eval_size=128, lsj_size=128)
 SMALL_DETECTOR = dict(
     backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4,
     encoder_layers=1, decoder_layers=3, ffn_dim=384, num_queries=40, size_divisor=32)

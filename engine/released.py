@@ -21,7 +21,8 @@ from backbones import BACKBONES, build_backbone, drop_derived_buffers
 from engine.authors_names import (
     CO_DETR_HEAD, FAMILIES, count_layers, from_authors, from_transformers)
 from engine.checkpoints import FORMAT
-from engine.class_rows import COCO_IDS, COCO_NAMES, coco_columns, count_classes
+from engine.class_rows import (
+    COCO_IDS, COCO_NAMES, coco_columns, count_classes, numbered_names)
 from engine.errors import UserError
 from engine.notices import one_line
 from engine.ranges import check_ranges
@@ -29,6 +30,7 @@ from engine.recipe import configure
 
 # H-DETR's table of queries holds both groups; every released one has this many one-to-many rows.
 ONE_TO_MANY_QUERIES = 1500
+LVIS_CLASSES = 1203
 # Options saved beside the weights, in `args` or in transformers' config.json: theirs -> Config.
 OPTIONS = {
     "nheads": "num_heads", "encoder_attention_heads": "num_heads",
@@ -101,6 +103,22 @@ def detr_family(state: dict) -> str:
     return "deformable_detr"
 
 
+def jitter_of(meta: dict, path: str | Path, backbone: str) -> dict:
+    """Recipe fields of a detector for which padding is image (large-scale jitter), else {}.
+
+    The saved config tells, or the name of the file. The side of its squares is in the config, else
+    the published one.
+    """
+    text = str(meta.get("config", ""))
+    if not re.search(r"with_attn_mask\s*=\s*False", text) and "_lsj_" not in Path(path).name:
+        return {}
+    sides = {"swin_l": 1280, "vit_l_window16": 1536}
+    side = re.search(r"image_size\s*=\s*\(\s*(\d+)", text)
+    size = int(side.group(1)) if side else sides.get(backbone, 1024)
+    print(f"{path}: trained with large-scale jitter; images fill squares of {size} px")
+    return {"augment": "lsj", "lsj_size": size}
+
+
 def is_dc5(family: str, path: str | Path) -> bool:
     """Whether a file is a released DETR-DC5, which only its name shows."""
     return family == "detr" and "dc5" in Path(path).name.lower()
@@ -120,23 +138,52 @@ def recognize_co_detr(state: dict) -> tuple[str, dict]:
     if has_labels:
         queries = CO_DETR_HEAD + "query_embed.weight"
     found["num_queries"] = shapes[queries][0]
+    classes = shapes["query_head.cls_branches.0.weight"][0]
+    has_tables = any(key.endswith("rope.freqs_cos") for key in state)
+    if found.get("backbone") == "vit_l" and classes == LVIS_CLASSES and not has_tables:
+        found["backbone"] = "vit_l_window16"   # as in all released LVIS detectors
+    if any(key.endswith("fed_loss_weight") for key in state):
+        found["fed_loss"] = 50
     roi = "roi_head.0.bbox_head."
-    if roi + "shared_fcs.0.weight" not in shapes:
-        raise UserError("expected a released Co-DETR file with its training heads, got one without "
-                        "roi_head.0.bbox_head.shared_fcs: give the file as it was released (mask "
-                        "and cascade heads are not read)")
-    found["roi_dim"] = shapes[roi + "shared_fcs.0.weight"][0]
-    found["roi_convs"] = sum(bool(re.match(re.escape(roi) + r"shared_convs\.\d+\.conv\.", key))
-                             for key in shapes)
+    if roi + "shared_fcs.0.weight" in shapes:
+        found["roi_dim"] = shapes[roi + "shared_fcs.0.weight"][0]
+        found["roi_sigmoid"] = shapes[roi + "fc_cls.weight"][0] == classes
+        found["roi_convs"] = sum(bool(re.match(re.escape(roi) + r"shared_convs\.\d+\.conv\.", key))
+                                 for key in shapes)
+    else:
+        found["aux_heads"] = "none"
     return family, FAMILIES[family].overrides | co_detr_variant(family, found) | found
 
 
 def co_detr_variant(family: str, found: dict) -> dict:
     """Config fields that no shape shows: image sizes and the number of detections."""
-    names = {("co_dino", "vit_l", 1500): "vit_l",
-             ("co_deformable", "swin_l", 900): "co_deformable_swin_l_900q"}
-    name = names.get((family, found.get("backbone"), found["num_queries"]))
+    names = {("vit_l", 1500): "vit_l", ("vit_l_window16", 900): "lsj_vit_l_lvis"}
+    name = names.get((found.get("backbone"), found["num_queries"]))
+    if (family, found.get("backbone"), found["num_queries"]) == ("co_deformable", "swin_l", 900):
+        name = "co_deformable_swin_l_900q"
+    if found.get("backbone") == "swin_l" and found.get("roi_sigmoid"):
+        name = "lsj_swin_l_o365_lvis"
     return importlib.import_module("co_detr").VARIANTS.get(name, {})
+
+
+def without_training_heads(state: dict, path: str | Path) -> dict:
+    """A Co-DETR file without the parts of its training that are not built here.
+
+    A mask branch of the second stage is left out. Where the second stage itself is another one
+    (a cascade, or missing), all auxiliary heads are: at test time the detector does not need them.
+    """
+    other_stage = "roi_head.0.bbox_head.shared_fcs.0.weight" not in state
+    prefixes = ("roi_head.0.mask_", "roi_head.0.semantic_", "roi_head.0.glbctx_")
+    if other_stage:
+        prefixes = ("roi_head.", "rpn_head.", "bbox_head.", "query_head.downsample.",
+                    CO_DETR_HEAD + "aux_pos_trans", CO_DETR_HEAD + "pos_feats",
+                    CO_DETR_HEAD + "head_pos_embed")
+    kept = {key: value for key, value in state.items() if not key.startswith(prefixes)}
+    if len(kept) < len(state):
+        what = "auxiliary heads" if other_stage else "mask branch"
+        print(f"{path}: its {what} ({len(state) - len(kept)} tensors) are left out, the detector "
+              "does not need them")
+    return kept
 
 
 def recognize_backbone(state: dict) -> dict:
@@ -146,10 +193,15 @@ def recognize_backbone(state: dict) -> dict:
     shapes = backbone_shapes(drop_derived_buffers(theirs))
     if not shapes:
         return {}
-    for name in BACKBONES:
-        if published_shapes(name) == shapes:
-            check_windows(name, theirs)
+    fitting = [name for name in BACKBONES if published_shapes(name) == shapes]
+    for name in fitting:
+        if has_windows(name, theirs):
             return {"backbone": name}
+    if fitting:
+        ours = " or ".join(describe_windows(windows_of(name)) for name in fitting)
+        got = describe_windows(saved_windows(theirs))
+        raise UserError(f"expected a {fitting[0]} with windows of {ours}, as in Co-DETR's COCO and "
+                        f"LVIS detectors, got windows of {got}: this detector is not built here")
     raise UserError(f"expected a backbone among {', '.join(BACKBONES)}, got another one, with "
                     f"tensors such as {', '.join(list(shapes)[:3])}: this file cannot represent it")
 
@@ -166,25 +218,30 @@ def published_shapes(name: str) -> dict:
         return backbone_shapes(build_backbone(name, "imagenet").state_dict())
 
 
-def check_windows(name: str, state: dict) -> None:
-    """Raise UserError when a ViT's rotary tables are not those of our window blocks.
+def saved_windows(state: dict) -> dict:
+    """{block: window size} of a released ViT, from the rotary tables that its window blocks save.
 
-    Window size and the choice of global blocks are in no learned tensor, but every window block of
-    a released file saves its table, (window^2, head width).
+    Window size and the choice of global blocks are in no learned tensor. A table is (window^2, head
+    width).
     """
     pattern = re.compile(r"blocks\.(\d+)\.attn\.rope\.freqs_cos")
-    saved = {int(match.group(1)): math.isqrt(len(state[match.group()]))
-             for match in map(pattern.fullmatch, state) if match}
-    if not name.startswith("vit") or not saved:
-        return
+    return {int(match.group(1)): math.isqrt(len(state[match.group()]))
+            for match in map(pattern.fullmatch, state) if match}
+
+
+@functools.cache
+def windows_of(name: str) -> dict:
+    """{block: window size} of our ViT of that name."""
     with torch.device("meta"):
         blocks = build_backbone(name, "imagenet").blocks
-    ours = {i: block.window for i, block in enumerate(blocks) if block.window}
-    if saved != ours:
-        raise UserError(
-            f"expected a {name} with windows of {describe_windows(ours)} as in Co-DETR's COCO "
-            f"detector, got windows of {describe_windows(saved)} (its LVIS detectors have 16): "
-            "this detector is not built here")
+    return {i: block.window for i, block in enumerate(blocks) if block.window}
+
+
+def has_windows(name: str, state: dict) -> bool:
+    """Whether a backbone is no ViT, or one with the windows that the file shows, if it shows any.
+    """
+    saved = saved_windows(state)
+    return not name.startswith("vit") or not saved or saved == windows_of(name)
 
 
 def describe_windows(windows: dict) -> str:
@@ -209,6 +266,7 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
     check_types(weights, path)
     options = state.get("args", {})
     source = "released"
+    jitter = {}
     if "model.level_embed" in weights or "class_labels_classifier.weight" in weights:
         source = "transformers'"
         weights = from_transformers(weights)
@@ -223,6 +281,9 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
 
     try:
         family, found = recognize(weights)
+        if FAMILIES[family].model_name == "co_detr":
+            weights = without_training_heads(weights, path)
+            jitter = jitter_of(meta, path, found.get("backbone", ""))
         weights = from_authors(weights, family)
     except (KeyError, IndexError) as error:   # names and shapes of tensors
         raise UserError(f"{path}: expected all tensors of a released model, got none or another "
@@ -241,7 +302,7 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
     chosen = paper.VARIANTS.get(variant, {})
     if found.get("backbone") in AMBIGUOUS_BACKBONES and "backbone" in chosen:
         found["backbone"] = chosen["backbone"]
-    config = {**chosen, **found, "backbone_weights": "imagenet"}
+    config = {**chosen, **found, **jitter, "backbone_weights": "imagenet"}
 
     columns = count_classes(weights)
     labels = options.get("id2label", dict(enumerate(meta.get("CLASSES", ()))))
@@ -273,7 +334,7 @@ def transformers_options(path: str | Path) -> dict:
     if not beside.is_file():
         return {}
     try:
-        options = json.loads(beside.read_text())
+        options = json.loads(beside.read_bytes())
     except ValueError as error:
         raise UserError(f"expected {beside} to be a json file, got {error}: copy it "
                         "again") from error
@@ -296,11 +357,6 @@ def check_options(options: dict, meta: dict, path: str | Path) -> None:
         if first in options and options.get(second, options[first]) != options[first]:
             raise UserError(f"{path}: expected {first} equal to {second}, got {options[first]} and "
                             f"{options[second]}: this model is not built here")
-    # Large-scale jitter: padding counts as image, in training and at test time.
-    if re.search(r"with_attn_mask\s*=\s*False", str(meta.get("config", ""))):
-        raise UserError(f"{path}: expected a detector that masks padding, got one trained with "
-                        "large-scale jitter (with_attn_mask=False in its config): it is not built "
-                        "here")
 
 
 def check_shapes(weights: dict, paper, config: dict, num_classes: int, path: str | Path) -> None:
@@ -330,4 +386,4 @@ def name_columns(columns: int, labels: dict) -> list[str]:
         return coco_columns()
     names = dict(enumerate(COCO_NAMES)) if columns == 80 else {}
     names |= {int(column): name for column, name in labels.items()}
-    return [names.get(i, f"class {i}") for i in range(columns)]
+    return [names.get(i, name) for i, name in enumerate(numbered_names(columns))]

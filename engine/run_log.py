@@ -1,7 +1,5 @@
 """What a run reports: the opening report, log.jsonl, the progress bar, skipped steps."""
-import dataclasses
 import json
-import os
 import re
 import sys
 import time
@@ -13,6 +11,8 @@ from tqdm import tqdm
 import data
 from deformable_attn import verify_kernel
 from engine.batch_norm import restore_statistics
+from engine.batches import OVERFIT_AP
+from engine.coco_json import plural
 from engine.errors import printable
 from engine.files import complete_file
 from engine.machine import cores
@@ -50,7 +50,7 @@ class RunLog:
         self.bar = tqdm(
             total=recipe.epochs * images_per_epoch, initial=progress.step * batch.total,
             unit="image", disable=not machine.is_main, dynamic_ncols=True,
-            mininterval=0.5 if sys.stderr.isatty() else 60,
+            mininterval=0.5 if sys.stderr.isatty() else 60, delay=0.001,
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}, left {remaining} {postfix}")
 
     def report(self, paper, cfg, train_set, val_set, model, notes) -> None:
@@ -114,10 +114,11 @@ class RunLog:
     def _report_speed(self, speed: float) -> None:
         self.speed_reported = True
         seconds = self.batch.steps_per_epoch * self.batch.total / speed
+        end = f", but --overfit ends at AP {OVERFIT_AP}" if self.run.overfit else ""
         self.machine.say(
             f"expected  {speed:.1f} images/s: {duration(seconds)} an epoch, "
-            f"{duration(seconds * self.recipe.epochs)} in all without evaluations; memory at most "
-            f"{peak_memory(self.machine.device)} so far")
+            f"{duration(seconds * self.recipe.epochs)} in all without evaluations{end}; memory at "
+            f"most {peak_memory(self.machine.device)} so far")
 
     def ended(self, progress) -> None:
         """Say that --max_steps ended the run."""
@@ -157,11 +158,16 @@ class RunLog:
     def evaluation(self, record: dict) -> None:
         """Write the scores of an evaluation, and print them as a row of a table."""
         self.write(record)
-        cells = [f"{name} {record['bbox'][name]:.3f}" for name in AP_COLUMNS]
-        cells += [f"{title} {record[kind]['AP']:.3f}" for kind, title in MASK_COLUMNS.items()
+        cells = [f"{name} {figure(record['bbox'][name])}" for name in AP_COLUMNS]
+        cells += [f"{title} {figure(record[kind]['AP'])}" for kind, title in MASK_COLUMNS.items()
                   if kind in record]
         self.machine.say(f"epoch {record['epoch']:>3}  trained "
                          f"{record['train_seconds'] / 60:6.2f} min  " + "  ".join(cells))
+
+
+def figure(value: float) -> str:
+    """An AP as text; -1 stands for "no such object"."""
+    return "-    " if value == -1 else f"{value:.3f}"
 
 
 def loss_names(good_steps: list) -> set:
@@ -227,17 +233,19 @@ def opening_report(run, paper, cfg, recipe, batch, machine, train_set, val_set, 
     if batch.micro < batch.total:
         size += f" = {batch.micro} x {run.accum} x {machine.world}"
     lr = recipe.lr * batch.total / recipe.batch_size
+    usual_cfg, usual_recipe = usual_settings(run, paper)
     lines = [
-        f"config    {json.dumps(dataclasses.asdict(cfg))}",
-        f"recipe    {json.dumps(dataclasses.asdict(recipe))}",
+        f"config    {changes(cfg, usual_cfg)}",
+        f"recipe    {changes(recipe, usual_recipe)}; all settings: {run.out}/config.json",
         f"device    {describe_machine(run, machine)}",
         f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to "
         f"evaluate on; {machine.workers} workers",
         f"objects   {counts}",
         f"model     {' '.join((run.model, run.variant)).strip()}: {trainable / 1e6:.2f} M "
         f"parameters to train of {everything / 1e6:.2f} M",
-        f"training  {size}, lr {lr:g}{batch_hint(run, paper, batch)}, {recipe.epochs} epochs of "
-        f"{batch.steps_per_epoch} steps, seed {run.seed}"]
+        f"training  {size}, lr {lr:g}{batch_hint(run, paper, batch)}, "
+        f"{plural(recipe.epochs, 'epoch')} of {plural(batch.steps_per_epoch, 'step')}, "
+        f"seed {run.seed}"]
     lines += [f"weights   {note}" for note in notes]
     lines.append(f"folder    {run.out}")
     if machine.device.type == "cpu" and run.preset == "paper":
@@ -245,6 +253,20 @@ def opening_report(run, paper, cfg, recipe, batch, machine, train_set, val_set, 
                      "step and 1.5 GB or more for each image of a batch (--accum N divides it); "
                      "--preset small is meant for CPUs")
     return "\n".join(printable(line) for line in lines)
+
+
+def usual_settings(run, paper) -> tuple:
+    """The Config and the Recipe of the run's preset and variant, without its other flags."""
+    return configure(paper, preset_values(paper, run.preset or "paper", run.variant))
+
+
+def changes(settings, usual) -> str:
+    """The fields in which two dataclass instances differ, as text."""
+    before = vars(usual)
+    changed = {name: x for name, x in vars(settings).items() if x != before[name]}
+    if not changed:
+        return "the usual settings"
+    return "as usual, but " + ", ".join(f"{name} {x}" for name, x in changed.items())
 
 
 def class_counts(dataset) -> str:
@@ -263,10 +285,7 @@ def describe_machine(run, machine) -> str:
     if machine.device.type == "cuda":
         name = torch.cuda.get_device_name(machine.device)
     else:
-        name = f"cpu, {machine.threads} threads"
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        if machine.threads > 1 and load > cores() / 2:
-            name += f" (busy: load {load:.1f}; --threads 1 may be faster)"
+        name = f"cpu, {plural(machine.threads, 'thread')} on {plural(cores(), 'core')}"
     precision = "bfloat16 autocast" if machine.amp else "float32"
     flags = ("recompute", "compile", "channels_last", "deterministic")
     options = [flag for flag in flags if getattr(run, flag)]
@@ -283,7 +302,7 @@ def attention(run, machine) -> str:
 
 def batch_hint(run, paper, batch) -> str:
     """For a batch size that is not the recipe's: the recipe's batch size and learning rate."""
-    _, made_for = configure(paper, preset_values(paper, run.preset or "paper", run.variant))
+    _, made_for = usual_settings(run, paper)
     if batch.total == made_for.batch_size:
         return ""
     return (f" (the recipe: {made_for.lr:g} for batch {made_for.batch_size}; lr follows the batch "
@@ -291,6 +310,8 @@ def batch_hint(run, paper, batch) -> str:
 
 
 def duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
     return f"{seconds / 60:.1f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
 
 

@@ -10,7 +10,6 @@ Two things that pycocotools leaves to its caller: its `summarize` has no limit b
 per image, so the table is read from `eval["precision"]` here; and -1 means "no such object".
 """
 import contextlib
-import copy
 import io
 import math
 from typing import NamedTuple
@@ -124,41 +123,91 @@ def accumulate(parts, category_ids, iou_type, max_dets):
 
     T IoU thresholds, R recall levels, K classes, A area ranges (all, small, medium, large); -1
     where there are no objects."""
-    evaluation = make_evaluation(None, None, iou_type, category_ids, max_dets)
-    image_ids = sorted(set(np.concatenate([part.image_ids for part in parts]).tolist()))
-    evaluation.params.imgIds = image_ids
+    matches = merge(parts)
+    precision, scores, recall = curves(matches, category_ids, iou_type)
+    params = make_evaluation(None, None, iou_type, category_ids, max_dets).params
+    by_limit = {}
+    for limit in params.maxDets[:-1]:
+        _, _, lower = curves(first_detections(matches, limit), category_ids, iou_type)
+        by_limit[limit] = lower[:, :, 0]
+    by_limit[max_dets] = recall[:, :, 0]
+    return precision, scores, recall, by_limit
+
+
+def merge(parts):
+    """Matches of all ranks as one, with entries in the order of a single process: by class, area
+    range and image."""
+    columns = {}
+    for name in ("image_ids", "entries", "detections", "objects", "scores", "gt_ignored"):
+        columns[name] = np.concatenate([getattr(part, name) for part in parts])
+    for name in ("matched", "ignored"):
+        columns[name] = np.concatenate([getattr(part, name) for part in parts], 1)
+    matches = Matches(**columns)
+    category, area, image_id = matches.entries.T
+    order = np.lexsort((image_id, area, category))
+    d = positions(matches.detections, order)
+    g = positions(matches.objects, order)
+    return Matches(
+        image_ids=matches.image_ids,
+        entries=matches.entries[order],
+        detections=matches.detections[order],
+        objects=matches.objects[order],
+        scores=matches.scores[d],
+        matched=matches.matched[:, d],
+        ignored=matches.ignored[:, d],
+        gt_ignored=matches.gt_ignored[g])
+
+
+def positions(counts, order):
+    """Where the members of entries lie that are put into this order; counts: members of each."""
+    starts = counts.cumsum() - counts                                          # (E,)
+    counts = counts[order]
+    ends = counts.cumsum()
+    shifts = starts[order] - (ends - counts)                                   # (E,)
+    return np.repeat(shifts, counts) + np.arange(counts.sum())
+
+
+def first_detections(matches, limit):
+    """Matches with the `limit` best detections of each entry; those of an entry are sorted."""
+    counts = matches.detections
+    starts = counts.cumsum() - counts                                          # (E,)
+    first = np.arange(counts.sum()) - np.repeat(starts, counts) < limit        # (D,)
+    return matches._replace(
+        detections=counts.clip(max=limit),
+        scores=matches.scores[first],
+        matched=matches.matched[:, first],
+        ignored=matches.ignored[:, first])
+
+
+def curves(matches, category_ids, iou_type):
+    """pycocotools' precision, scores and recall of merged Matches, without a limit of detections.
+
+    `COCOeval.accumulate` joins the images of a class and area range. Here they are joined already:
+    it sees them as one image, which is faster and gives the same numbers."""
+    limit = max(1, len(matches.scores))
+    evaluation = make_evaluation(None, None, iou_type, category_ids, limit)
+    evaluation.params.imgIds = [0]
+    evaluation.params.maxDets = [limit]
     evaluation._paramsEval = evaluation.params
 
-    # back to one dictionary per entry, at the place where pycocotools expects it
-    place = {image_id: position for position, image_id in enumerate(image_ids)}
     areas = len(evaluation.params.areaRng)
-    evaluation.evalImgs = [None] * (len(category_ids) * areas * len(image_ids))
-    for part in parts:
-        detection = np.concatenate(([0], part.detections.cumsum())).tolist()
-        object_ = np.concatenate(([0], part.objects.cumsum())).tolist()
-        for number, (category, area, image_id) in enumerate(part.entries.tolist()):
-            d = slice(detection[number], detection[number + 1])
-            g = slice(object_[number], object_[number + 1])
-            position = (category * areas + area) * len(image_ids) + place[image_id]
-            evaluation.evalImgs[position] = {
-                "dtScores": part.scores[d],
-                "dtMatches": part.matched[:, d],
-                "dtIgnore": part.ignored[:, d],
-                "gtIgnore": part.gt_ignored[g]}
-    # lower limits matter to the recall of all sizes only: half the work of all combinations
-    everything = copy.deepcopy(evaluation.params)
-    everything.maxDets = [max_dets]
-    lower = copy.deepcopy(evaluation.params)
-    lower.areaRng = lower.areaRng[:1]
-    lower.maxDets = lower.maxDets[:-1]
+    place = matches.entries[:, 0] * areas + matches.entries[:, 1]              # (E,)
+    places = np.arange(len(category_ids) * areas + 1)
+    entry = np.searchsorted(place, places)             # first entry of each class and area range
+    detection = np.append(0, matches.detections.cumsum())[entry]
+    object_ = np.append(0, matches.objects.cumsum())[entry]
+    evaluation.evalImgs = []
+    for k in places[:-1]:
+        d = slice(detection[k], detection[k + 1])
+        g = slice(object_[k], object_[k + 1])
+        evaluation.evalImgs.append({
+            "dtScores": matches.scores[d],
+            "dtMatches": matches.matched[:, d],
+            "dtIgnore": matches.ignored[:, d],
+            "gtIgnore": matches.gt_ignored[g]})
     with contextlib.redirect_stdout(io.StringIO()):
-        evaluation.accumulate(lower)
-        recalls = np.moveaxis(evaluation.eval["recall"][:, :, 0], -1, 0)       # (M - 1, T, K)
-        evaluation.accumulate(everything)
-    precision, scores, recall = (evaluation.eval[name][..., 0]
-                                 for name in ("precision", "scores", "recall"))
-    by_limit = dict(zip(lower.maxDets, recalls)) | {max_dets: recall[:, :, 0]}
-    return precision, scores, recall, by_limit
+        evaluation.accumulate()
+    return [evaluation.eval[name][..., 0] for name in ("precision", "scores", "recall")]
 
 
 def figures(parts, categories, iou_type, max_dets):

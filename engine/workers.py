@@ -83,7 +83,7 @@ def end_workers() -> None:
     They ignore SIGTERM, so Python would wait for them forever at exit.
     """
     left = [process for process in multiprocessing.active_children() if process.daemon]
-    if left:
+    if left and hasattr(signal, "SIGCHLD"):
         # PyTorch's handler would report their deaths as an error.
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     for process in left:

@@ -81,15 +81,26 @@ def atss_counts(labels: Tensor, boxes: Tensor, anchors: Tensor, num_classes: int
     return torch.stack((positives.to(total_centerness), total_centerness))
 
 
-def atss_losses(logits: Tensor, deltas: Tensor, centerness: Tensor, labels: Tensor, boxes: Tensor,
-                weights: Tensor, anchors: Tensor, counts: Tensor) -> dict:
+def atss_losses(
+    logits: Tensor,
+    deltas: Tensor,
+    centerness: Tensor,
+    labels: Tensor,
+    boxes: Tensor,
+    weights: Tensor,
+    anchors: Tensor,
+    counts: Tensor,
+    classes: Tensor | None = None,
+) -> dict:
     """Focal loss of all anchors, GIoU loss (weighted by true centerness) and cross-entropy of the
     centerness of the positive ones.
 
-    Shapes as in `ATSS.forward` and `RetinaNet.targets`; counts (2,) as in `atss_counts`
-    -> {"cls", "giou", "centerness"}."""
+    Shapes as in `ATSS.forward` and `RetinaNet.targets`; counts (2,) as in `atss_counts`; classes
+    (N,): which have a loss, default: all -> {"cls", "giou", "centerness"}."""
     positives, total_centerness = counts.clamp(min=1)
     cls = focal_loss(logits, labels) * weights[..., None]                          # (B, A, N)
+    if classes is not None:
+        cls = cls * classes
     positive = (labels < logits.shape[-1]).nonzero(as_tuple=True)
     anchors, boxes = anchors[positive], boxes[positive]                            # (P, 4) each
     truth = centerness_targets(anchors, boxes)                                     # (P,)

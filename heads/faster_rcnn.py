@@ -23,6 +23,8 @@ Differences from the papers (all from the configurations of Co-DETR)
  1. L1 instead of smooth L1 in the RPN; GIoU of the decoded boxes, times 10, in the second stage.
  2. The losses of the RPN have one divisor, the number of sampled anchors, and equal weights.
 """
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -32,12 +34,13 @@ from heads.regions import clip_boxes, decode_deltas, encode_deltas, nms, roi_ali
 from heads.anchors import (NINE_SIZES, Objects, Pyramid, assign_anchors, assign_by_iou,
                            assigned_objects, conv_norm_relu, delta_std, detections_after_nms,
                            grid_anchors, init_convolutions, sample)
-from matcher import copy_to_device, copy_to_host
+from matcher import copy_to_device, copy_to_host, focal_loss
 
 BINS = 7                    # a region's features are BINS x BINS
 # A region reads the level where sqrt(area) is 14 to 28 cells; if there is none, a smaller region
 # reads the finest level, a larger one the coarsest.
 MIN_CELLS = 14
+PRIOR = 0.01                # initial probability of a class, in a head without background
 PROPOSAL_NMS = 0.7          # IoU, among the proposals of one level
 TEST_NMS = 0.5              # IoU, among the detections of one class
 GIOU_WEIGHT = 10.0          # of the second stage
@@ -199,15 +202,17 @@ class RoIHead(nn.Module):
     """Class and box deltas of a region from its features.
 
     Without `convs`: two hidden layers, and one box per class. With `convs` convolutions: one hidden
-    layer, and one box for all classes, whose deltas have half the standard deviation."""
+    layer, and one box for all classes, whose deltas have half the standard deviation. With
+    `sigmoid`, classes have probabilities of their own, and there is no background."""
 
-    def __init__(self, dim: int, hidden: int, num_classes: int, convs: int = 0):
+    def __init__(self, dim: int, hidden: int, num_classes: int, convs: int = 0,
+                 sigmoid: bool = False):
         super().__init__()
         self.num_classes = num_classes
         self.convs = nn.Sequential(*(conv_norm_relu(dim) for _ in range(convs)))
         self.fc1 = nn.Linear(BINS ** 2 * dim, hidden)
         self.fc2 = nn.Identity() if convs else nn.Linear(hidden, hidden)
-        self.cls = nn.Linear(hidden, num_classes + 1)
+        self.cls = nn.Linear(hidden, num_classes if sigmoid else num_classes + 1)
         self.reg = nn.Linear(hidden, 4 if convs else 4 * num_classes)
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
@@ -217,10 +222,12 @@ class RoIHead(nn.Module):
                 nn.init.zeros_(module.bias)
         nn.init.normal_(self.cls.weight, std=0.01)
         nn.init.normal_(self.reg.weight, std=0.001)
+        if sigmoid:
+            nn.init.constant_(self.cls.bias, -math.log((1 - PRIOR) / PRIOR))
 
     def forward(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
-        """(R, 7, 7, C) -> logits (R, N + 1), background last, deltas (R, N, 4), at least
-        float32."""
+        """(R, 7, 7, C) -> logits (R, N + 1), background last (with `sigmoid` (R, N)), and deltas
+        (R, N, 4), at least float32."""
         x = self.convs(pooled.permute(0, 3, 1, 2)).flatten(1)                      # (R, C 49)
         x = F.relu(self.fc1(x))
         x = F.relu(self.fc2(x))
@@ -231,25 +238,39 @@ class RoIHead(nn.Module):
         return logits, deltas
 
 
+def class_probabilities(logits: Tensor, num_classes: int) -> Tensor:
+    """Logits (P, N + 1), background last, or (P, N) without it -> probabilities (P, N)."""
+    if logits.shape[1] == num_classes:
+        return logits.sigmoid()
+    return logits.softmax(-1)[:, :-1]
+
+
 def roi_losses(
     logits: Tensor,
     deltas: Tensor,
     rois: Tensor,
     labels: Tensor,
     boxes: Tensor,
+    classes: Tensor | None = None,
 ) -> dict:
     """Cross-entropy of all regions; 1 - GIoU of the positive ones, of the box of their true class.
 
-    Both are divided by the number of regions of this batch (code). rois (R, 4): the regions, labels
-    (R,), N for background, boxes (R, 4): of their objects; the others as in `RoIHead.forward`
-    -> {"cls", "giou"}."""
+    Both are divided by the number of regions of this batch (code). Without a background class it is
+    the focal loss of `classes` (N,), default: all, divided by the number of positives. rois (R, 4):
+    the regions, labels (R,), N for background, boxes (R, 4): of their objects; the others as in
+    `RoIHead.forward` -> {"cls", "giou"}."""
     count = max(1, len(labels))
-    cls = F.cross_entropy(logits, labels, reduction="sum")
     rows = (labels < deltas.shape[1]).nonzero()[:, 0]
+    if logits.shape[1] > deltas.shape[1]:
+        cls = F.cross_entropy(logits, labels, reduction="sum") / count
+    else:
+        focal = focal_loss(logits, labels)                                         # (R, N)
+        focal = focal if classes is None else focal * classes
+        cls = focal.sum() / max(1, len(rows))
     std = delta_std(deltas)
     predicted = decode_deltas(deltas[rows, labels[rows]], rois[rows], std)
     giou = (1 - paired_giou(predicted, boxes[rows])).sum()
-    return {"cls": cls / count, "giou": GIOU_WEIGHT * giou / count}
+    return {"cls": cls, "giou": GIOU_WEIGHT * giou / count}
 
 
 def predict_both_stages(
@@ -314,9 +335,9 @@ def detect_regions(
 ) -> dict:
     """Detections of one image: every class's box of every proposal, then NMS within each class.
 
-    logits (P, N + 1), deltas (P, N, 4), proposals (P, 4), size (2,): height and width; soft_nms:
-    IoU threshold of soft-NMS, 0: NMS at TEST_NMS -> as `detections_after_nms`."""
-    scores = logits.softmax(-1)[:, :-1]                                            # (P, N)
+    logits (P, N + 1 or N), deltas (P, N, 4), proposals (P, 4), size (2,): height and width;
+    soft_nms: IoU threshold of soft-NMS, 0: NMS at TEST_NMS -> as `detections_after_nms`."""
+    scores = class_probabilities(logits, deltas.shape[1])                          # (P, N)
     std = delta_std(deltas)
     boxes = decode_deltas(deltas, proposals[:, None], std)                         # (P, N, 4)
     boxes = clip_boxes(boxes, size).flatten(0, 1)                                  # (P N, 4)

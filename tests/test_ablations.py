@@ -8,7 +8,7 @@ import train
 from engine import checkpoints
 from engine.errors import UserError
 from tools import ablations
-from tools.ablations import LADDER, MASKS, Compare, Ladder, Masks
+from tools.ablations import (DETECTORS, LADDER, MASKS, Compare, Convergence, Ladder, Masks)
 from tools.reduce_log import reduce_log
 
 
@@ -61,9 +61,18 @@ def test_every_row_of_the_ladder_is_a_training_run(name):
 @pytest.mark.parametrize("name", MASKS)
 def test_every_row_of_the_mask_table_is_a_training_run(name):
     row = MASKS[name]
-    cfg = train.parse(["--model", row.model, *words_of(row.flags)])[1]
-    default = train.parse(["--model", row.model])[1]
-    assert (cfg == default) == (name == "default")
+    settings = train.parse(["--model", row.model, *words_of(row.flags)])[1:]
+    default = train.parse(["--model", row.model])[1:]
+    same = settings == default and row.detector == "dino" and row.length == 1
+    assert same == (name == "default")
+    assert row.baseline in ("", *MASKS) and row.detector in DETECTORS
+
+
+@pytest.mark.parametrize("name", DETECTORS)
+def test_every_detector_of_the_mask_table_is_a_training_run(name):
+    row = DETECTORS[name]
+    run, cfg, _ = train.parse(["--model", row.model, *words_of(row.flags)])
+    assert run.preset == "small" and all(getattr(cfg, k) == x for k, x in row.flags.items())
 
 
 def test_every_choice_of_dino_has_a_row():
@@ -120,6 +129,26 @@ def test_the_mask_table_reads_finished_runs(tmp_path, capsys):
     assert roi_8[:5] == ["region of 8 cells", "0.400", "0.000", "default", "-0.100"]
 
 
+def test_the_curves_of_convergence_are_read_from_finished_runs(tmp_path, capsys):
+    """Two seeds; the second run evaluated its first epoch twice, after a kill."""
+    for model in ("detr", "dino"):
+        for seed, ap in enumerate((0.5, 0.7)):
+            write_run(tmp_path / f"{model}_{seed}", ap, model=model)
+            log = tmp_path / f"{model}_{seed}" / "log.jsonl"
+            *steps, last = log.read_text().splitlines()
+            record = json.loads(last)
+            for first in (0.9, 0.1):
+                box = {**record["bbox"], "AP": first, "APs": first / 2}
+                steps.append(json.dumps({**record, "epoch": 1, "bbox": box}))
+            log.write_text("\n".join([*steps, last, ""]))
+    Convergence(out=tmp_path, rows=("detr", "dino"), seeds=2, steps=1000).run()
+    head, every, small, *_ = rows_of(capsys.readouterr().out)
+    assert head[:4] == ["1000 steps, 2 seeds", "objects", "epoch 1", "epoch 2"]
+    assert every == ["DETR", "all", "0.100", "0.600", "0.200", "100"]
+    assert small == ["DETR", "small", "0.050", "0.600", "0.200", "100"]
+    assert (tmp_path / "convergence.png").stat().st_size > 5000
+
+
 # ---- runs ----------------------------------------------------------------------------------------
 
 def test_what_is_missing_is_trained_and_its_output_stays(tmp_path, monkeypatch, capsys):
@@ -142,6 +171,56 @@ def test_what_is_missing_is_trained_and_its_output_stays(tmp_path, monkeypatch, 
     folder = tmp_path / "runs" / "co_dino_atss_0"
     assert (folder / "output.txt").read_text() == "trained"
     assert (tmp_path / "runs" / "logs" / "co_dino_atss_0.jsonl").exists()
+
+
+def stand_in(words, stdout, stderr):
+    """In place of a training: the run folder that it would leave."""
+    flags = dict(zip(words[2::2], words[3::2]))
+    settings = {name.removeprefix("--"): value for name, value in flags.items()}
+    settings |= {"seed": int(settings["seed"]), "epochs": int(settings["epochs"])}
+    for name in ("batch_size", "encoder_layers"):
+        if name in settings:
+            settings[name] = int(settings[name])
+    folder = ablations.Path(settings["out"])
+    made = folder.with_name(f"made_{settings['seed']}")
+    write_run(made, 0.25, epoch=settings["epochs"], **{
+        name: x for name, x in settings.items() if name not in ("seed", "epochs")})
+    for file in made.iterdir():
+        file.rename(folder / file.name)
+    made.rmdir()
+    checkpoints.save(folder / "best.pt", {"model": {"a": torch.zeros(3)}})
+    return ablations.subprocess.CompletedProcess(words, 0)
+
+
+def test_curves_are_evaluated_after_every_epoch(tmp_path, monkeypatch):
+    calls = []
+
+    def training(words, stdout, stderr):
+        calls.append(dict(zip(words[2::2], words[3::2])))
+        return stand_in(words, stdout, stderr)
+
+    monkeypatch.setattr(ablations.subprocess, "run", training)
+    Convergence(out=tmp_path, rows=("detr",), seeds=1, steps=1000).run()
+    assert calls[0]["--eval_every"] == "1" and calls[0]["--epochs"] == "2"
+
+
+def test_the_mask_table_trains_the_detectors_of_its_rows_once(tmp_path, monkeypatch):
+    """Two rows on DINO with two encoder layers, in two seeds; a row of twice the epochs."""
+    calls = []
+
+    def training(words, stdout, stderr):
+        calls.append(dict(zip(words[2::2], words[3::2])))
+        return stand_in(words, stdout, stderr)
+
+    monkeypatch.setattr(ablations.subprocess, "run", training)
+    rows = ("layer_2_of_2", "epochs_2")
+    Masks(out=tmp_path, rows=rows, detector="d.pt", seeds=2, detector_steps=1000).run()
+    detector = tmp_path / "detector_dino_2_layers_0"
+    first, *others = calls
+    assert first["--out"] == str(detector) and first["--encoder_layers"] == "2"
+    assert first["--epochs"] == "2" and "--detector" not in first
+    assert [call["--detector"] for call in others] == [str(detector / "best.pt"), "d.pt"] * 2
+    assert [call["--epochs"] for call in others] == ["1", "2"] * 2
 
 
 def test_a_run_that_was_broken_off_is_continued(tmp_path, monkeypatch):

@@ -53,7 +53,7 @@ class OneImage(torch.utils.data.Dataset):
     def __getitem__(self, index):
         boxes = torch.tensor([[0.5, 0.5, 0.4, 0.4], [0.2, 0.3, 0.1, 0.15]])
         return torch.zeros(3, 8, 8), {"boxes": boxes, "labels": torch.tensor([0, 0]),
-                                      "orig_size": torch.tensor([100, 200])}
+                                      "canvas_size": torch.tensor([100, 200])}
 
 
 def test_a_model_that_is_not_finite_has_no_figures():

@@ -164,7 +164,7 @@ def test_the_package_transformers_gets_the_same_weights_and_is_timed(unprepared,
     """At a fraction of the size (1020 tokens, 300 proposals); the logits agree, and every pass
     ran."""
     pytest.importorskip("transformers")
-    bench_transformers.transformers("cpu", 0.1, batch=1, size=(192, 256))
+    bench_transformers.transformers("cpu", 1, batch=1, size=(192, 256))
     printed = capsys.readouterr().out
     assert printed.count("| ours | yes |") == 4
     assert printed.count("| transformers | no |") == 4
@@ -187,9 +187,39 @@ def test_images_are_counted_for_every_number_of_workers(capsys):
         ["scenes as files, published preset", "0"], ["scenes as files, published preset", "1"]]
 
 
-def test_scoring_counts_its_detections(capsys):
-    bench_data.scoring(images=3, seconds=0.01)
-    assert rows_of(capsys.readouterr().out)[1][:2] == ["3", "300"]
+def test_processes_score_shares_of_the_same_results(monkeypatch):
+    """What two processes have is what one has, and the figures are those of the images."""
+    case = bench_data.Case(images=5, detections=20, classes=3, repeats=1)
+    truth, results = bench_data.simulated_results(case, range(5))
+    shares = [bench_data.simulated_results(case, range(rank, 5, 2)) for rank in (0, 1)]
+    together = [row for _, share in shares for row in share]
+    assert len(results) == 100 and sorted(map(str, together)) == sorted(map(str, results))
+    assert len(truth.anns) == sum(len(share.anns) for share, _ in shares) > 0
+    seconds, cpu_seconds, peak, ap = bench_data.score_share(case, 0, 1, "")
+    assert len(seconds) == len(cpu_seconds) == 1 and seconds[0] > 0 and peak > 0
+    assert ap == bench_data.score(truth, results)["AP"] > 0
+
+
+def test_plain_and_compiled_steps_take_turns(small, monkeypatch, capsys):
+    def traced(function, **options):
+        assert options == dict(fullgraph=True, dynamic=True)
+        return function
+
+    monkeypatch.setattr(torch, "compile", traced)
+    batch = bench_models.random_batch((64, 64), 2)
+    monkeypatch.setattr(bench_models, "scene_batch", lambda *args: batch)
+    bench_models.compiled("cpu", 1, "deformable_detr", "small")
+    row = rows_of(capsys.readouterr().out)[1]
+    assert row[:2] == ["deformable_detr, small preset", "2x3x64x64"]
+    assert float(row[2]) > 0 and float(row[3]) > 0
+
+
+@pytest.mark.slow
+def test_scoring_times_one_process_and_two(capsys):
+    bench_data.scoring(images=6, detections=20, classes=3)
+    rows = rows_of(capsys.readouterr().out)
+    assert [row[:3] for row in rows[1:]] == [["1", "6", "120"], ["2", "6", "120"]]
+    assert rows[1][-1] == rows[2][-1]
 
 
 # ---- the mask network ----------------------------------------------------------------------------
@@ -241,14 +271,14 @@ def test_without_a_name_every_table_is_made_in_its_own_process(monkeypatch):
         started.append(words[-1])
 
     monkeypatch.setattr(bench.subprocess, "run", run)
-    monkeypatch.setattr(bench, "installed", lambda: False)
+    monkeypatch.setattr(bench, "OPTIONAL", dict.fromkeys(bench.OPTIONAL, lambda: False))
     bench.main([])
-    assert started == [name for name in bench.TABLES if name != "transformers"]
+    assert started == [name for name in bench.TABLES if name not in ("transformers", "onnx")]
 
 
 def test_the_name_of_a_table_and_its_flags_select_what_runs(unprepared, capsys):
-    bench.main(["scoring", "--images", "3", "--seconds", "0.01"])
-    assert rows_of(capsys.readouterr().out)[1][:2] == ["3", "300"]
+    bench.main(["loading", "--images", "3", "--workers", "0"])
+    assert [row[1] for row in rows_of(capsys.readouterr().out)[1:]] == ["0", "0"]
 
 
 def test_an_unknown_flag_is_refused_with_the_near_name(unprepared, capsys):

@@ -472,3 +472,18 @@ def test_a_fuzzed_json_never_ends_in_a_traceback(tmp_path, capfd):
         out, _ = capfd.readouterr()
         assert "\x1b" not in out
     assert 100 < refused < 300
+
+
+# ------------------------------------------------------------------------------------ test split
+
+def test_a_test_split_is_checked_where_there_is_one(tmp_path, capsys):
+    root = write_folder(tmp_path, splits=("train", "val", "test"))
+    edit_json(root, annotation(bbox=[1, 2, 3]), "test")
+    assert check_data.check(root) == 2      # refused, so it cannot be loaded either
+    assert "instances_test2017.json" in capsys.readouterr().out
+
+
+def test_a_test_split_needs_no_annotations(tmp_path):
+    root = write_folder(tmp_path, splits=("train", "val", "test"))
+    edit_json(root, drop("annotations"), "test")
+    assert check_data.check(root) == 0

@@ -1,4 +1,6 @@
 """Class rows of heads and label tables: selected, reordered and copied by class name."""
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -119,3 +121,25 @@ def test_one_box_for_all_classes_is_no_class_row():
     fitted, _ = class_rows.fit(state(80, 1.0), class_rows.COCO_NAMES, state(1, 0.0), ["cell"])
     assert fitted["roi.reg.bias"].tolist() == [1, 1, 1, 1]
     assert fitted["detector.class_embed.0.weight"].tolist() == [[0]]
+
+
+def test_rows_of_every_one_stage_head_follow_their_classes():
+    """Of the second of two equal heads, too."""
+    def rows(count, start=0):
+        return {"detector.level_embed": torch.ones(1),
+                "detector.class_embed.0.weight": start + torch.arange(count),
+                "atss2.cls.bias": start + torch.arange(count),
+                "fcos.cls.bias": start + torch.arange(count),
+                "gfl.cls.bias": start + torch.arange(count),
+                "gfl.reg.bias": torch.arange(68)}
+    fitted, _ = class_rows.fit(rows(3), ["a", "b", "c"], rows(2, -100), ["c", "new"])
+    for name in ("atss2", "fcos", "gfl"):
+        assert fitted[f"{name}.cls.bias"].tolist() == [2, -99]
+    assert fitted["gfl.reg.bias"].tolist() == list(range(68))
+
+
+def test_a_checkpoint_without_names_takes_those_of_the_data_and_says_so(capsys):
+    data = SimpleNamespace(name="birds", class_names=["owl", "wren"])
+    meta = {"class_names": ["class 0", "class 1"]}
+    assert class_rows.fit_classes("model", None, None, meta, data) == "model"
+    assert "taken to be those of birds, in order" in capsys.readouterr().out

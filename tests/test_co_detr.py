@@ -23,6 +23,7 @@ from engine.errors import UserError
 from engine.recipe import configure, override
 from head_recordings import levels, recorded_batch, t
 from heads import anchors
+from heads.adapter import multi_scale_adapter
 from heads.anchors import by_anchor
 from heads.fcos import centerness_targets
 from host_waits import HostWaits
@@ -387,14 +388,29 @@ def small(variant="", **changes):
 
 
 BOTH = ["", "co_deformable_small"]
+PLAIN = "plain_deformable_small"
 
 
 @pytest.mark.parametrize("variant", BOTH)
-@pytest.mark.parametrize("heads", ["none", "atss", "rcnn", "retinanet", "fcos",
+@pytest.mark.parametrize("heads", ["none", "atss", "rcnn", "retinanet", "fcos", "gfl",
                                    "retinanet,rcnn,atss"])
 @pytest.mark.parametrize("objects", [(3, 0), (0, 0), (14, 1)])
 def test_every_parameter_gets_a_finite_gradient(variant, heads, objects):
     cfg, model, criterion = small(variant, aux_heads=heads)
+    check_gradients(cfg, model, criterion, objects)
+
+
+@pytest.mark.parametrize("variant, levels, adapter", [
+    (PLAIN, 4, "auto"), (PLAIN, 1, "auto"), (PLAIN, 1, "identity"), ("", 1, "pyramid")])
+def test_plain_and_single_scale_detectors_train_with_their_heads(variant, levels, adapter):
+    """Single-scale: `dim` 64, as a map of one cell needs two channels a group."""
+    cfg, model, criterion = small(variant, num_feature_levels=levels, adapter=adapter, dim=64)
+    assert model.strides == {"identity": [32, 64]}.get(adapter, [8, 16, 32, 64, 128])
+    check_gradients(cfg, model, criterion, (3, 1))
+
+
+def check_gradients(cfg, model, criterion, objects):
+    heads = cfg.aux_heads
     images, padding, targets = batch((64, 96), (48, 64), objects=objects)
     losses = criterion(model(images, padding, targets), targets)
     sum(losses.values()).backward()
@@ -404,7 +420,7 @@ def test_every_parameter_gets_a_finite_gradient(variant, heads, objects):
     if "rcnn" in named:
         named.add("rpn")
     found = {name.split(".")[0] for name in losses}
-    assert found & {"rpn", "rcnn", "atss", "retinanet", "fcos"} == named
+    assert found & {"rpn", "rcnn", "atss", "retinanet", "fcos", "gfl"} == named
 
 
 @pytest.mark.parametrize("variant", BOTH)
@@ -582,9 +598,11 @@ def test_tiny_and_thin_images(size, variant):
     assert detections[0]["scores"].isfinite().all()
 
 
-@pytest.mark.parametrize("head", ["atss", "rcnn", "retinanet", "fcos"])
+@pytest.mark.parametrize("head", ["atss", "atss2", "rcnn", "retinanet", "fcos", "gfl"])
 def test_each_head_can_detect_on_its_own(head):
-    cfg, model, _ = small(eval_head=head, aux_heads="rcnn,atss,retinanet,fcos", top_k=20)
+    heads = "rcnn,atss,atss,retinanet,fcos,gfl"
+    cfg, model, _ = small(eval_head=head, aux_heads=heads, top_k=20)
+    nn.init.normal_(model.gfl.reg.weight)   # at the start its boxes are all alike
     images, padding, _ = batch((64, 96), (48, 64))
     sizes = ((128, 192), (48, 64))
     detections = detect(model.eval()(images, padding), torch.tensor(sizes), cfg)
@@ -595,12 +613,72 @@ def test_each_head_can_detect_on_its_own(head):
 
 
 def test_misspelt_heads_name_the_choices():
-    with pytest.raises(UserError, match="none or some of rcnn, atss, retinanet"):
-        small(aux_heads="atss,gfl")
+    with pytest.raises(UserError, match="none or some of rcnn, atss, retinanet, fcos, gfl"):
+        small(aux_heads="atss,paa")
     with pytest.raises(UserError, match="eval_head detr or one of"):
         small(aux_heads="atss", eval_head="rcnn")
-    with pytest.raises(UserError, match="base dino or h_detr"):
+    with pytest.raises(UserError, match="base dino, h_detr, deformable_detr, got 'detr'"):
         small(base="detr")
+
+
+def test_heads_and_adapters_that_do_not_fit_are_refused():
+    with pytest.raises(UserError, match="rcnn once in aux_heads"):
+        small(aux_heads="rcnn,atss,rcnn")
+    with pytest.raises(UserError, match="adapter auto, identity or pyramid, got 'fpn'"):
+        small(adapter="fpn")
+    with pytest.raises(UserError, match="pyramid with a single feature level.*got 3"):
+        small(adapter="pyramid")
+
+
+def test_the_adapter_makes_five_maps_of_one_and_adds_one_to_many():
+    """Section 3.2. Sizes of an image of 25 x 42 cells; with convolutions that average what lies in
+    the map, a constant map stays constant."""
+    class Mean(nn.Module):
+        def __init__(self, stride):
+            super().__init__()
+            self.stride = stride
+
+        def forward(self, x):
+            return nn.functional.avg_pool2d(x, 3, self.stride, 1, count_include_pad=False)
+
+    one = torch.full((1, 4, 25, 42), 3.0)
+    strides = [8, 16, 32, 64, 128]
+    finer = [Mean(1), Mean(1)]
+    coarser = [Mean(2), Mean(2)]
+    maps = multi_scale_adapter([one], finer, coarser, strides, (800, 1333))
+    sizes = [tuple(x.shape[2:]) for x in maps]
+    assert sizes == [(100, 167), (50, 84), (25, 42), (13, 21), (7, 11)]
+    assert maps[2] is one
+    for x in maps:
+        assert torch.allclose(x, torch.full_like(x, 3.0))
+    many = [torch.rand(1, 4, 8, 12), torch.rand(1, 4, 4, 6)]
+    maps = multi_scale_adapter(many, [], [Mean(2)], [16, 32, 64], (128, 192))
+    assert maps[:2] == many and maps[2].shape[2:] == (2, 3)
+
+
+def test_equal_heads_with_equal_weights_double_the_loss():
+    """Each has parameters and queries of its own; K = 2 leaves the weights of the losses alone."""
+    cfg, model, criterion = small(aux_heads="atss,atss", backbone_norm="group")
+    assert model.heads == ["atss", "atss2"]
+    images, padding, targets = batch((64, 96), (48, 64), objects=(3, 2))
+    losses = criterion(model(images, padding, targets), targets)
+    assert losses["atss.cls"] != losses["atss2.cls"]
+    model.atss2.load_state_dict(model.atss.state_dict())
+    losses = criterion(model(images, padding, targets), targets)
+    for term in ("cls", "giou", "centerness"):
+        assert losses[f"atss.{term}"] == losses[f"atss2.{term}"]
+    assert model(images, padding, targets)["co_outputs"]["atss2.queries"]["layers"]
+
+
+@pytest.mark.parametrize("heads, shares", [
+    ("atss,rcnn,gfl", {"rpn": 1, "atss": 1, "gfl": 1}),
+    ("atss,rcnn,gfl,fcos", {"rpn": 1 / 2, "atss": 1 / 2, "gfl": 1 / 4}),
+    ("atss,atss,atss,atss,atss,atss", {"atss": 1 / 3, "atss6": 1 / 3})])
+def test_more_than_three_heads_share_their_weights(heads, shares):
+    """As in the authors' configurations: halves of four heads, thirds of six; GFL half of it."""
+    names = co_detr.head_names(heads)
+    for name, share in shares.items():
+        assert co_detr.loss_share(name, names) == pytest.approx(share)
 
 
 @pytest.mark.parametrize("heads, waits", [("none", 1), ("atss", 5), ("retinanet", 5), ("rcnn", 9),
@@ -623,6 +701,11 @@ PUBLISHED = {   # variant: epochs, epoch of the drop, drop path, as in the relea
     "": (12, 11, 0.0), "24_epochs": (24, 20, 0.0), "36_epochs": (36, 30, 0.0),
     "swin_l": (12, 11, 0.3), "swin_l_24_epochs": (24, 20, 0.5), "swin_l_36_epochs": (36, 30, 0.6),
     "swin_l_o365": (16, 8, 0.3), "vit_l": (12, 7, 0.4), "co_deformable": (12, 11, 0.0),
+    "lsj": (12, 11, 0.0), "lsj_36_epochs": (36, 30, 0.0), "lsj_9_encoder_layers": (12, 11, 0.0),
+    "lsj_9_encoder_layers_36_epochs": (36, 30, 0.0), "lsj_swin_l": (12, 11, 0.3),
+    "lsj_swin_l_24_epochs": (24, 20, 0.5), "lsj_swin_l_36_epochs": (36, 30, 0.5),
+    "lvis": (12, 11, 0.0), "lsj_lvis": (12, 11, 0.0), "lsj_swin_l_lvis": (36, 30, 0.3),
+    "lsj_swin_l_o365_lvis": (16, 8, 0.3),
     "co_deformable_swin_t": (12, 11, 0.2), "co_deformable_swin_t_36_epochs": (36, 30, 0.3),
     "co_deformable_swin_s": (12, 11, 0.2), "co_deformable_swin_s_36_epochs": (36, 30, 0.4),
     "co_deformable_swin_b": (12, 11, 0.2), "co_deformable_swin_b_36_epochs": (36, 30, 0.4),
@@ -635,6 +718,21 @@ def test_every_length_has_its_published_drop_path(variant):
     assert (recipe.epochs, recipe.lr_drop, cfg.drop_path) == PUBLISHED[variant]
     decay = 0.05 if "co_deformable_swin" in variant else 0.01 if variant == "vit_l" else 1e-4
     assert recipe.weight_decay == decay and recipe.batch_size == (64 if variant == "vit_l" else 16)
+
+
+def test_jitter_and_lvis_change_what_the_configurations_change():
+    sides = {"lsj": 1024, "lsj_9_encoder_layers": 1024, "lsj_swin_l": 1280, "lsj_swin_l_lvis": 1280,
+             "lsj_swin_l_o365_lvis": 1536, "lsj_vit_l_lvis": 1536}
+    for variant, side in sides.items():
+        cfg, recipe = configure(co_detr, VARIANTS[variant])
+        assert (recipe.augment, recipe.lsj_size) == ("lsj", side)
+        assert recipe.oversample == (0.001 if "lvis" in variant else 0)
+        assert cfg.encoder_layers == (9 if "9" in variant else 6)
+    cfg, recipe = configure(co_detr, VARIANTS["lsj_vit_l_lvis"])
+    assert (recipe.batch_size, recipe.clip, recipe.weight_decay) == (64, 0, 0.05)
+    assert [drop * recipe.epochs for drop in recipe.lr_drops] == [9, 15]
+    cfg, recipe = configure(co_detr, VARIANTS["plain_deformable"])
+    assert (cfg.ffn_dim, cfg.dropout, recipe.batch_size, recipe.lr) == (1024, 0.1, 32, 2e-4)
 
 
 def test_another_number_of_epochs_takes_the_published_recipe_of_that_length():

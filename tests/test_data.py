@@ -20,6 +20,7 @@ from PIL import Image
 from pycocotools import mask as coco_mask
 
 import data
+import transforms
 import scenes
 from coco_folders import (POLYGON, annotation, average_precision, edit_json, epoch_of, json_file,
                           perfect_results, write_folder)
@@ -62,16 +63,17 @@ def test_resize_follows_the_published_rule():
         width, height = rng.randint(50, 2000), rng.randint(50, 2000)
         size, limit = rng.choice(range(480, 801, 32)), rng.choice([1333, None])
         expected = official_size(width, height, size, limit)
-        assert data.resized_size(width, height, size, limit) == expected
-    assert data.resized_size(640, 480, 800, 1333) == (1066, 800)
-    assert data.resized_size(480, 640, 800, 1333) == (800, 1066)
-    assert data.resized_size(1000, 300, 800, 1333) == (1333, 400)
+        assert transforms.resized_size(width, height, size, limit) == expected
+    assert transforms.resized_size(640, 480, 800, 1333) == (1066, 800)
+    assert transforms.resized_size(480, 640, 800, 1333) == (800, 1066)
+    assert transforms.resized_size(1000, 300, 800, 1333) == (1333, 400)
 
 
 def test_resize_equals_the_recorded_sizes_of_the_authors(golden):
     rows = golden("15_transforms_deformable_detr")["resize_rule"]
     for width, height, size, limit, new_height, new_width in rows.tolist():
-        assert data.resized_size(width, height, size, limit or None) == (new_width, new_height)
+        expected = (new_width, new_height)
+        assert transforms.resized_size(width, height, size, limit or None) == expected
 
 
 def sha256(array):
@@ -88,7 +90,9 @@ def recorded_choices(case):
             sizes.append(choice["size"])
         elif choice["op"] == "crop":
             window = [choice[name] for name in ("left", "top", "width", "height")]
-    return data.Augmentation(flip, data.Crop(sizes[0], *window) if window else None, sizes[-1])
+    if window:
+        window = transforms.Crop(sizes[0], *window)
+    return transforms.Augmentation(flip, window, sizes[-1])
 
 
 def authors_nearest_pixels(new, old):
@@ -120,7 +124,7 @@ def test_transforms_equal_the_authors_on_photos_with_the_recorded_choices(photo,
 
         # Masks: only the rule of the nearest pixel differs.
         with monkeypatch.context() as patch:
-            patch.setattr(data, "nearest_pixels", authors_nearest_pixels)
+            patch.setattr(transforms, "nearest_pixels", authors_nearest_pixels)
             masks = transform.apply(image, target, recorded_choices(case))[1]["masks"].numpy()
         assert masks.shape == tuple(recording[f"{name}.masks_shape"])
         assert sha256(np.packbits(masks.ravel())) == str(recording[f"{name}.masks_sha256"])
@@ -128,15 +132,15 @@ def test_transforms_equal_the_authors_on_photos_with_the_recorded_choices(photo,
 
 
 def test_masks_are_resized_more_exactly_than_the_authors(monkeypatch):
-    """The sizes stated in data.py: IoU of masks after a resize to 128 px and back."""
+    """The sizes stated in transforms.py: IoU of masks after a resize to 128 px and back."""
     dataset = scenes.Shapes("val", 60, load_masks=True)
     mean = {}
-    for name, rule in (("ours", data.nearest_pixels), ("theirs", authors_nearest_pixels)):
-        monkeypatch.setattr(data, "nearest_pixels", rule)
+    for name, rule in (("ours", transforms.nearest_pixels), ("theirs", authors_nearest_pixels)):
+        monkeypatch.setattr(transforms, "nearest_pixels", rule)
         ious = []
         for k in range(60):
             target = dataset.pixel_target(k, 160, 160)
-            small = data.resize(dataset.image(k), target, (128, 128))[1]["masks"]
+            small = transforms.resize(dataset.image(k), target, (128, 128))[1]["masks"]
             if len(small):
                 back = torch.nn.functional.interpolate(
                     torch.from_numpy(small)[None].float(), (160, 160), mode="bilinear")[0] > 0.5
@@ -191,8 +195,8 @@ def test_the_drawn_crop_window_follows_the_published_rule():
     boxes = np.array([[10.0, 20, 200, 300], [400, 5, 480, 60], [0, 0, 500, 310],
                       [490, 300, 499, 309]])
     for seed in range(15):
-        choices = data.draw_crop(image.size, np.random.default_rng(seed))
-        window, got = data.crop(image, {"labels": np.arange(4), "boxes": boxes}, choices)
+        choices = transforms.draw_crop(image.size, np.random.default_rng(seed))
+        window, got = transforms.crop(image, {"labels": np.arange(4), "boxes": boxes}, choices)
         rng = np.random.default_rng(seed)                      # the same draws, by hand
         size = official_size(500, 310, int(rng.choice((400, 500, 600))), None)
         whole = image.resize(size, Image.Resampling.BILINEAR)
@@ -215,15 +219,15 @@ def test_the_drawn_crop_window_follows_the_published_rule():
 
 def test_normalization_and_color_jitter_equal_the_plain_formula():
     pixels = np.random.default_rng(0).integers(0, 256, (5, 7, 3)).astype(np.uint8)
-    colors = data.Colors(channels=(2, 0, 1), gain=1.1, shift=-0.05, invert=True)
-    got = data.normalize(Image.fromarray(pixels), colors)
+    colors = transforms.Colors(channels=(2, 0, 1), gain=1.1, shift=-0.05, invert=True)
+    got = transforms.normalize(Image.fromarray(pixels), colors)
     for y in range(5):
         for x in range(7):
             for c, source in enumerate((2, 0, 1)):
                 value = min(max((1 - pixels[y, x, source] / 255) * 1.1 - 0.05, 0), 1)
                 expected = (value - (0.485, 0.456, 0.406)[c]) / (0.229, 0.224, 0.225)[c]
                 assert abs(got[c, y, x].item() - expected) < 1e-5
-    assert data.normalize(Image.fromarray(pixels)).dtype == torch.float32
+    assert transforms.normalize(Image.fromarray(pixels)).dtype == torch.float32
 
 
 def test_augmentation_depends_on_seed_epoch_and_index_alone():
@@ -246,7 +250,7 @@ def test_evaluation_only_resizes_and_overfitting_does_not_augment():
         train.set_epoch(k)
         resized = val.image(k).resize((128, 128), Image.Resampling.BILINEAR)
         assert torch.equal(train[k][0], val[k][0])
-        assert torch.equal(val[k][0], data.normalize(resized))
+        assert torch.equal(val[k][0], transforms.normalize(resized))
 
 
 @pytest.mark.parametrize("size", [(16, 16), (1, 800), (800, 1), (7350, 150), (1, 1)])
@@ -625,10 +629,20 @@ def test_folders_named_train_and_val_are_read_as_they_are(tmp_path):
         assert len(data.CocoFolder(root, split)[0][1]["labels"]) == 1
 
 
+@pytest.mark.parametrize("place", ["annotations/{}.json", "{}/annotations.json", "{}.json"])
+def test_a_json_in_another_usual_place_is_read(place, tmp_path):
+    root = write_folder(tmp_path)
+    for split in ("train", "val"):
+        (root / f"{split}2017").rename(root / split)
+        json_file(root, split).rename(root / place.format(split))
+        assert len(data.CocoFolder(root, split)[0][1]["labels"]) == 1
+
+
 @pytest.mark.parametrize("layout, file", [("yolo", "data.yaml"), ("yolo", "labels/train/a.txt"),
                                           ("yolo", "train/labels/a.txt"),
-                                          ("voc", "Annotations/a.xml"), ("voc", "train/a.xml")])
-def test_yolo_and_voc_folders_are_recognized_and_the_converter_named(layout, file, tmp_path):
+                                          ("voc", "Annotations/a.xml"), ("voc", "train/a.xml"),
+                                          ("csv", "labels.csv")])
+def test_folders_in_other_layouts_are_recognized_and_the_converter_named(layout, file, tmp_path):
     path = tmp_path / "mine" / file
     path.parent.mkdir(parents=True)
     path.write_text("")
@@ -756,7 +770,7 @@ def test_perfect_predictions_on_real_data_score_one(name, shared, capsys):
 
 
 def test_real_masks_cover_their_boxes_and_areas_after_a_resize(shared):
-    recipe = SimpleNamespace(eval_size=320, max_size=500)
+    recipe = SimpleNamespace(eval_size=320, max_size=500, augment="paper")
     for name in ("nuclei", "coco_mini"):
         dataset = data.CocoFolder(shared / "data" / name, "val", load_masks=True)
         dataset.transform = data.eval_transform(recipe)

@@ -468,7 +468,7 @@ def wrong_moments(state):
     (lambda state: state["rng"][0].pop("numpy"), "random states of this run"),
     (lambda state: state["progress"].update(step="x"), "--step to be of type int"),
     (lambda state: state["progress"].update(best=math.nan), "best of the run from -1 .* got nan"),
-    (lambda state: state["progress"].update(bad_steps=-9), "bad_steps of the run from -1 .* got -9"),
+    (lambda state: state["progress"].update(bad_steps=-9), "bad_steps of the run from -1 .* -9"),
     (lambda state: state.update(ema_updates="x"), "random states of this run, got: TypeError")])
 def test_damage_inside_the_state_of_a_run_is_one_line(tmp_path, change, words):
     settings = config("deformable_detr", epochs=1)
@@ -551,3 +551,11 @@ def test_broken_lines_of_a_log_do_not_block_resuming(tmp_path):
     train.train(run(tmp_path, resume=str(tmp_path / "run" / "last.pt")), *settings)
     lines = [json.loads(line) for line in log.read_text().splitlines()]
     assert [line["step"] for line in lines if line["kind"] == "step"] == [3, 6]
+
+
+def test_the_sampling_of_points_has_another_name_than_in_earlier_mask_networks():
+    """`oversample` now says how often images with rare classes are shown."""
+    paper = importlib.import_module("mask_frozen_detr")
+    state = {"format": 2, "config": {"importance": 0.5, "oversample": 2.0}, "recipe": {}}
+    cfg, recipe = checkpoints.settings(paper, state)
+    assert (cfg.oversample_points, cfg.importance, recipe.oversample) == (2.0, 0.5, 0.0)

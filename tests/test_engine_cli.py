@@ -12,7 +12,7 @@ from engine.recipe import configure
 import analysis
 import eval as evaluation
 import train
-from small_runs import cheap_runs, config, run  # noqa: F401
+from small_runs import cheap_runs, coco_folder, config, run  # noqa: F401
 
 
 def test_flags_reach_run_and_config():
@@ -132,3 +132,32 @@ def test_help_shows_both_defaults(capsys):
     with pytest.raises(SystemExit):
         train.parse(["--model", "dino", "--preset", "paper", "--help"])
     assert f"(default: {paper.RECIPE.batch_size})" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flag, words", [
+    ("--imgsz", "--train_sizes and --eval_size"), ("--weights", "--init"), ("--project", "--out"),
+    ("--num-classes", "in the json of --data: nothing is to be set")])
+def test_flags_of_other_programs_are_translated(flag, words):
+    with pytest.raises(UserError, match=f"got {flag.replace('-c', '_c')}: it is here {words}"):
+        train.parse([flag, "3"])
+
+
+def test_a_run_is_resumed_with_its_data_under_another_path(tmp_path, monkeypatch):
+    photos = coco_folder(tmp_path / "photos")
+    train.train(run(tmp_path, data=photos), *config("deformable_detr", epochs=1))
+    monkeypatch.chdir(tmp_path)
+    out = str(tmp_path / "run")
+    assert train.parse(["--resume", out, "--data", "photos"])[0].resume
+    with pytest.raises(UserError, match="another --data others"):
+        train.parse(["--resume", out, "--data", "others"])
+
+
+def test_a_failed_start_leaves_no_folder(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        train.train(run(tmp_path, data=str(tmp_path / "none")), *config("deformable_detr"))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match="no such folder"):
+        train.train(run(tmp_path, data=str(tmp_path / "none")), *config("deformable_detr"))
+    assert (tmp_path / "run" / "notes.txt").exists()

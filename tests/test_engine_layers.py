@@ -1,4 +1,4 @@
-"""--compile and --recompute."""
+"""--compile, --recompute and --freeze."""
 
 import functools
 
@@ -7,7 +7,15 @@ import torch
 
 from engine import batch_norm
 from engine import layers
+from engine import models
+from engine.datasets import build_datasets
+from engine.ema import make_ema
+from engine.errors import UserError
+from engine.machine import Machine
+from engine.ranges import check_ranges
 import backbones
+import data
+import dino
 import train
 from small_runs import cheap_runs, config, MODELS, same, step_of  # noqa: F401
 
@@ -76,3 +84,36 @@ def test_statistics_of_a_frozen_part_are_not_among_those_that_change():
     changed = batch_norm.batch_statistics(model)
     model(torch.rand(4, 2))
     assert [b is kept for b, kept in zip(model[1].buffers(), changed, strict=True)] == [True] * 3
+
+
+# ---- --freeze ------------------------------------------------------------------------------------
+
+def test_a_frozen_backbone_keeps_weights_and_statistics_while_the_rest_learns():
+    cfg, recipe = config("dino")
+    torch.manual_seed(0)
+    model, criterion = dino.build(cfg, 8)
+    assert layers.freeze_backbone(model) == ["backbone is frozen"]
+    ema = make_ema(model, 0.9)
+    optimizer = torch.optim.AdamW(dino.param_groups(model, recipe), fused=True)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    scenes, _ = build_datasets(None, recipe, 0, num_train=4, num_val=1)
+    model.train()
+    batch = data.collate([scenes[i] for i in range(4)])
+    *_, finite = train.step(model, model, criterion, optimizer, ema, [batch], 1.0, Machine())
+    assert finite and not model.backbone.training and model.training
+    changed = {name.partition(".")[0] for name, value in model.state_dict().items()
+               if not torch.equal(value, before[name])}
+    assert "backbone" not in changed and {"encoder", "decoder"} <= changed
+    assert ema.module.backbone is not model.backbone
+    assert ema.module.backbone.train() is ema.module.backbone     # bound to the copy
+
+
+def test_freezing_a_random_backbone_or_none_is_refused(tmp_path):
+    run = train.Run(model="dino", freeze="backbone", device="cpu")
+    cfg, _ = config("dino")
+    with pytest.raises(UserError, match="expected trained weights with --freeze backbone, got ran"):
+        models.make_model(run, dino, cfg, ["a"], Machine())
+    with pytest.raises(UserError, match="expected a module named backbone"):
+        layers.freeze_backbone(torch.nn.Linear(2, 2))
+    with pytest.raises(UserError, match="expected --freeze backbone, got 'encoder'"):
+        check_ranges(train.Run(freeze="encoder"))

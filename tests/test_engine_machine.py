@@ -12,9 +12,11 @@ import pytest
 import torch
 
 from engine import checkpoints
+from engine import commands
 from engine import machine as machines
 import train
 from engine.errors import UserError, user_errors
+from engine.notices import forget_notices
 from small_runs import (
     at_step,
     cheap_runs,
@@ -146,6 +148,36 @@ def test_threads_do_not_spin():
     assert os.environ["GOMP_SPINCOUNT"]
 
 
+def test_busy_cores_are_measured():
+    with subprocess.Popen([sys.executable, "-c", "while True: pass"]) as loop:
+        try:
+            assert machines.busy_cores() >= 0.4     # beside others it may not get a whole core
+        finally:
+            loop.kill()
+
+
+def test_threads_follow_the_load_and_a_resumed_run_has_as_many(tmp_path, monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(machines, "cores", lambda: 4)
+    out = tmp_path / "run"
+    for busy, extra, expected in (
+        (1.8, ["--out", str(out), "--max_steps", "1"], 2),
+        # the load has gone, but the run keeps its setting
+        (0.0, ["--resume", str(out), "--max_steps", "2"], 2),
+        (0.2, ["--out", str(tmp_path / "idle"), "--max_steps", "1"], 4),
+        (9.0, ["--out", str(tmp_path / "crowded"), "--max_steps", "1"], 1),
+    ):
+        monkeypatch.setattr(machines, "busy_cores", lambda: busy)
+        flags = [flag for flag in FLAGS if not flag.startswith("--threads")]
+        train.main([*flags, "--model", "deformable_detr", *extra])
+        text = capsys.readouterr().out
+        assert ("cores busy" in text) == (busy > 1)
+        assert f"cpu, {expected} thread" in text and torch.get_num_threads() == expected
+        assert checkpoints.load(out / "last.pt")["run"]["threads"] == 2
+    torch.set_num_threads(threads)
+
+
 def wait_for_a_stopped_peer(rank, folder):
     """Rank 1 stops (it is not dead) before its second step; rank 0, which waits for it inside a
     collective call, is asked twice to end."""
@@ -239,3 +271,28 @@ def test_every_program_ends_in_one_line_where_memory_is_used_up(error):
 def test_other_errors_of_the_program_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"), user_errors("eval.py"):
         raise RuntimeError("a bug")
+
+
+# ---- devices -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("device, message", [
+    ("gpu", "expected --device cpu, cuda or mps, got 'gpu'"),
+    ("cuda", "--device cuda: PyTorch finds no GPU here"),
+    ("mps", "--device mps: PyTorch finds no Apple GPU here")])
+def test_a_device_that_is_not_there_is_one_line_in_every_program(device, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: False)
+    for choose in (machines.choose_device, commands.join_processes):
+        with pytest.raises(UserError, match=message):
+            choose(device)
+    with pytest.raises(UserError, match=message):
+        commands.open_detector("none.pt", device)
+
+
+def test_mps_is_accepted_and_said_to_be_untested(monkeypatch, capsys):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    forget_notices()
+    assert machines.choose_device("mps") == "mps"
+    assert not machines.multiplies_bfloat16("mps")
+    assert "--device mps is untested" in capsys.readouterr().err
+    forget_notices()

@@ -4,6 +4,7 @@ import sys
 
 import dataclasses
 import importlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -225,3 +226,9 @@ def test_a_start_from_weights_that_are_no_tensors_is_refused(tmp_path):
     net = importlib.import_module("deformable_detr").build(config("deformable_detr")[0], 2)[0]
     with pytest.raises(UserError, match="expected tensors by name, got str as level_embed"):
         models.start_weights(train.Run(init=str(tmp_path / "a.pt")), None, net, ["a", "b"])
+
+
+def test_a_backbone_of_ones_own_keeps_its_weights_and_the_report_says_so():
+    cfg = SimpleNamespace(backbone="resnet50", backbone_weights="imagenet")
+    note = models.backbone_start(torch.nn.Conv2d(3, 4, 1), cfg)
+    assert note == "backbone: Conv2d with the weights that `build` gave it"

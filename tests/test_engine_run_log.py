@@ -12,6 +12,7 @@ from engine import datasets
 from engine import layers
 from engine import run_log
 from engine.machine import Machine
+from engine.recipe import configure
 import data
 import train
 from small_runs import cheap_runs, config, run, same  # noqa: F401
@@ -56,14 +57,14 @@ def test_the_report_says_what_is_about_to_happen(tmp_path, capsys):
     lines = text[: text.index("epoch   1")].splitlines()
     assert [line.split()[0] for line in lines if line.strip()] == list(words)
     for word in (
-        "cpu, 1 threads",
+        "cpu, 1 thread",
         "float32",
         "deformable attention",
         "8 classes",
         "batch 4",
-        "1 epochs of 3 steps",
+        "1 epoch of 3 steps",
         "tiny",
-        "min in all",
+        " in all without evaluations",
         "GiB",
     ):
         assert word in text, word
@@ -97,3 +98,22 @@ def test_what_a_run_costs_is_told_when_it_is_warm(tmp_path, monkeypatch, capsys)
     folder = tmp_path
     rates = [json.loads(line)["images_per_second"] for line in open(folder / "log.jsonl")]
     assert rates == [2.0, 10.0, 10.0]
+
+
+def test_the_report_names_only_the_settings_that_differ_from_the_preset():
+    paper = importlib.import_module("dino")
+    settings = train.Run(model="dino", preset="small")
+    cfg, recipe = configure(paper, paper.SMALL, {"num_queries": 100, "train_sizes": (64, 96)})
+    usual_cfg, usual_recipe = run_log.usual_settings(settings, paper)
+    assert run_log.changes(usual_cfg, usual_cfg) == "the usual settings"
+    assert run_log.changes(cfg, usual_cfg) == "as usual, but num_queries 100"
+    assert run_log.changes(recipe, usual_recipe) == "as usual, but train_sizes (64, 96)"
+
+
+@pytest.mark.parametrize("seconds, text", [(3.2, "3 s"), (100, "1.7 min"), (7200, "2.0 h")])
+def test_durations_have_a_fitting_unit(seconds, text):
+    assert run_log.duration(seconds) == text
+
+
+def test_a_missing_figure_is_a_dash():
+    assert run_log.figure(-1).strip() == "-" and run_log.figure(0.5) == "0.500"

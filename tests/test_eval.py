@@ -227,7 +227,7 @@ class Light(data.DetectionData):
 
     def __getitem__(self, index):
         size = torch.tensor(self.source.image_size(index))
-        target = {"image_id": int(self.image_ids[index]), "orig_size": size}
+        target = {"image_id": int(self.image_ids[index]), "orig_size": size, "canvas_size": size}
         return torch.zeros(3, 8, 8), target
 
 
@@ -493,7 +493,7 @@ def test_a_checkpoint_that_lost_the_data_of_its_run_asks_for_it():
 @pytest.mark.parametrize("words, message", [
     (("--batch_size", "-1"), "--batch_size of at least 1.*got -1"),
     (("--batch_size", "0"), "--batch_size of at least 1.*got 0"),
-    (("--max_dets", "0"), "--max_dets of at least 1.*got 0"),
+    (("--max_dets", "-1"), "--max_dets of at least 0.*got -1"),
     (("--workers", "-2"), "--workers.*got -2"),
     (("--eval_size", "-3"), "--eval_size in 1..10000, got -3"),
     (("--eval_size", "1000000"), "--eval_size in 1..10000, got 1000000"),
@@ -505,7 +505,7 @@ def test_a_checkpoint_that_lost_the_data_of_its_run_asks_for_it():
     (("--overlap", "1"), "--overlap in 0..0.9.*got 1.0"),
     (("--score_threshold", "nan"), "--score_threshold.*got nan"),
     (("--score_threshold", "30"), "--score_threshold.*got 30"),
-    (("--device", "tpu"), "--device: expected cpu or cuda.*tpu"),
+    (("--device", "tpu"), "expected --device cpu, cuda or mps, got 'tpu'"),
     (("--images", ""), "--images.*got ''"),
     (("--images",), "--images.*no path"),
     (("--images", "nowhere"), "nowhere"),

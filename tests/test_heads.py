@@ -16,6 +16,8 @@ from heads.anchors import (BACKGROUND, DELTA_STD, IGNORED, NINE_SIZES, Objects, 
                            grid_anchors, sample, valid_anchors)
 from heads.atss import ATSS
 from heads.fcos import FCOS
+from heads.gfl import (GFL, REG_MAX, distribution_focal_loss, gfl_counts, gfl_losses,
+                       mean_distances)
 from heads.faster_rcnn import (RPN, RoIHead, best_proposals, detect_regions, pool_regions,
                                roi_losses, rpn_losses, rpn_targets, sample_regions)
 from heads.retinanet import RetinaNet, retinanet_losses
@@ -89,6 +91,22 @@ def test_atss_assignment_ignores_anchors_of_the_padding(recorded):
     counts = rec["padded/num_level_valid"].tolist()
     assigned = ATSS.assign(anchors, counts, t(rec["padded/gt"]))
     assert torch.equal(assigned + 1, t(rec["padded/assigned_valid_only"]))
+
+
+def test_atss_assignment_by_hand():
+    """16 anchors of 8 px and two of 32 px; 11 candidates an object.
+
+    Object 0 has IoUs of 1/2 (twice), 1/8 and 0: the threshold is 0.10 + 0.20. Object 1 takes one of
+    its two anchors away, with 8/9. Object 2 lies between four anchors: their IoU exceeds its
+    threshold, but their centers lie outside."""
+    centers = [(8 * i + 4, 8 * j + 4, 4) for j in range(4) for i in range(4)]
+    centers += [(16, 16, 16), (48, 16, 16)]
+    anchors = torch.tensor([[x - r, y - r, x + r, y + r] for x, y, r in centers]).float()
+    boxes = torch.tensor([[0.0, 0, 16, 8], [8, 0, 17, 8], [15, 15, 17, 17]])
+    assigned = ATSS.assign(anchors, [16, 2], boxes)
+    assert assigned[:2].tolist() == [0, 1]
+    assert (assigned[2:] == BACKGROUND).all()
+    assert (ATSS.assign(anchors, [16, 2], boxes[:0]) == BACKGROUND).all()
 
 
 CASES = ["random", "no_gt", "outside", "low_quality", "ties", "many"]
@@ -327,6 +345,55 @@ def test_fcos_boxes_and_losses_by_hand():
     assert float(losses["giou"]) == pytest.approx(2 * (1 - giou) / 2, rel=1e-5)
     assert float(losses["centerness"]) == pytest.approx(np.log(2) / 2, rel=1e-5)
     assert float(losses["cls"]) == pytest.approx((0.25 + 3 * 0.75) / 4 * np.log(2) / 2, rel=1e-5)
+
+
+def certain(distances):
+    """Logits (P, 68) of distributions with all probability in one bin."""
+    bins = torch.arange(REG_MAX + 1)
+    logits = torch.where(bins == torch.tensor(distances)[..., None], 0.0, -100.0)
+    return logits.flatten(-2)
+
+
+def test_gfl_distances_are_means_of_their_distributions():
+    """An anchor of stride 16 with its center at (64, 32), 1, 2, 3 and 4 strides from its sides."""
+    anchor = torch.tensor([[0.0, -32.0, 128.0, 96.0]])
+    assert mean_distances(torch.zeros(1, 4 * (REG_MAX + 1))).tolist() == [[8.0] * 4]
+    boxes = GFL.decode(certain([[1, 2, 3, 4]]), anchor)
+    assert boxes.tolist() == [[64 - 16, 32 - 32, 64 + 48, 32 + 64]]
+
+
+def test_distribution_focal_loss_by_hand():
+    """A distance of 2.25 has 3/4 of bin 2 and 1/4 of bin 3; far ones stop below the last bin."""
+    logits = torch.zeros(1, 4, REG_MAX + 1)
+    logits[0, 0, 2] = 1.0
+    uniform = np.log(REG_MAX + 1)
+    normalizer = np.log(REG_MAX + np.e)
+    distances = torch.tensor([[2.25, 0.0, 7.0, 99.0]])
+    expected = (0.75 * (normalizer - 1) + 0.25 * normalizer + 3 * uniform) / 4
+    loss = distribution_focal_loss(logits.flatten(1), distances)
+    np.testing.assert_allclose(loss, [expected], rtol=1e-6)
+
+
+def test_gfl_losses_by_hand():
+    """One positive with a perfect box: its class target is 1, its box has no GIoU loss. Its weight
+    is its highest probability, and the only one of the batch, so that it cancels."""
+    anchors = torch.tensor([[[0.0, -32.0, 128.0, 96.0], [0.0, 0.0, 8.0, 8.0]]])
+    boxes = torch.tensor([[[48.0, 0.0, 112.0, 96.0], [0.0, 0.0, 0.0, 0.0]]])
+    logits = torch.tensor([[[0.0, -2.0], [1.0, -3.0]]])
+    labels = torch.tensor([[0, 2]])
+    deltas = certain([[[1, 2, 3, 4], [0, 0, 0, 0]]])
+    counts = gfl_counts(logits, labels)
+    assert counts.tolist() == [1.0, 0.5]
+    losses = gfl_losses(logits, deltas, labels, boxes, torch.ones(1, 2), anchors, counts)
+
+    def negative(x):
+        p = 1 / (1 + np.exp(-x))
+        return -p ** 2 * np.log(1 - p)
+
+    cls = 0.25 * np.log(2) + negative(-2.0) + negative(1.0) + negative(-3.0)
+    assert losses["cls"].item() == pytest.approx(cls, rel=1e-5)
+    assert losses["giou"].item() == pytest.approx(0, abs=1e-6)
+    assert losses["dfl"].item() == pytest.approx(0, abs=1e-6)
 
 
 def test_points_in_the_padding_are_background_and_their_boxes_eight_strides_wide():

@@ -16,7 +16,7 @@ from engine import images, notices
 from engine.errors import UserError
 from tools import check_data
 
-EVALUATION = SimpleNamespace(max_size=1333, eval_size=800)
+EVALUATION = SimpleNamespace(max_size=1333, eval_size=800, augment="paper")
 
 
 @pytest.fixture(autouse=True)

@@ -18,10 +18,11 @@ import mask_frozen_detr as mfd
 import scenes
 import train
 from boxes import box_cxcywh_to_xyxy
+from frozen_detector import weight_hash
 from heads.regions import roi_align
 from engine import checkpoints, models
 from engine.errors import UserError
-from engine.recipe import override
+from engine.recipe import configure, override
 from mask_frozen_detr import (SMALL, Config, Criterion, FrozenDetector, MaskFrozenDETR, Regions,
                               ScoreHead, build_blocks, detect, encode, region_memory)
 from masks import mask_iou, select_masks
@@ -42,6 +43,14 @@ def detector(paper=dino, **changes):
     model, _ = paper.build(cfg, 5)
     randomize_heads(getattr(model, "detector", model))
     return model
+
+
+def loaded(paper=dino, **changes):
+    """What `load_model` returns of such a detector."""
+    model = detector(paper, **changes)
+    criterion = paper.Criterion(model.cfg)
+    meta = {"class_names": ["a", "b", "c", "d", "e"]}
+    return models.Loaded(model.eval(), paper, model.cfg, paper.RECIPE, meta, criterion)
 
 
 def network(frozen=None, paper=dino, **changes):
@@ -117,7 +126,7 @@ def test_the_detector_is_bit_identical_after_training_steps_and_has_no_gradient(
     for _ in range(10):
         masks.train()
         train.step(masks, masks, criterion, optimizer, average, micro_batches, 1.0, machine)
-    assert not frozen.model.training and average.module.frozen is frozen
+    assert not frozen.model.training and average.module.base is frozen
     assert all(p.grad is None and not p.requires_grad for p in frozen.model.parameters())
     after = frozen.model.state_dict()
     assert all(torch.equal(value, before[name]) for name, value in after.items())
@@ -129,7 +138,7 @@ def test_training_mode_never_reaches_the_detector():
     _, masks, _ = network()
     masks.train()
     assert masks.training
-    assert not any(module.training for module in masks.frozen.model.modules())
+    assert not any(module.training for module in masks.base.model.modules())
 
 
 def test_the_state_dict_holds_the_mask_network_only_and_the_hash_of_its_detector():
@@ -139,14 +148,14 @@ def test_the_state_dict_holds_the_mask_network_only_and_the_hash_of_its_detector
         "neck", "image_encoder", "channel_mapper", "query_mapper", "box_encoder", "query_encoder",
         "score_head", "_extra_state"}
     assert state["_extra_state"].shape == (32,)
-    assert torch.equal(state["_extra_state"], mfd.weight_hash(masks.frozen.model))
+    assert torch.equal(state["_extra_state"], weight_hash(masks.base.model))
 
 
 def test_another_detector_is_refused_by_its_weights_and_the_same_one_elsewhere_is_not():
     _, masks, _ = network()
-    copy = FrozenDetector(deepcopy(masks.frozen.model), dino.detect)
+    copy = FrozenDetector(deepcopy(masks.base.model), dino.detect)
     MaskFrozenDETR(copy, masks.cfg).load_state_dict(masks.state_dict())
-    other = deepcopy(masks.frozen.model)
+    other = deepcopy(masks.base.model)
     next(other.parameters()).data.view(-1)[0] += 1e-6
     on_other = MaskFrozenDETR(FrozenDetector(other, dino.detect), masks.cfg)
     message = "expected the detector that these masks were trained on.*--detector"
@@ -157,7 +166,7 @@ def test_another_detector_is_refused_by_its_weights_and_the_same_one_elsewhere_i
 def test_converting_the_network_converts_the_detector_too():
     _, masks, _ = network()
     masks.double()
-    assert {p.dtype for p in masks.frozen.model.parameters()} == {torch.float64}
+    assert {p.dtype for p in masks.base.model.parameters()} == {torch.float64}
 
 
 @pytest.mark.parametrize("levels", [3, 5])
@@ -196,6 +205,79 @@ def test_dino_returns_the_state_that_its_class_head_reads():
     assert torch.allclose(logits, outputs["pred_logits"], atol=1e-6)
 
 
+def test_h_detr_returns_the_state_that_its_class_head_reads_of_its_one_to_one_queries():
+    model = detector(h_detr)
+    images, padding, _ = two_images()
+    outputs, _ = FrozenDetector(model, h_detr.detect)(images, padding)
+    assert outputs["queries"].shape[1] == model.cfg.num_queries
+    logits = model.class_embed[model.cfg.decoder_layers - 1](outputs["queries"])
+    assert torch.allclose(logits, outputs["pred_logits"], atol=1e-6)
+
+
+# ---- A detector that is trained too
+
+@pytest.mark.parametrize("paper", [deformable_detr, dino, h_detr, co_detr],
+                         ids=["deformable_detr", "dino", "h_detr", "co_detr"])
+def test_a_copy_of_any_detector_can_be_trained_with_its_masks(paper):
+    """Its own losses are those it would have alone; the masks' gradient reaches its encoder."""
+    original = loaded(paper)
+    before = {name: value.clone() for name, value in original.model.state_dict().items()}
+    cfg = override(Config(), {**TINY, "train_detector": True})
+    masks, criterion = mfd.build(cfg, 5, original)
+    masks.train()
+    assert masks.detector is not original.model and masks.detector.training
+    images, padding, targets = two_images()
+    outputs = masks(images, padding, targets)
+    losses = criterion(outputs, targets)
+    own = original.criterion(outputs, targets)
+    assert {name for name in losses if name.startswith("detector.")} == {
+        f"detector.{name}" for name in own}
+    assert torch.equal(losses["detector.cls"], own["cls"])
+
+    projection = getattr(masks.detector, "detector", masks.detector).input_proj[0][0].weight
+    losses["bce"].backward(retain_graph=True)
+    assert projection.grad.abs().max() > 0
+    sum(losses.values()).backward()
+    groups = mfd.param_groups(masks, override(mfd.RECIPE, SMALL))
+    assert sum(len(group["params"]) for group in groups) == len(
+        [p for p in masks.parameters() if p.requires_grad])
+    torch.optim.AdamW(groups).step()
+    after = original.model.state_dict()
+    assert all(torch.equal(value, before[name]) for name, value in after.items())
+    changed = [name for name, value in masks.detector.state_dict().items()
+               if not torch.equal(value, before[name])]
+    assert len(changed) > len(before) / 2
+
+
+def test_a_trained_detector_learns_at_a_tenth_of_its_own_rates():
+    """DINO's recipe has batches of 16 images, that of the masks of 8."""
+    masks, _ = mfd.build(override(Config(), {**TINY, "train_detector": True}), 5, loaded())
+    rates = [group["lr"] for group in mfd.param_groups(masks, mfd.RECIPE)]
+    assert rates == pytest.approx([1.5e-4, 1e-4 / 20, 1e-5 / 20])
+
+
+def test_the_average_of_a_network_averages_its_trained_detector():
+    """The copy of the network has a detector of its own, which its hook and its wrapper know."""
+    cfg = override(Config(), {**TINY, "train_detector": True, "enc_layer": 1})
+    masks, _ = mfd.build(cfg, 5, loaded(encoder_layers=2))
+    average = train.make_ema(masks, 0.9).module
+    assert average.base.model is average.detector and average.detector is not masks.detector
+    images, padding, _ = two_images()
+    _, tokens = average.base(images, padding)
+    assert tokens is not None and masks.base.layer_tokens is None
+
+
+def test_masks_of_a_trained_detector_do_not_load_onto_a_frozen_one():
+    original = loaded()
+    cfg = override(Config(), TINY)
+    trained, _ = mfd.build(replace(cfg, train_detector=True), 5, original)
+    frozen, _ = mfd.build(cfg, 5, original)
+    weights = {name: value for name, value in trained.state_dict().items()
+               if not name.startswith("detector.")}
+    with pytest.raises(UserError, match="expected the detector that these masks were trained on"):
+        frozen.load_state_dict(weights)
+
+
 # ---- The map F and regions
 
 def test_F_is_the_sum_of_C1_and_the_resized_encoder_map_at_odd_sizes_too():
@@ -203,7 +285,7 @@ def test_F_is_the_sum_of_C1_and_the_resized_encoder_map_at_odd_sizes_too():
     cfg, masks, _ = network(neck=True, image_encoder="none")
     masks.neck = masks.channel_mapper = torch.nn.Identity()
     images, padding, _ = scene((57, 90))
-    memory = masks.frozen(images, padding)[0]["memory"]
+    memory = masks.base(images, padding)[0]["memory"]
     assert memory.features[0].shape[-2:] == (15, 23) and memory.shapes[0] == (8, 12)
     memory = memory._replace(features=[torch.full((1, 32, 15, 23), 2.0)],
                              padding=torch.zeros_like(memory.padding))
@@ -235,7 +317,7 @@ def test_regions_are_cut_where_the_box_lies_in_the_unpadded_image():
     changes = dict(box_encoder="none", query_encoder="none", mask_scoring=False, channel_dim=32)
     cfg, masks, _ = network(**changes)
     images, padding, _ = two_images()
-    memory = masks.frozen(images, padding)[0]["memory"]
+    memory = masks.base(images, padding)[0]["memory"]
     features = torch.zeros(2, 16, 24, 32)
     features[..., 0] = torch.arange(24) * 4 + 2.0
     box = regions([[0.25, 0.25, 0.75, 0.75]], [1])     # second image, 64 px wide: 16 to 48 px
@@ -298,7 +380,7 @@ def test_padding_changes_no_mask():
     masks.eval()
     images, padding, _ = two_images()
     with torch.no_grad():
-        outputs, tokens = masks.frozen(images, padding)
+        outputs, tokens = masks.base(images, padding)
         memory = outputs["memory"]
         noise = 100 * memory.padding[..., None] * torch.randn(tokens.shape)
         clean = masks.feature_map(memory, tokens)
@@ -385,9 +467,9 @@ def test_a_detector_that_returns_NaN_gives_a_loss_that_is_not_finite(name, monke
     """RoIAlign makes zeros of a NaN box, but the true mask there is NaN: the step is skipped."""
     cfg, masks, criterion = network()
     images, padding, targets = two_images()
-    outputs, tokens = masks.frozen(images, padding)
+    outputs, tokens = masks.base(images, padding)
     outputs[name] = torch.full_like(outputs[name], torch.nan)
-    monkeypatch.setattr(masks, "frozen", lambda images, padding: (outputs, tokens))
+    monkeypatch.setattr(masks, "base", lambda images, padding, targets: (outputs, tokens))
     losses = criterion(masks(images, padding, targets), targets)
     assert losses["bce"].isnan() and losses["dice"].isnan()
 
@@ -548,6 +630,10 @@ def test_it_overfits_four_scenes():
 
 # ---- Sizes and recipe
 
+def count(*modules):
+    return sum(p.numel() for module in modules for p in module.parameters())
+
+
 def test_parameters_are_those_that_the_default_sizes_give():
     """Neck, both encoders, mappers, box-to-object attention and scoring head of the defaults, on a
     ResNet-50 detector."""
@@ -559,9 +645,6 @@ def test_parameters_are_those_that_the_default_sizes_give():
             self.level_embed = torch.nn.Parameter(torch.zeros(4, 256))
             self.encoder = []
 
-    def count(*modules):
-        return sum(p.numel() for module in modules for p in module.parameters())
-
     masks = MaskFrozenDETR(FrozenDetector(StandIn(), None), Config())
     assert count(masks.neck) == 66_048
     assert count(masks.image_encoder) == 1_513_728
@@ -570,6 +653,30 @@ def test_parameters_are_those_that_the_default_sizes_give():
     assert count(masks.query_encoder) == 66_304
     assert count(masks.score_head) == 10_031_745
     assert count(masks) == 12_362_049
+
+
+# Both systems of the main comparison: detector, its variant, and the parameters of detector and
+# mask network. H-DETR counts its one-to-many queries; the detector of DINO has five levels.
+SYSTEMS = {"h_detr_swin_l": (h_detr, "swin_l", 218_213_728, 12_345_665),
+           "dino_focalnet_l": (dino, "focalnet_l_o365", 228_113_952, 12_395_009)}
+
+
+@pytest.mark.parametrize("variant", SYSTEMS)
+def test_the_systems_of_the_main_comparison_compose(variant):
+    """On the device meta, at their published sizes and for the 80 classes of COCO."""
+    paper, name, detector_size, masks_size = SYSTEMS[variant]
+    cfg, recipe = configure(paper, paper.VARIANTS[name])
+    mask_cfg, _ = configure(mfd, mfd.VARIANTS[variant])
+    with torch.device("meta"):
+        model, criterion = paper.build(cfg, 80)
+        meta = {"class_names": [str(i) for i in range(80)]}
+        detector = models.Loaded(model, paper, cfg, recipe, meta, criterion)
+        masks, _ = mfd.build(mask_cfg, 80, detector)
+    assert count(model) == detector_size
+    assert count(masks) == masks_size
+    other = detector._replace(cfg=replace(cfg, backbone="resnet50"))
+    with pytest.raises(UserError, match=f"{mask_cfg.expected_detector}, got .* resnet50"):
+        mfd.build(mask_cfg, 80, other)
 
 
 def test_the_learning_rate_falls_after_ninety_and_ninety_five_percent():
@@ -632,6 +739,38 @@ def test_a_resumed_run_ends_with_the_same_bytes(tmp_path, trained, masks_folder,
             assert torch.equal(value, resumed[part][key]), key
     detector_parts = ("backbone", "encoder", "decoder")
     assert not any(key.startswith(detector_parts) for key in complete["model"])
+
+
+def test_a_run_that_trains_its_detector_resumes_and_is_evaluated_without_the_detectors_file(
+        tmp_path, monkeypatch, capsys):
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    detector = tmp_path / "detector"
+    run("--model", "h_detr", "--num_train", "8", "--epochs", "1", "--dim", "32", "--ffn_dim", "32",
+        "--num_heads", "2", "--train_sizes", "64", "--eval_size", "64", "--num_queries", "12",
+        "--out", str(detector))
+    words = [*MASKS, "--detector", str(detector / "best.pt"), "--train_detector", "true",
+             "--epochs", "2", "--out"]
+    run(*words, str(tmp_path / "masks"))
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train, "validate", killed)
+        run(*words, str(tmp_path / "cut"))
+    run(*MASKS[:2], "--out", str(tmp_path / "cut"), "--resume")
+    complete = checkpoints.load(tmp_path / "masks" / "last.pt")
+    resumed = checkpoints.load(tmp_path / "cut" / "last.pt")
+    start = checkpoints.load(detector / "best.pt")["model"]["level_embed"]
+    assert not torch.equal(complete["model"]["detector.level_embed"], start)
+    for part in ("model", "ema"):
+        for key, value in complete[part].items():
+            assert torch.equal(value, resumed[part][key]), key
+
+    (detector / "best.pt").unlink()
+    path = str(tmp_path / "masks" / "best.pt")
+    evaluation.main(["--checkpoint", path, "--device", "cpu"])
+    assert "\nsegm" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="has trained its own: leave it out"):
+        evaluation.main(["--checkpoint", path, "--device", "cpu", "--detector", path])
 
 
 def test_a_checkpoint_is_evaluated_with_and_without_mask_scores_and_knows_its_detector(

@@ -2,20 +2,28 @@
 import ast
 import functools
 import importlib
+import json
 import re
 import shlex
+import sys
+import textwrap
+import types
 
 import pytest
+import torch
 import tyro
 
 import analysis
+import dino
 import eval as evaluation
 import scenes
 import train
 import visualize
+from engine.recipe import configure
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
-from tools import ablations, bench, check_data, reduce_log
+from tools import (ablations, bench, check_data, convert, exercises, export, follow_image,
+                   predict_memory, reduce_log, ship)
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -72,7 +80,7 @@ def parse_table(functions, arguments):
 
 def parse_bench(arguments):
     if arguments:
-        parse_table(bench.TABLES, arguments)
+        parse_table(bench.COMMANDS, arguments)
 
 
 def parse_ablations(arguments):
@@ -81,9 +89,27 @@ def parse_ablations(arguments):
     parse_options(ablations.COMMANDS[arguments[0]], arguments[1:])
 
 
+def parse_convert(arguments):
+    """The pages write --from yolo|voc|csv."""
+    choices = [word.partition("|")[0] for word in arguments]
+    parse_options(convert.Options, choices)
+
+
 def parse_pytest(arguments):
     for word in arguments:
-        assert word.startswith("-") or (ROOT / word).exists(), word
+        path, _, name = word.partition("::")
+        assert word.startswith("-") or (ROOT / path).exists(), word
+        assert not name or f"def {name}(" in (ROOT / path).read_text(), word
+
+
+def parse_exercises(arguments):
+    assert 1 <= int(arguments[0]) <= len(exercises.read_exercises())
+
+
+def parse_visualize(arguments):
+    if arguments == ["--help"]:
+        raise SystemExit(0)
+    parse_table(visualize.COMMANDS, arguments)
 
 
 def parse_nothing(arguments):
@@ -91,15 +117,21 @@ def parse_nothing(arguments):
 
 
 PROGRAMS = {
+    "tools.predict_memory": predict_memory.recipes,
     "train": parse_train,
     "eval": functools.partial(parse_options, evaluation.Options),
     "analysis": functools.partial(parse_options, analysis.Options),
     "scenes": functools.partial(parse_options, scenes.Options),
-    "visualize": functools.partial(parse_table, visualize.COMMANDS),
+    "visualize": parse_visualize,
     "deformable_attn": parse_nothing,
     "tools.bench": parse_bench,
     "tools.ablations": parse_ablations,
+    "tools.convert": parse_convert,
+    "tools.follow_image": functools.partial(parse_options, follow_image.Options),
+    "tools.ship": functools.partial(parse_options, ship.Options),
+    "tools.exercises": parse_exercises,
     "tools.check_data": functools.partial(parse_function, check_data.main),
+    "tools.export": functools.partial(parse_options, export.Options),
     "tools.reduce_log": functools.partial(parse_function, reduce_log.reduce_log),
     "pytest": parse_pytest}
 
@@ -125,6 +157,54 @@ def test_python_examples_import_what_exists():
                 if isinstance(node, ast.ImportFrom):
                     module = importlib.import_module(node.module)
                     assert all(hasattr(module, alias.name) for alias in node.names)
+
+
+def python_block(word):
+    """The one Python block of GUIDE.md that has this word."""
+    blocks = re.findall(r"```python\n(.*?)```", PAGES["GUIDE.md"], re.S)
+    block, = [text for text in blocks if word in text]
+    return block
+
+
+def test_the_backbone_of_the_guide_trains_a_detector():
+    """Together with its loss, in a copy of dino.py."""
+    place = "        return losses\n\n    def groups"
+    source = (ROOT / "dino.py").read_text()
+    assert source.count(place) == 1
+    loss = textwrap.indent(python_block("log_size"), "        ")
+    own = types.ModuleType("mine")
+    sys.modules["mine"] = own        # where dataclasses finds the annotations
+    try:
+        exec(source.replace(place, loss + place), vars(own))
+    finally:
+        del sys.modules["mine"]
+    exec(python_block("class Plain"), vars(own))
+    cfg, _ = configure(dino, dino.SMALL, {"dim": 32, "num_heads": 2, "ffn_dim": 32})
+    model = own.DINO(own.Plain(), cfg, 3)
+    targets = [{"labels": torch.tensor([1]), "boxes": torch.tensor([[0.5, 0.5, 0.2, 0.3]])}]
+    images = torch.randn(1, 3, 64, 64)
+    outputs = model(images, torch.zeros(1, 64, 64, dtype=torch.bool), targets)
+    losses = own.Criterion(cfg)(outputs, targets, 1)
+    sum(losses.values()).backward()
+    assert losses["log_size"] > 0 and model.backbone.stages[0].weight.grad.abs().sum() > 0
+
+
+def test_the_replay_of_a_log_writes_every_scalar(tmp_path, monkeypatch):
+    block = python_block("tensorboard")
+    written = []
+    writer = types.SimpleNamespace(add_scalar=lambda *scalar: written.append(scalar),
+                                   close=lambda: None)
+    stub = types.ModuleType("torch.utils.tensorboard")
+    stub.SummaryWriter = lambda folder: writer
+    monkeypatch.setitem(sys.modules, stub.__name__, stub)
+    monkeypatch.setattr(torch.utils, "tensorboard", stub, raising=False)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs/dino").mkdir(parents=True)
+    lines = [{"kind": "step", "step": 10, "loss": 3.0, "lr": 0.1, "losses": {"l1": 2.0}},
+             {"kind": "eval", "step": 12, "AP": 0.5, "bbox": {}}]
+    (tmp_path / "runs/dino/log.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    exec(block, {})
+    assert written == [("loss", 3.0, 10), ("lr", 0.1, 10), ("losses/l1", 2.0, 10), ("AP", 0.5, 12)]
 
 
 # ---- the README ----------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import importlib
 import pytest
 
 from backbones import resnet
+from engine.errors import UserError
 from engine.recipe import Recipe, configure
 from tools import predict_memory
 
@@ -54,3 +55,10 @@ def test_recomputing_and_smaller_images_need_less_memory():
 def test_every_detector_is_predicted(capsys):
     predict_memory.main(["co_detr", "24_epochs"])
     assert "co_detr          24_epochs" in capsys.readouterr().out
+
+
+def test_other_names_are_refused():
+    with pytest.raises(UserError, match="expected one of detr, .* got 'yolo'"):
+        predict_memory.recipes(["yolo"])
+    with pytest.raises(UserError, match="expected a variant of dino .5scale, .* got 'vit_l'"):
+        predict_memory.recipes(["dino", "vit_l"])

@@ -214,12 +214,85 @@ def test_a_training_step_on_photos_from_a_released_file(shared, tmp_path):
 
 # ---- files of models that are not built here
 
-def test_a_detector_trained_with_large_scale_jitter_is_refused(tmp_path):
-    """Its tensors are those of plain Co-DINO; only the saved config tells that padding is no
-    padding."""
-    state = {"state_dict": {}, "meta": {"config": "model = dict(\n    with_attn_mask=False,\n"}}
-    with pytest.raises(UserError, match="large-scale jitter"):
-        released.convert(state, tmp_path / "lsj.pth")
+# ---- Co-DETR's detectors of large-scale jitter and of LVIS
+
+def co_detr_file(variant, classes):
+    """A file of the layout that the authors' code gives a variant, without values."""
+    paper = importlib.import_module("co_detr")
+    cfg, _ = configure(paper, paper.VARIANTS[variant])
+    with torch.device("meta"):
+        model, _ = paper.build(cfg, classes)
+    state = authors_names.to_authors(model.state_dict(), "co_dino")
+    if cfg.backbone == "vit_l_window16":
+        for block, window in released.windows_of(cfg.backbone).items():
+            for kind in ("cos", "sin"):
+                table = torch.empty(window ** 2, 64, device="meta")
+                state[f"backbone.blocks.{block}.attn.rope.freqs_{kind}"] = table
+    return state
+
+
+def read_back(state, path, **meta):
+    """-> Config, Recipe and class names of a file."""
+    made = released.convert({"state_dict": state, "meta": meta}, path)
+    return *checkpoints.settings(importlib.import_module("co_detr"), made), made["class_names"]
+
+
+JITTER = "image_size = (1280, 1280)\nmodel = dict(query_head=dict(with_attn_mask=False))"
+
+
+@pytest.mark.parametrize("variant, layers", [("lsj", 6), ("lsj_9_encoder_layers", 9)])
+def test_large_scale_jitter_is_read_from_the_saved_config(tmp_path, variant, layers):
+    """The tensors are those of plain Co-DINO; the text, the name or --variant tells."""
+    state = co_detr_file(variant, 80)
+    path = tmp_path / "a.pth"
+    cfg, recipe, _ = read_back(state, path, config=JITTER)
+    assert (recipe.augment, recipe.lsj_size, cfg.encoder_layers) == ("lsj", 1280, layers)
+    assert (cfg.num_queries, cfg.top_k, cfg.soft_nms) == (900, 300, 0.8)
+    cfg, recipe, _ = read_back(state, tmp_path / "co_dino_5scale_lsj_r50_1x_coco.pth")
+    assert (recipe.augment, recipe.lsj_size) == ("lsj", 1024)
+    _, recipe, _ = read_back(state, path)
+    assert recipe.augment == "paper"
+    made = released.convert({"state_dict": state}, path, variant)
+    _, recipe = checkpoints.settings(importlib.import_module("co_detr"), made)
+    assert (recipe.augment, recipe.lsj_size) == ("lsj", 1024)
+
+
+def test_an_lvis_detector_without_background_loads_with_its_names(tmp_path):
+    """Swin-L from Objects365: 1203 sigmoids in the second stage, frequencies of the loss beside."""
+    state = co_detr_file("lsj_swin_l_o365_lvis", 1203)
+    for head in ("query_head.loss_cls", "bbox_head.0.loss_cls", "roi_head.0.bbox_head.loss_cls"):
+        state[f"{head}.fed_loss_weight"] = torch.empty(1203, device="meta")
+    names = tuple(f"thing {i}" for i in range(1203))
+    text = JITTER.replace("1280", "1536")
+    cfg, recipe, found = read_back(state, tmp_path / "a.pth", config=text, CLASSES=names)
+    assert (cfg.backbone, cfg.roi_sigmoid, cfg.top_k, cfg.fed_loss) == ("swin_l", True, 1000, 50)
+    assert (recipe.augment, recipe.lsj_size) == ("lsj", 1536) and tuple(found) == names
+    _, _, found = read_back(state, tmp_path / "a.pth", config=text)
+    assert found[1202] == "class 1202"
+
+
+def test_an_lvis_detector_with_a_cascade_loads_without_its_heads(tmp_path, capsys):
+    """ViT-L: windows of 16, and a second stage of several, which the detector does not need."""
+    state = co_detr_file("lsj_vit_l_lvis", 1203)
+    for key in list(state):
+        if key.startswith("roi_head.0.bbox_head."):
+            state[key.replace("bbox_head.", "bbox_head.0.")] = state.pop(key)
+    state["roi_head.0.mask_head.0.weight"] = torch.empty(3, device="meta")
+    cfg, recipe, _ = read_back(state, tmp_path / "a.pth", config=JITTER)
+    assert (cfg.backbone, cfg.aux_heads, cfg.num_queries) == ("vit_l_window16", "none", 900)
+    assert cfg.top_k == 1000 and recipe.augment == "lsj"
+    for key in [key for key in state if ".rope." in key]:
+        del state[key]   # then the classes tell
+    assert released.recognize(state)[1]["backbone"] == "vit_l_window16"
+    assert "its auxiliary heads" in capsys.readouterr().out
+
+
+def test_a_mask_branch_is_left_out_and_said(tmp_path, capsys):
+    state = co_detr_file("lsj", 80)
+    state["roi_head.0.mask_head.convs.0.conv.weight"] = torch.empty(3, device="meta")
+    cfg, _, _ = read_back(state, tmp_path / "a.pth")
+    assert cfg.aux_heads == "atss,rcnn"
+    assert "its mask branch (1 tensors) are left out" in capsys.readouterr().out
 
 
 def vit_l_keys(shared):

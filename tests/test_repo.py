@@ -20,8 +20,13 @@ CITES = {
     "deformable_detr": {"boxes", "deformable_attn", "backbones", "detr", "matcher"},
     "dino": {"boxes", "backbones", "matcher", "deformable_detr"},
     "h_detr": {"backbones", "matcher", "deformable_detr"},
-    "co_detr": {"boxes", "backbones", "heads", "matcher", "deformable_detr", "dino", "h_detr"},
-    "mask_frozen_detr": {"boxes", "masks", "backbones", "heads", "matcher", "deformable_detr"}}
+    "co_detr_variants": set(),
+    "co_detr_queries": {"boxes", "heads", "matcher", "deformable_detr"},
+    "co_detr": {"boxes", "backbones", "heads", "matcher", "deformable_detr", "dino", "h_detr",
+                "co_detr_queries", "co_detr_variants"},
+    "frozen_detector": set(),
+    "mask_frozen_detr": {"boxes", "masks", "backbones", "heads", "matcher", "deformable_detr",
+                         "frozen_detector"}}
 HELPERS = {"engine.errors", "engine.recipe", "engine.schedules"}
 
 # Words that may not occur in the names of a parent's code.

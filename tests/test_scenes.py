@@ -12,7 +12,7 @@ import scenes
 from engine.errors import UserError
 from tools import check_data
 
-SMALL = SimpleNamespace(eval_size=128, max_size=200)
+SMALL = SimpleNamespace(eval_size=128, max_size=200, augment="paper")
 
 
 @pytest.fixture(scope="module")

@@ -112,6 +112,26 @@ def test_the_figures_are_those_of_pycocotools_summarize():
     assert [figures[name] for name in names] == pytest.approx(peer.stats.tolist(), abs=1e-12)
 
 
+@pytest.mark.parametrize("max_dets", [2, 40, 300])
+def test_precision_scores_and_recall_are_those_of_pycocotools_bit_for_bit(max_dets):
+    """Also with a limit below the number of detections, which is 24 per image and class."""
+    gt, rows = random_case(4)
+    gt.dataset["categories"].append({"id": 8, "name": "absent"})
+    with redirect_stdout(StringIO()):
+        gt.createIndex()
+        peer = COCOeval(gt, gt.loadRes([dict(row) for row in rows]), "bbox")
+        peer.params.maxDets = [limit for limit in (1, 10, 100) if limit < max_dets] + [max_dets]
+        peer.evaluate()
+        peer.accumulate()
+    matches = scoring.match_images(gt, rows, "bbox", max_dets)
+    precision, scores, recall, by_limit = scoring.accumulate([matches], [7, 8, 9], "bbox", max_dets)
+    np.testing.assert_array_equal(precision, peer.eval["precision"][..., -1])
+    np.testing.assert_array_equal(scores, peer.eval["scores"][..., -1])
+    np.testing.assert_array_equal(recall, peer.eval["recall"][..., -1])
+    for number, limit in enumerate(peer.params.maxDets):
+        np.testing.assert_array_equal(by_limit[limit], peer.eval["recall"][:, :, 0, number])
+
+
 def test_per_class_figures_carry_the_names_of_the_json_and_count_objects_without_crowds():
     gt = truth([(1, 3, [0, 0, 20, 20]), (1, 9, [50, 50, 20, 20]), (1, 9, [70, 0, 20, 20])],
                categories=[(3, "dog"), (9, "owl")])

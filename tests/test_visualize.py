@@ -312,7 +312,8 @@ def test_nothing_is_drawn_of_a_model_that_is_not_finite(broken, picture, tmp_pat
 
 def test_discriminability_of_a_model_that_is_not_finite_is_not_drawn(broken):
     maps = visualize.discriminability_maps(str(broken), "", 1, "cpu")
-    with pytest.raises(UserError, match="expected finite outputs, got NaN .* pred_logits of 000000.png"):
+    words = "expected finite outputs, got NaN .* pred_logits of 000000.png"
+    with pytest.raises(UserError, match=words):
         next(maps)
 
 

@@ -2,6 +2,7 @@
 
     python -m tools.ablations ladder     what each part of each paper brings
     python -m tools.ablations masks      what each part of the mask network brings
+    python -m tools.ablations convergence     AP along the training of DETR and its children
     python -m tools.ablations --models dino mine --seeds 3 --steps 1000     your model beside DINO
 
 All runs of a table train the small preset on generated scenes for the same number of steps, with
@@ -24,6 +25,7 @@ import tyro
 from engine import checkpoints
 from engine.errors import UserError, user_errors
 from engine.models import load_paper
+from engine.plots import convergence as plot_convergence
 from engine.plots import ladder as plot_ladder
 from engine.plots import read_log
 from engine.recipe import configure, preset_values
@@ -41,6 +43,8 @@ class Row:
     model: str
     flags: dict = field(default_factory=dict)
     baseline: str = ""     # the row that it is compared with
+    detector: str = ""     # the row of DETECTORS that it puts masks on
+    length: int = 1        # its epochs, as a multiple of those of the table
 
 
 # ---- rows ----------------------------------------------------------------------------------------
@@ -81,40 +85,113 @@ def co_detr_rows(name, title, flags) -> dict[str, Row]:
     return rows
 
 
+def six_equal_heads(name, title, flags) -> dict[str, Row]:
+    """Six ATSS heads, beside one: as many heads as the paper has at most, but of one kind."""
+    changes = {**flags, "aux_heads": ",".join(["atss"] * 6)}
+    row = Row(f"{title}, heads: 6 x atss", "co_detr", changes, f"{name}_atss")
+    return {f"{name}_six_atss": row}
+
+
+def single_scale_rows() -> dict[str, Row]:
+    """Deformable DETR on C5 alone, whose heads read the maps of the multi-scale adapter."""
+    flags = {"variant": "plain_deformable_small", "num_feature_levels": 1}
+    title = "Single-scale Deformable DETR, heads"
+    none = Row(f"{title}: none", "co_detr", {**flags, "aux_heads": "none"})
+    both = Row(f"{title}: atss,rcnn", "co_detr", {**flags, "aux_heads": "atss,rcnn"},
+               "single_scale_none")
+    return {"single_scale_none": none, "single_scale_atss_rcnn": both}
+
+
 LADDER |= co_detr_rows("co_deformable", "Co-Deformable-DETR", CO_DEFORMABLE)
+LADDER |= six_equal_heads("co_deformable", "Co-Deformable-DETR", CO_DEFORMABLE)
 LADDER |= co_detr_rows("co_dino", "Co-DINO", {})
+LADDER |= single_scale_rows()
 
 
-def mask_row(title, **flags) -> Row:
-    return Row(title, "mask_frozen_detr", flags, "default")
+# The first is --detector; the command trains the others when a row needs them.
+DETECTORS = {
+    "dino": Row("DINO", "dino"),
+    "dino_2_layers": Row("DINO with two encoder layers", "dino", {"encoder_layers": 2}),
+    "h_detr": Row("H-DETR", "h_detr")}
 
 
-# Left out: what a small detector with one encoder layer cannot vary (which layer is read, no neck),
-# and the paper's rows about schedule, batch size, jitter and fine-tuning.
+def mask_row(title, baseline="default", detector="dino", length=1, **flags) -> Row:
+    return Row(title, "mask_frozen_detr", flags, baseline, detector, length)
+
+
+def baseline_row(title, level, **flags) -> Row:
+    """A baseline, which has no encoder and no mask scoring, with one of them."""
+    name = f"{level}_baseline"
+    return mask_row(f"{level} level, {title}", baseline=name, variant=name, **flags)
+
+
+# The tables of the paper, with its names. Not here: large-scale jitter.
 MASKS = {
-    "default": Row("default", "mask_frozen_detr"),
-    "image_baseline": mask_row("image-level baseline", variant="image_baseline"),
-    "box_baseline": mask_row("box-level baseline", variant="box_baseline"),
-    "gt_boxes": mask_row("regions from the true boxes", roi_box="gt"),
-    "roi_8": mask_row("region of 8 cells", roi_size=8),
-    "roi_32": mask_row("region of 32 cells", roi_size=32),
+    "default": mask_row("default", baseline=""),
+
+    # mask head design: image level and box level, with and without each encoder
+    "image_baseline": mask_row("image level, no encoder", variant="image_baseline"),
+    "image_level_image": baseline_row("image encoder", "image", image_encoder="deformable"),
+    "box_baseline": mask_row("box level, no encoder", variant="box_baseline"),
+    "box_level_image": baseline_row("image encoder", "box", image_encoder="deformable"),
+    "box_level_box": baseline_row("box encoder", "box", box_encoder="deformable"),
+    "box_level_query": baseline_row("query encoder", "box", query_encoder="box2obj"),
+    "box_level_scoring": baseline_row("mask scoring", "box", mask_scoring=True),
+    "no_mask_scoring": mask_row("without mask scoring", mask_scoring=False),
+
+    # image feature encoder (Table 2) and its depth
     "image_none": mask_row("image encoder: none", image_encoder="none"),
     "image_swin": mask_row("image encoder: Swin", image_encoder="swin"),
     "image_convnext": mask_row("image encoder: ConvNeXt", image_encoder="convnext"),
     "image_2_layers": mask_row("image encoder: two layers", image_layers=2),
+    "image_3_layers": mask_row("image encoder: three layers", image_layers=3),
+
+    # box feature encoder (Table 3) and its depth
     "box_none": mask_row("box encoder: none", box_encoder="none"),
     "box_swin": mask_row("box encoder: Swin", box_encoder="swin"),
     "box_convnext": mask_row("box encoder: ConvNeXt", box_encoder="convnext"),
     "box_1_layer": mask_row("box encoder: one layer", box_layers=1),
+    "box_3_layers": mask_row("box encoder: three layers", box_layers=3),
+
+    # channel mapper (Table 4)
     "width_32": mask_row("channel mapper: 32", channel_dim=32),
     "width_128": mask_row("channel mapper: 128", channel_dim=128),
+
+    # query feature encoder
     "query_none": mask_row("query encoder: none", query_encoder="none"),
     "query_obj2obj": mask_row("query encoder: object to object", query_encoder="obj2obj"),
     "query_both": mask_row("query encoder: both", query_encoder="both"),
     "query_both_ffn": mask_row(
         "query encoder: both and FFN", query_encoder="both", query_ffn=True),
+
+    # region size (Table 10), boxes, loss
+    "roi_8": mask_row("region of 8 cells", roi_size=8),
+    "roi_32": mask_row("region of 32 cells", roi_size=32),
+    "gt_boxes": mask_row("regions from the true boxes", roi_box="gt"),
     "dense_loss": mask_row("loss at every cell", point_loss=False),
-    "no_mask_scoring": mask_row("without mask scoring", mask_scoring=False)}
+
+    # training epochs; batch size, with the learning rate in proportion and the same epochs
+    "epochs_2": mask_row("epochs: twice as many", length=2),
+    "epochs_4": mask_row("epochs: four times as many", length=4),
+    "batch_4": mask_row("batch size: half", batch_size=4, lr=2e-3),
+    "batch_16": mask_row("batch size: double", batch_size=16, lr=8e-3),
+
+    # index of the encoder layer whose map is used
+    "layer_2_of_2": mask_row("encoder layer: second of two", detector="dino_2_layers"),
+    "layer_1_of_2": mask_row("encoder layer: first of two", baseline="layer_2_of_2",
+                             detector="dino_2_layers", enc_layer=1),
+
+    # fine-tuning the detector; another detector
+    "train_detector": mask_row("detector fine-tuned", train_detector=True),
+    "h_detr": mask_row("on H-DETR", detector="h_detr"),
+    "h_detr_trained": mask_row("on H-DETR, fine-tuned", baseline="h_detr", detector="h_detr",
+                               train_detector=True)}
+
+# The claim that opens Deformable DETR (its Figure 3): ten times fewer epochs than DETR.
+CONVERGENCE = {
+    "detr": Row("DETR", "detr"),
+    "deformable_detr": Row("Deformable DETR", "deformable_detr", baseline="detr"),
+    "dino": Row("DINO", "dino", baseline="deformable_detr")}
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -135,6 +212,10 @@ class Training:
             if value < 1:
                 raise UserError(f"expected --{name} of at least 1, got {value}")
 
+    def epochs_between_evaluations(self, epochs: int) -> int:
+        """For a run of that many epochs: evaluate at its end only."""
+        return epochs
+
 
 @dataclass
 class Ladder(Training):
@@ -152,19 +233,51 @@ class Ladder(Training):
 
 @dataclass
 class Masks(Training):
-    """Measure what each part of the mask network brings, on one frozen detector."""
+    """Measure what each part of the mask network brings, on frozen detectors."""
     out: Path = Path("runs/masks")    # folder of the runs, one folder each
     steps: int = 500                  # optimizer steps of every run
     seeds: int = 1                    # runs of every row
-    detector: str = "runs/dino/best.pt"   # small detector that all rows share
+    detector: str = "runs/dino/best.pt"   # small DINO that most rows share
+    detector_steps: int = 6000        # optimizer steps of the detectors of the other rows
     rows: tuple[Literal[tuple(MASKS)], ...] = tuple(MASKS)   # rows of the table
 
     def run(self) -> None:
+        detectors = {"dino": self.detector}
         rows = {}
         for name in self.rows:
-            flags = {**MASKS[name].flags, "detector": self.detector}
-            rows[name] = replace(MASKS[name], flags=flags)
+            row = MASKS[name]
+            if row.detector not in detectors:
+                detectors[row.detector] = self.train_detector(row.detector)
+            rows[name] = replace(row, flags={**row.flags, "detector": detectors[row.detector]})
         mask_table(rows, train_rows(rows, self), self)
+
+    def train_detector(self, name: str) -> str:
+        """Train a row of DETECTORS, once for all seeds -> its checkpoint"""
+        rows = {f"detector_{name}": DETECTORS[name]}
+        options = replace(self, steps=self.detector_steps, seeds=1)
+        (record,), = train_rows(rows, options).values()
+        return str(record["out"] / "best.pt")
+
+
+@dataclass
+class Convergence(Training):
+    """Compare AP along the training of DETR, Deformable DETR and DINO, and draw the curves."""
+    out: Path = Path("runs/convergence")   # folder of the runs, one folder each
+    steps: int = 6000                 # optimizer steps of every run
+    eval_every: int = 1               # epochs between evaluations
+    rows: tuple[Literal[tuple(CONVERGENCE)], ...] = tuple(CONVERGENCE)   # rows of the table
+
+    def epochs_between_evaluations(self, epochs: int) -> int:
+        return self.eval_every
+
+    def run(self) -> None:
+        rows = {name: CONVERGENCE[name] for name in self.rows}
+        runs = train_rows(rows, self)
+        curves = {}
+        for name, row in rows.items():
+            curves[row.title] = [ap_by_epoch(record["out"]) for record in runs[name]]
+        convergence_table(rows, curves, runs, self)
+        print(f"written to {plot_convergence(curves, self.out / 'convergence.png')}")
 
 
 @dataclass
@@ -186,7 +299,9 @@ class Compare(Training):
 def train_rows(rows: dict[str, Row], options: Training) -> dict[str, list[dict]]:
     """Train every row with every seed -> {row: [record of the last evaluation of each seed]}"""
     options.check()
-    epochs = {name: count_epochs(row, options.steps) for name, row in rows.items()}
+    epochs = {}
+    for name, row in rows.items():
+        epochs[name] = row.length * count_epochs(row, options.steps)
     jobs = [(name, seed) for seed in range(options.seeds) for name in rows]
 
     def run(job):
@@ -202,7 +317,8 @@ def train_rows(rows: dict[str, Row], options: Training) -> dict[str, list[dict]]
 
 
 def count_epochs(row: Row, steps: int) -> int:
-    """Epochs of a run of that many steps. UserError unless they are complete."""
+    """Epochs of a run of that many steps, with the batches of the preset whatever those of the row
+    are. UserError unless they are complete."""
     paper = load_paper(row.model)
     _, recipe = configure(paper, preset_values(paper, "small", row.flags.get("variant", "")))
     steps_per_epoch = NUM_TRAIN // recipe.batch_size
@@ -224,7 +340,7 @@ def train_one(name: str, row: Row, seed: int, epochs: int, options: Training) ->
         if (out / "last.pt").exists():
             words["resume"] = out
         else:
-            words |= {"eval_every": epochs, **flags}
+            words |= {"eval_every": options.epochs_between_evaluations(epochs), **flags}
         run_train(out, words)
     steps, evaluations = read_log(out)
     record = evaluations[-1]
@@ -330,6 +446,32 @@ def mask_table(rows, runs, options) -> None:
     write_table("masks", DEVICE, columns, cells)
 
 
+def ap_by_epoch(out: Path) -> dict[int, dict]:
+    """Box AP of every evaluation of a run, over all and over small objects: {epoch: {AP, APs}}. Of
+    an epoch that was evaluated again after a kill, the last one counts."""
+    _, evaluations = read_log(out)
+    return {line["epoch"]: line["bbox"] for line in evaluations}
+
+
+def convergence_table(rows, curves, runs, options) -> None:
+    """AP after each epoch that all runs evaluated, over all and over small objects."""
+    runs_of_all = [run for seeds in curves.values() for run in seeds]
+    epochs = sorted(set.intersection(*[set(run) for run in runs_of_all]))
+    cells = []
+    for key, row in rows.items():
+        ms = statistics.median(record["step_ms"] for record in runs[key])
+        for name, objects in (("AP", "all"), ("APs", "small")):
+            means = []
+            for epoch in epochs:
+                values = [run[epoch][name] for run in curves[row.title]]
+                means.append(f"{statistics.mean(values):.3f}")
+            cells.append([row.title, objects, *means, f"{max(values) - min(values):.3f}",
+                          f"{ms:.0f}"])
+    columns = (heading(options), "objects", *[f"epoch {epoch}" for epoch in epochs],
+               "spread of the last", "ms a step")
+    write_table("convergence", DEVICE, columns, cells)
+
+
 def heading(options: Training) -> str:
     seeds = "seed" if options.seeds == 1 else "seeds"
     return f"{options.steps} steps, {options.seeds} {seeds}"
@@ -343,7 +485,7 @@ def count_parameters(path: Path) -> int:
 
 # ---- command line --------------------------------------------------------------------------------
 
-COMMANDS = {"ladder": Ladder, "masks": Masks, "compare": Compare}
+COMMANDS = {"ladder": Ladder, "masks": Masks, "convergence": Convergence, "compare": Compare}
 
 
 def main(argv=None) -> None:

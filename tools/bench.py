@@ -3,6 +3,7 @@
     python -m tools.bench                all tables that this machine can make, one after the other
     python -m tools.bench inference      one of them
     python -m tools.bench kernel --help  the flags of one of them
+    python -m tools.bench gpu            what only a GPU can tell, in under nine minutes
 
 Each command prints a table and writes it to runs/bench/, with date, device, versions and its own
 command line. A figure is the median of repeated calls. CPU threads: OMP_NUM_THREADS.
@@ -16,27 +17,34 @@ import tyro
 from engine.errors import user_errors
 from engine.machine import prepare_cpu
 from tools.bench_data import loading, scoring
+from tools.bench_gpu import gpu
 from tools.bench_kernel import kernel
+from tools.bench_load import load
 from tools.bench_masks import mask_cost
-from tools.bench_models import inference, memory, step
+from tools.bench_models import compiled, inference, memory, step
+from tools.bench_onnx import all_installed, onnx
 from tools.bench_transformers import installed, transformers
+from tools.gpu_tables import gpu_tables
 
 ROOT = Path(__file__).resolve().parent.parent
-TABLES = {"kernel": kernel, "step": step, "inference": inference, "transformers": transformers,
-          "mask_cost": mask_cost, "memory": memory, "loading": loading, "scoring": scoring}
+TABLES = {"kernel": kernel, "step": step, "compiled": compiled, "inference": inference,
+          "transformers": transformers, "onnx": onnx, "mask_cost": mask_cost, "memory": memory,
+          "loading": loading, "scoring": scoring, "load": load}
+COMMANDS = {**TABLES, "gpu": gpu, "gpu_tables": gpu_tables}
+OPTIONAL = {"transformers": installed, "onnx": all_installed}   # need packages for tests
 UNPREPARED = ("transformers",)   # first times the package as it comes, without prepare_cpu
 
 
 def make_all() -> None:
     """Make every table, each in a process of its own: settings and memory start anew."""
     for name in TABLES:
-        if name == "transformers" and not installed():
+        if name in OPTIONAL and not OPTIONAL[name]():
             continue
         subprocess.run([sys.executable, "-m", "tools.bench", name], check=True, cwd=ROOT)
 
 
 def main(argv=None) -> None:
-    """Make one of TABLES, or all; the parameters of its function are the flags."""
+    """Run one of COMMANDS, or make all TABLES; the parameters of its function are the flags."""
     argv = sys.argv[1:] if argv is None else argv
     with user_errors("tools.bench"):
         if not argv:
@@ -45,7 +53,7 @@ def main(argv=None) -> None:
         if argv[0] not in UNPREPARED:
             prepare_cpu()
         tyro.extras.subcommand_cli_from_dict(
-            TABLES, args=argv, prog="python -m tools.bench", use_underscores=True,
+            COMMANDS, args=argv, prog="python -m tools.bench", use_underscores=True,
             description=__doc__.partition("\n")[0])
 
 

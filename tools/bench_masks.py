@@ -43,7 +43,7 @@ def mask_cost(device: Device = DEVICE, seconds: float = 2.0,
     model = mask_frozen_detr.MaskFrozenDETR(frozen, mask_frozen_detr.Config()).to(device)
     images = torch.randn(1, 3, *size, device=device)
     padding = torch.zeros(1, *size, dtype=torch.bool, device=device)
-    outputs, _ = model.frozen(images, padding)
+    outputs, _ = model.base(images, padding)
     inference = make_parts(model, outputs["memory"], DETECTIONS)
     training = make_parts(model, outputs["memory"], OBJECTS)
     rows = []
@@ -56,7 +56,7 @@ def mask_cost(device: Device = DEVICE, seconds: float = 2.0,
         rows.append([name, f"{parameters:,}", f"{counter.get_total_flops() / 2e9:.1f}",
                      f"{ms:.0f}", f"{mebibytes:.0f}"])
         show_progress(rows[-1])
-    ms = median_ms(lambda: model.frozen(images, padding), seconds)
+    ms = median_ms(lambda: model.base(images, padding), seconds)
     rows.append(["frozen detector (DINO, ResNet-50)", f"{count_parameters(detector):,}", "",
                  f"{ms:.0f}", "0"])
     columns = (f"part, {size[0]}x{size[1]}", "parameters", "GMACs", "ms", "MiB for backward")
@@ -67,7 +67,7 @@ def make_parts(model, memory, count) -> dict[str, Part]:
     """The parts of the network, with random inputs for `count` regions."""
     C = model.cfg.channel_dim
     side = model.cfg.roi_size
-    width = model.frozen.dim
+    width = model.base.dim
     map_of_stride_4 = memory.features[0]                           # (1, channels, H, W)
     device = map_of_stride_4.device
     fine = torch.randn(1, *map_of_stride_4.shape[-2:], width, device=device)

@@ -1,13 +1,13 @@
 """Time and memory of whole models: training steps and inference."""
 import importlib
 import multiprocessing
-import resource
-import sys
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Literal
 
 import torch
+from torch.utils import benchmark
 
 import data
 import train
@@ -16,7 +16,8 @@ from engine.datasets import build_datasets
 from engine.layers import compile_or_recompute
 from engine.machine import Machine, prepare_cpu
 from engine.recipe import configure
-from tools.timing import (DEVICE, Device, alternating_ms, median_ms, show_progress, write_table)
+from tools.timing import (DEVICE, Device, alternating_ms, median_ms, peak_gib, show_progress,
+                          write_table)
 
 SMALL_BATCHES = (8, 32)     # of the small preset, on a CPU
 PAPER_BATCHES = (1, 2, 4)   # of the published sizes, on a GPU
@@ -95,6 +96,45 @@ def with_attention(impl, training, batch, amp):
         training(batch, amp)
         MSDeformAttn.impl = None
     return call
+
+
+# ---- compiled layers -----------------------------------------------------------------------------
+
+def compiled(device: Device = DEVICE, repeats: int = 5, model: str = "dino",
+             preset: Literal["paper", "small"] = PRESET, batch: int = 8, amp: bool = False,
+             size: tuple[int, int] = (480, 640)):
+    """Time training steps with and without --compile, which take turns, and the compilation.
+
+    Args:
+        device: Where to run.
+        repeats: Steps of each kind; the median is reported.
+        model: Paper file.
+        preset: Sizes of the model and the images.
+        batch: Images of a step.
+        amp: Use bfloat16 autocast.
+        size: Height and width of the images with the preset paper, in pixels.
+    """
+    paper = importlib.import_module(model)
+    cfg, recipe = configure(paper, paper.SMALL if preset == "small" else {})
+    if preset == "small":
+        inputs = scene_batch(recipe, batch)
+    else:
+        inputs = random_batch(size, batch)
+    functions = {}
+    for name in ("plain", "compiled"):
+        net, criterion = paper.build(cfg, num_classes=80)
+        compile_or_recompute(net, train.Run(model=model, compile=name == "compiled"))
+        training = TrainingStep(net, criterion, paper.param_groups(net, recipe), recipe, device)
+        functions[name] = partial(training, inputs, amp)
+    begin = benchmark.timer()
+    functions["compiled"]()
+    seconds = benchmark.timer() - begin
+    ms = alternating_ms(functions, repeats)
+    images = "x".join(map(str, inputs[0].shape))
+    columns = ("model", "images", "ms a step", "with --compile", "ratio", "first step s")
+    row = [f"{model}, {preset} preset", images, f"{ms['plain']:.0f}", f"{ms['compiled']:.0f}",
+           f"{ms['plain'] / ms['compiled']:.2f}", f"{seconds:.0f}"]
+    write_table(f"compiled_{preset}", device, columns, [row])
 
 
 # ---- inference -----------------------------------------------------------------------------------
@@ -211,7 +251,4 @@ def step_cost(setting: Setting) -> tuple[float, float]:
     parameters = paper.param_groups(model, recipe)
     training = TrainingStep(model, criterion, parameters, recipe, setting.device)
     ms = median_ms(lambda: training(batch, setting.amp), setting.seconds)
-    if setting.device == "cuda":
-        return ms, torch.cuda.max_memory_allocated() / 2 ** 30
-    unit = 1 if sys.platform == "darwin" else 1024     # bytes
-    return ms, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+    return ms, peak_gib(setting.device)

@@ -10,23 +10,24 @@ from engine import authors_names
 from engine.errors import UserError
 from engine.machine import prepare_cpu
 from tools.bench_models import TrainingStep, random_batch
-from tools.timing import DEVICE, Device, median_ms, show_progress, write_table
+from tools.timing import DEVICE, Device, alternating, show_progress, write_table
 
 CLASSES = 91
 
 
-def transformers(device: Device = DEVICE, seconds: float = 1.0,
+def transformers(device: Device = DEVICE, repeats: int = 5,
                  batch: int = 2 if DEVICE == "cuda" else 1,
                  types: tuple[str, ...] = ("float32", "bfloat16"),
-                 size: tuple[int, int] = (800, 1199)):
+                 size: tuple[int, int] = (800, 1199), as_it_comes: bool = True):
     """Time our Deformable DETR beside the one of the package transformers.
 
     Args:
         device: Where to run.
-        seconds: How long each figure is measured; the median is reported.
+        repeats: Calls of each kind, in turns; the median is reported.
         batch: Images of a training step.
         types: float32, bfloat16 (autocast), or both.
         size: Height and width of the images in pixels.
+        as_it_comes: On a CPU, time the package without our settings of a CPU too.
     """
     if not installed():
         raise UserError("expected the package transformers, got none: "
@@ -37,24 +38,26 @@ def transformers(device: Device = DEVICE, seconds: float = 1.0,
     passes = {
         "transformers": their_passes(theirs, inputs, device),
         "ours": our_passes(ours, inputs, device)}
-    # our settings of a CPU hold for the whole process: the package is timed before and after
-    order = [("transformers", ""), ("ours", "")]
+    rounds = [("", list(passes))]
     if device == "cpu":
-        order = [("transformers", "no"), ("transformers", "yes"), ("ours", "yes")]
+        # our settings hold for the whole process, from then on
+        rounds = [("no", ["transformers"] if as_it_comes else []), ("yes", list(passes))]
     rows, first = [], {}
-    for name, settings in order:
+    for settings, names in rounds:
         if settings == "yes":
             prepare_cpu()
-        for what, function in passes[name].items():
-            for dtype in types:
-                call = partial(function, dtype == "bfloat16")
-                cells = time_pass(call, seconds, first, (what, dtype))
-                rows.append([what, dtype, name, settings, *cells])
-                show_progress(rows[-1])
+        for dtype in types:
+            for what in passes["ours"]:
+                calls = {name: partial(passes[name][what], dtype == "bfloat16") for name in names}
+                for name, cells in time_calls(calls, repeats, first, (what, dtype)).items():
+                    rows.append([what, dtype, name, settings, *cells])
+                    show_progress(rows[-1])
     rows.sort(key=lambda row: row[:2])
-    columns = (f"{size[0]}x{size[1]}", "autocast", "implementation", "CPU settings", "ms", "ratio")
+    columns = (f"{size[0]}x{size[1]}", "autocast", "implementation", "CPU settings", "ms",
+               "all calls", "ratio")
     notes = [f"Largest difference of the logits: {difference:.1e}. Ratio: to the first row of its "
-             "kind. CPU settings: those of `engine.machine.prepare_cpu`, for the whole process."]
+             "kind. CPU settings: those of `engine.machine.prepare_cpu`, for the whole process. "
+             "Calls of both implementations take turns."]
     write_table("transformers", device, columns, rows, notes)
 
 
@@ -62,14 +65,17 @@ def installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def time_pass(call, seconds, first, kind) -> list[str]:
-    """Time, and ratio to the first time of this kind, which is stored in `first`."""
+def time_calls(calls, repeats, first, kind) -> dict[str, list[str]]:
+    """Median, range, and ratio of the median to the first one of this kind, stored in `first`."""
     try:
-        ms = median_ms(call, seconds)
+        times = alternating(calls, repeats, warm_up=1)
     except RuntimeError as error:   # the package, with half precision on a CPU
-        return [f"failed: {str(error)[:60]}", ""]
-    first.setdefault(kind, ms)
-    return [f"{ms:.0f}", f"{first[kind] / ms:.2f}"]
+        return {name: [f"failed: {str(error)[:60]}", "", ""] for name in calls}
+    cells = {}
+    for name, (ms, low, high) in times.items():
+        first.setdefault(kind, ms)
+        cells[name] = [f"{ms:.0f}", f"{low:.0f} to {high:.0f}", f"{first[kind] / ms:.2f}"]
+    return cells
 
 
 # ---- models --------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ import numpy as np
 import tyro
 
 from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_counts,
-                  objects_per_image, resized_size)
+                  objects_per_image)
 from engine import coco_json
 from engine.class_labels import match_classes
 from engine.coco_json import Problem, plural
@@ -23,6 +23,7 @@ from engine.errors import UserError, printable, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
 from engine.notices import one_line
+from transforms import resized_size
 
 # The quick check at the start of a run:
 HEADERS_AT_START = 500   # image files that it opens at most, to read the header
@@ -109,6 +110,8 @@ def check_split(directory: Path, split: str, decode: bool) -> list[Problem]:
     """Print the table of one split and return its problems."""
     path = coco_json.json_path(directory, split)
     content = coco_json.read_json(path, directory, split)
+    if split == "test":
+        content.setdefault("annotations", [])   # those of a test set are often not public
     problems = coco_json.json_problems(content)
     if any(problem.level == "fatal" for problem in problems):
         return problems
@@ -121,13 +124,18 @@ def check_split(directory: Path, split: str, decode: bool) -> list[Problem]:
 
 
 def check(directory: str | Path, full: bool = True) -> int:
-    """Print a table and every problem of both splits, and return the number of errors.
+    """Print a table and every problem of train and val, and of test if it is there.
 
-    full: decode every image, else only the headers. Fatal problems count, warnings do not.
+    full: decode every image, else only the headers
+
+    Returns the number of errors. Fatal problems count, warnings do not.
     """
     directory = Path(directory)
     errors = 0
-    for split in ("train", "val"):
+    splits = ["train", "val"]
+    if coco_json.json_path(directory, "test").is_file():
+        splits.append("test")
+    for split in splits:
         print(one_line(str(coco_json.json_path(directory, split)), 300))
         problems = []
         try:
@@ -144,7 +152,7 @@ def check(directory: str | Path, full: bool = True) -> int:
 
 
 def check_as_loaded(directory, split):
-    """Return problems that need a loaded data set: no objects, classes of val unlike train's."""
+    """Return problems that need a loaded data set: no objects, classes unlike those of train."""
     try:
         train = CocoFolder(directory, "train")
     except UserError:
@@ -153,10 +161,10 @@ def check_as_loaded(directory, split):
         if not class_counts(train).any():
             return [Problem("fatal", "nothing to learn", "no usable box in the training set")]
         return unused_classes(train)
-    val = CocoFolder(directory, "val")
-    before = len(val.problems)
-    match_classes(val, train.class_names, train.category_ids)
-    return val.problems[before:]
+    other = CocoFolder(directory, split)
+    before = len(other.problems)
+    match_classes(other, train.class_names, train.category_ids)
+    return other.problems[before:]
 
 
 def quick_check(dataset: DetectionData, training: bool = True,

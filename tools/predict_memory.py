@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from engine.errors import UserError, user_errors
 from engine.layers import compile_or_recompute, find_layers
 from engine.models import load_paper
 from engine.recipe import configure
@@ -175,23 +176,37 @@ def largest_size(recipe) -> tuple[int, int]:
     return max(recipe.train_sizes), limit
 
 
-def main(argv: list[str]) -> None:
-    rows = []
+def recipes(argv: list[str]) -> list[tuple]:
+    """The paper files and variants that are asked for: (module, name, variant)."""
+    found = []
     for name in argv[:1] or PAPERS:
+        if name not in PAPERS:
+            raise UserError(f"expected one of {', '.join(PAPERS)}, got {name!r}")
         paper = load_paper(name)
         for variant in argv[1:] or ["", *paper.VARIANTS]:
-            overrides = paper.VARIANTS[variant] if variant else {}
-            cfg, recipe = configure(paper, overrides)
-            shape = {**vars(cfg), "size": largest_size(recipe), "ema": recipe.ema}
-            if shape in rows:     # differs from an earlier one in its schedule only
-                continue
-            rows.append(shape)
-            size = largest_size(recipe)
-            result = predict(paper, cfg, recipe, size)
-            print(f"{name:16} {variant or 'default':26} {size[0]:4} x {size[1]:4}"
-                  f"  model {result.model / GIB:5.1f} GiB  image {result.image / GIB:5.1f} GiB"
-                  f"  with --recompute {result.recomputed / GIB:5.1f} GiB", flush=True)
+            if variant and variant not in paper.VARIANTS:
+                raise UserError(f"expected a variant of {name} ({', '.join(paper.VARIANTS)}), got "
+                                f"{variant!r}")
+            found.append((paper, name, variant))
+    return found
+
+
+def main(argv: list[str]) -> None:
+    rows = []
+    for paper, name, variant in recipes(argv):
+        overrides = paper.VARIANTS[variant] if variant else {}
+        cfg, recipe = configure(paper, overrides)
+        size = largest_size(recipe)
+        shape = {**vars(cfg), "model": name, "size": size, "ema": bool(recipe.ema)}
+        if shape in rows:     # differs from an earlier one in its schedule only
+            continue
+        rows.append(shape)
+        result = predict(paper, cfg, recipe, size)
+        print(f"{name:16} {variant or 'default':26} {size[0]:4} x {size[1]:4}"
+              f"  model {result.model / GIB:5.1f} GiB  image {result.image / GIB:5.1f} GiB"
+              f"  with --recompute {result.recomputed / GIB:5.1f} GiB", flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with user_errors("tools.predict_memory"):
+        main(sys.argv[1:])

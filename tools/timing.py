@@ -10,6 +10,11 @@ from typing import Literal
 import torch
 from torch.utils import benchmark
 
+try:
+    import resource
+except ImportError:   # Windows
+    resource = None
+
 Device = Literal["cpu", "cuda"]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FOLDER = Path("runs/bench")     # of the tables
@@ -25,15 +30,22 @@ def median_ms(function, seconds=2.0):
 
 
 def alternating_ms(functions: dict, repeats: int) -> dict:
-    """Median time of one call of each function, ms. They take turns, so that their ratio is right
-    on a busy machine too; the first two turns do not count."""
+    """Median time of one call of each function, ms; see `alternating`."""
+    return {name: times[0] for name, times in alternating(functions, repeats).items()}
+
+
+def alternating(functions: dict, repeats: int, warm_up: int = 2) -> dict:
+    """Median, shortest and longest time of one call of each function, ms. They take turns, so that
+    their ratio is right on a busy machine too; the first `warm_up` turns do not count."""
     times = {name: [] for name in functions}
-    for _ in range(repeats + 2):
+    for _ in range(repeats + warm_up):
         for name, function in functions.items():
             begin = benchmark.timer()
             function()
             times[name].append(1e3 * (benchmark.timer() - begin))
-    return {name: statistics.median(values[2:]) for name, values in times.items()}
+    counted = {name: values[warm_up:] for name, values in times.items()}
+    return {name: (statistics.median(values), min(values), max(values))
+            for name, values in counted.items()}
 
 
 def each_ms(functions: list, device: Device, seconds=2.0) -> tuple[float, str]:
@@ -71,6 +83,17 @@ def capture(function):
         torch.cuda.synchronize()
         return None
     return graph
+
+
+def peak_gib(device: str = "cpu") -> float:
+    """Largest memory until now, GiB: of PyTorch's allocator on a GPU, or of this process; nan on
+    Windows, where Python does not know it."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    if resource is None:
+        return float("nan")
+    unit = 1 if sys.platform == "darwin" else 1024     # bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
 # ---- tables --------------------------------------------------------------------------------------

@@ -1,0 +1,421 @@
+"""Labels in YOLO, VOC and CSV format become a COCO-layout folder, or a line for every fault."""
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import data
+from engine.errors import UserError
+from tools import check_data, convert
+
+WIDTH, HEIGHT = 40, 30
+VOC_OBJECT = """
+  <object>
+    <name>{name}</name>
+    <difficult>{difficult}</difficult>
+    <bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox>
+  </object>"""
+VOC_SIZE = f"\n  <size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
+BOX = (4, 6, 14, 15)                  # corners in px; as YOLO writes it:
+YOLO_BOX = "0.225 0.35 0.25 0.3"
+XYWH = [4, 6, 10, 9]
+
+
+def write_image(path, size=(WIDTH, HEIGHT)):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    noise = np.random.default_rng(len(str(path))).integers(0, 255, (size[1], size[0], 3))
+    Image.fromarray(noise.astype(np.uint8)).save(path)
+
+
+def write_text(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+
+
+def yolo_folder(root, lines=f"1 {YOLO_BOX}\n", splits=("train", "val"), images=2):
+    """images/SPLIT/k.png, labels/SPLIT/k.txt and data.yaml"""
+    for split in splits:
+        for k in range(images):
+            write_image(root / "images" / split / f"{k}.png")
+            write_text(root / "labels" / split / f"{k}.txt", lines)
+    entries = "".join(f"{split}: images/{split}\n" for split in splits)
+    write_text(root / "data.yaml", entries + "nc: 2\nnames: [cat, dog]\n")
+    return root
+
+
+def voc_text(*objects, size=VOC_SIZE, source="mine", name="0.png"):
+    rows = "".join(VOC_OBJECT.format(*box, name=label, difficult=difficult)
+                   for label, box, difficult in objects)
+    return (f"<annotation>\n  <filename>{name}</filename>\n  <source><database>{source}</database>"
+            f"</source>{size}{rows}\n</annotation>\n")
+
+
+def voc_folder(root, text=None, images=2):
+    """Annotations/k.xml and JPEGImages/k.png"""
+    for k in range(images):
+        write_image(root / "JPEGImages" / f"{k}.png")
+        content = text or voc_text(("dog", BOX, 0), name=f"{k}.png")
+        write_text(root / "Annotations" / f"{k}.xml", content)
+    return root
+
+
+def csv_folder(root, text, images=2):
+    """images/k.png and labels.csv"""
+    for k in range(images):
+        write_image(root / "images" / f"{k}.png")
+    write_text(root / "labels.csv", text)
+    return root
+
+
+def convert_folder(source, root, out, **options):
+    convert.convert(source, str(root), str(out), **options)
+    return out
+
+
+def content_of(out, split="train"):
+    return json.loads((out / "annotations" / f"instances_{split}2017.json").read_text())
+
+
+def boxes_of(out, split="train"):
+    return [row["bbox"] for row in content_of(out, split)["annotations"]]
+
+
+def class_of(out, place=0, split="train"):
+    content = content_of(out, split)
+    names = {category["id"]: category["name"] for category in content["categories"]}
+    return names[content["annotations"][place]["category_id"]]
+
+
+# ---- what is read --------------------------------------------------------------------------------
+
+def test_yolo_boxes_become_pixels_and_classes_keep_their_numbers(tmp_path):
+    out = convert_folder("yolo", yolo_folder(tmp_path / "in"), tmp_path / "out")
+    assert boxes_of(out) == [XYWH, XYWH] and boxes_of(out, "val") == [XYWH, XYWH]
+    names = [category["name"] for category in content_of(out)["categories"]]
+    assert names == ["cat", "dog"] and class_of(out) == "dog"
+    assert len(data.CocoFolder(out, "train")[0][1]["labels"]) == 1
+
+
+def test_yolo_polygons_become_segmentations_that_masks_can_be_learned_from(tmp_path):
+    line = "0 0.1 0.2 0.35 0.2 0.35 0.5\n"          # (4, 6), (14, 6), (14, 15)
+    out = convert_folder("yolo", yolo_folder(tmp_path / "in", line), tmp_path / "out")
+    row = content_of(out)["annotations"][0]
+    assert row["segmentation"] == [[4, 6, 14, 6, 14, 15]]
+    assert row["bbox"] == XYWH and row["area"] == 45
+    assert data.CocoFolder(out, "train", load_masks=True)[0][1]["masks"].sum() > 30
+
+
+@pytest.mark.parametrize("export", ["../train/images", "/content/other/train/images"])
+def test_the_paths_in_an_exported_data_yaml_are_found_beside_it(export, tmp_path):
+    root = tmp_path / "in"
+    for split in ("train", "valid", "test"):
+        write_image(root / split / "images" / "a.png")
+        write_text(root / split / "labels" / "a.txt", f"0 {YOLO_BOX}\n")
+    entries = "".join(f"{key}: {export.replace('train', split)}\n" for key, split in
+                      (("train", "train"), ("val", "valid"), ("test", "test")))
+    write_text(root / "data.yaml", entries + "names:\n  0: cat\n")
+    out = convert_folder("yolo", root, tmp_path / "out")
+    assert [len(boxes_of(out, split)) for split in ("train", "val", "test")] == [1, 1, 1]
+    assert check_data.check(out) == 0
+
+
+def test_a_flat_yolo_folder_with_classes_txt_is_divided_always_alike(tmp_path, capsys):
+    root = tmp_path / "in"
+    for k in range(10):
+        write_image(root / f"{k}.jpg")
+        write_text(root / f"{k}.txt", f"0 {YOLO_BOX}\n")
+    write_text(root / "classes.txt", "cat\n")
+    first = convert_folder("yolo", root, tmp_path / "a")
+    second = convert_folder("yolo", root, tmp_path / "b")
+    assert "no val images: 2 of 10" in capsys.readouterr().out
+    for split, count in (("train", 8), ("val", 2)):
+        assert len(boxes_of(first, split)) == count
+        assert content_of(first, split) == content_of(second, split)
+
+
+def test_images_of_a_list_file_are_read(tmp_path):
+    root = yolo_folder(tmp_path / "in")
+    for split in ("train", "val"):
+        write_text(root / f"{split}.txt", f"images/{split}/0.png\n")
+    write_text(root / "data.yaml", "train: train.txt\nval: val.txt\nnames: [cat, dog]\n")
+    out = convert_folder("yolo", root, tmp_path / "out")
+    assert [image["file_name"] for image in content_of(out)["images"]] == ["0.png"]
+
+
+def test_yolo_images_without_labels_stay_as_images_without_objects(tmp_path, capsys):
+    root = yolo_folder(tmp_path / "in")
+    (root / "labels/train/1.txt").unlink()
+    out = convert_folder("yolo", root, tmp_path / "out")
+    assert len(content_of(out)["images"]) == 2 and len(boxes_of(out)) == 1
+    assert "1 image without a label file" in capsys.readouterr().out
+
+
+def test_voc_boxes_and_classes_are_read_and_difficult_objects_are_ignored(tmp_path):
+    text = voc_text(("dog", BOX, 0), ("ant", BOX, 1))
+    root = voc_folder(tmp_path / "in", images=1)
+    write_text(root / "Annotations/0.xml", text)
+    write_image(root / "JPEGImages/1.png")
+    write_text(root / "Annotations/1.xml", voc_text(("dog", BOX, 0), name="1.png"))
+    for split, name in (("train", "0"), ("val", "1")):
+        write_text(root / "ImageSets/Main" / f"{split}.txt", name + "\n")
+    out = convert_folder("voc", root, tmp_path / "out")
+    rows = content_of(out)["annotations"]
+    assert [row["bbox"] for row in rows] == [XYWH, XYWH]
+    assert [row["iscrowd"] for row in rows] == [0, 1]
+    assert [class_of(out, place) for place in (0, 1)] == ["dog", "ant"]
+    assert len(boxes_of(out, "val")) == 1
+
+
+def test_boxes_of_the_voc_challenge_count_pixels_from_one(tmp_path):
+    root = voc_folder(tmp_path / "in", voc_text(("dog", (5, 7, 14, 15), 0),
+                                                source="The VOC2007 Database"))
+    assert boxes_of(convert_folder("voc", root, tmp_path / "out")) == [XYWH]
+
+
+def test_xml_files_beside_their_images_in_folders_of_splits_are_read(tmp_path):
+    for split in ("train", "valid"):
+        write_image(tmp_path / "in" / split / "0.png")
+        write_text(tmp_path / "in" / split / "0.xml", voc_text(("dog", BOX, 0)))
+    out = convert_folder("voc", tmp_path / "in", tmp_path / "out")
+    assert boxes_of(out) == boxes_of(out, "val") == [XYWH]
+
+
+TABLES = {
+    "corners": "filename,width,height,class,xmin,ymin,xmax,ymax\n{0},40,30,dog,4,6,14,15\n",
+    "sides": "file,class,score,x,y,w,h\nimages/{0},dog,0.9,4,6,10,9\n",
+    "semicolons": "path;label;x1;y1;x2;y2\n{0};dog;4;6;14;15\n",
+    "spaces": "Image, Class, xmin, ymin, xmax, ymax\n{0}, dog, 4, 6, 14, 15\n"}
+
+
+@pytest.mark.parametrize("table", TABLES.values(), ids=TABLES)
+def test_tables_of_every_accepted_form_are_read(table, tmp_path):
+    head, row = table.splitlines()
+    text = "\n".join([head, row.format("0.png"), row.format("1.png")])
+    out = convert_folder("csv", csv_folder(tmp_path / "in", text), tmp_path / "out")
+    assert boxes_of(out) == boxes_of(out, "val") == [XYWH] and class_of(out) == "dog"
+
+
+def test_a_table_may_name_splits_and_images_without_objects(tmp_path):
+    text = ("file,class,x,y,w,h,split\n0.png,dog,4,6,10,9,train\n1.png,,,,,,train\n"
+            "2.png,dog,4,6,10,9,valid\n")
+    out = convert_folder("csv", csv_folder(tmp_path / "in", text, 3), tmp_path / "out")
+    assert len(content_of(out)["images"]) == 2 and boxes_of(out) == [XYWH]
+    assert boxes_of(out, "val") == [XYWH]
+
+
+def test_images_are_links_to_the_same_bytes_and_copies_on_another_disk(tmp_path, monkeypatch):
+    root = yolo_folder(tmp_path / "in")
+    linked = convert_folder("yolo", root, tmp_path / "linked")
+    assert os.path.samefile(linked / "train2017/0.png", root / "images/train/0.png")
+
+    def refuse(*args):
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr(os, "link", refuse)
+    copied = convert_folder("yolo", root, tmp_path / "copied")
+    picture = copied / "train2017/0.png"
+    assert not os.path.samefile(picture, root / "images/train/0.png")
+    assert picture.read_bytes() == (root / "images/train/0.png").read_bytes()
+
+
+def test_images_of_one_name_from_two_folders_get_different_names(tmp_path):
+    root = tmp_path / "in"
+    for camera in ("left", "right"):
+        for split in ("train", "val"):
+            write_image(root / split / camera / "0.png")
+            write_text(root / split / camera / "0.txt", f"0 {YOLO_BOX}\n")
+    write_text(root / "classes.txt", "cat\n")
+    out = convert_folder("yolo", root, tmp_path / "out")
+    files = [image["file_name"] for image in content_of(out)["images"]]
+    assert files == ["0.png", "right_0.png"] and check_data.check(out) == 0
+
+
+def test_the_command_ends_with_the_check_of_the_data(tmp_path, capsys):
+    root = yolo_folder(tmp_path / "in")
+    with pytest.raises(SystemExit) as end:
+        convert.main(["--from", "yolo", str(root), str(tmp_path / "out")])
+    printed = capsys.readouterr().out
+    assert end.value.code == 0
+    assert "train: 2 images, 2 objects" in printed and "0 errors" in printed
+
+
+# ---- what is wrong -------------------------------------------------------------------------------
+
+YOLO_LINES = {
+    "score": (f"0 {YOLO_BOX} 0.9", r"got 6 values; is the sixth a score\?"),
+    "too few": ("0 0.5 0.5 0.1", "expected a class and 4 numbers.*got 4 values"),
+    "even number of values": ("0 0.1 0.2 0.3 0.4 0.5 0.6 0.7", "3 or more points.*got 8 values"),
+    "unknown class": (f"2 {YOLO_BOX}", "expected a class from 0 to 1, got 2"),
+    "negative class": (f"-1 {YOLO_BOX}", "expected a class from 0 to 1, got -1"),
+    "class by name": (f"dog {YOLO_BOX}", "expected a number, got 'dog'"),
+    "half a class": (f"0.5 {YOLO_BOX}", "expected a class from 0 to 1, got 0.5"),
+    "not a number": ("0 0.5 nan 0.1 0.1", "expected a number, got 'nan'"),
+    "infinity": ("0 0.5 inf 0.1 0.1", "expected a number, got 'inf'"),
+    "pixels": ("0 20 15 10 9", "expected coordinates from 0 to 1, got 20; pixels are divided"),
+    "negative width": ("0 0.5 0.5 -0.1 0.1", "coordinates from 0 to 1, got -0.1")}
+
+
+@pytest.mark.parametrize("line, message", YOLO_LINES.values(), ids=YOLO_LINES)
+def test_a_wrong_yolo_line_is_named_by_file_and_line(line, message, tmp_path, capsys):
+    root = yolo_folder(tmp_path / "in")
+    write_text(root / "labels/train/1.txt", f"1 {YOLO_BOX}\n\n{line}\n")
+    with pytest.raises(UserError, match=rf"1\.txt:3: .*{message}"):
+        convert_folder("yolo", root, tmp_path / "out")
+    assert "1.txt:3: " in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def change_voc(old, new):
+    return voc_text(("dog", BOX, 0), name="0.png").replace(old, new)
+
+
+VOC_FILES = {
+    "not xml": ("<annotation><object>", r"0\.xml:\d+: expected XML"),
+    "no box": (change_voc("bndbox", "box"), r"0\.xml:5: expected <bndbox> for the dog"),
+    "no class": (change_voc("<name>dog</name>", ""), r"0\.xml:5: expected the class"),
+    "corner missing": (change_voc("<xmin>4</xmin>", ""), r"0\.xml:5: expected a number, got ''"),
+    "not a number": (change_voc("<xmin>4<", "<xmin>nan<"), r"0\.xml:5: expected a number"),
+    "swapped": (change_voc("<xmin>4<", "<xmin>20<"), r"0\.xml:5: expected x1 < x2"),
+    "outside": (change_voc("<xmax>14<", "<xmax>50<"),
+                r"0\.xml:5: expected a box inside the image of 40 x 30 px"),
+    "another size": (change_voc("<width>40<", "<width>80<"),
+                     r"0\.xml:4: expected the size of the image, 40 x 30 px, got 80 x 30"),
+    "no image": (change_voc("0.png", "9.png").replace("0.png", ""), None)}
+
+
+@pytest.mark.parametrize("text, message", VOC_FILES.values(), ids=VOC_FILES)
+def test_a_wrong_voc_file_is_named_by_file_and_line(text, message, tmp_path):
+    root = voc_folder(tmp_path / "in")
+    write_text(root / "Annotations/0.xml", text)
+    if message is None:     # neither the image of its file name nor one of its own name
+        (root / "JPEGImages/0.png").unlink()
+        message = r"0\.xml: expected its image 9\.png"
+    with pytest.raises(UserError, match=message):
+        convert_folder("voc", root, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_voc_without_size_uses_the_size_of_the_image_and_says_so(tmp_path, capsys):
+    root = voc_folder(tmp_path / "in")
+    write_text(root / "Annotations/0.xml", voc_text(("dog", BOX, 0), size=""))
+    out = convert_folder("voc", root, tmp_path / "out")
+    sizes = {(image["width"], image["height"]) for split in ("train", "val")
+             for image in content_of(out, split)["images"]}
+    assert sizes == {(WIDTH, HEIGHT)}
+    assert "0.xml:1: expected <size> with width and height, got none" in capsys.readouterr().out
+
+
+CSV_ROWS = {
+    "no image": ("9.png,dog,4,6,14,15", r"csv:2: expected an image file, got '9\.png'"),
+    "no class": ("0.png,,4,6,14,15", "csv:2: expected a class, got none"),
+    "not a number": ("0.png,dog,4,6,14,x", "csv:2: expected a number, got 'x'"),
+    "swapped": ("0.png,dog,14,6,4,15", "csv:2: expected x1 < x2"),
+    "outside": ("0.png,dog,4,6,14,95", "csv:2: expected a box inside the image"),
+    "column missing": ("0.png,dog,4,6,14", "csv:2: expected 6 columns, got 5")}
+
+
+@pytest.mark.parametrize("row, message", CSV_ROWS.values(), ids=CSV_ROWS)
+def test_a_wrong_row_is_named_by_table_and_line(row, message, tmp_path):
+    text = f"file,class,xmin,ymin,xmax,ymax\n{row}\n1.png,dog,4,6,14,15\n"
+    with pytest.raises(UserError, match=message):
+        convert_folder("csv", csv_folder(tmp_path / "in", text), tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_a_table_without_the_columns_says_which_are_accepted(tmp_path):
+    root = csv_folder(tmp_path / "in", "0.png,4,6,14,15,dog\n")
+    with pytest.raises(UserError, match="labels.csv: expected a first row with the columns file"):
+        convert_folder("csv", root, tmp_path / "out")
+
+
+FOLDERS = {
+    "label without image": (lambda root: (root / "images/train/1.png").unlink(),
+                            r"labels.train.1\.txt: expected its image in .*images.train, got none"),
+    "no labels": (lambda root: shutil.rmtree(root / "labels"),
+                  "expected label files .* got none for 4 images"),
+    "no names": (lambda root: write_text(root / "data.yaml", "train: images/train\n"),
+                 "expected the names of the classes in data.yaml"),
+    "wrong nc": (lambda root: write_text(root / "data.yaml", "nc: 3\nnames: [cat, dog]\n"),
+                 "as many names as nc, got 2 names and nc 3"),
+    "keypoints": (lambda root: write_text(root / "data.yaml", "kpt_shape: [17, 3]\nnames: [a]\n"),
+                  "got keypoints"),
+    "not yaml": (lambda root: write_text(root / "data.yaml", "names: [cat\n"), "expected YAML"),
+    "a path to nowhere": (lambda root: write_text(root / "data.yaml",
+                                                  "train: photos\nnames: [cat, dog]\n"),
+                          "expected the images of train at photos, got no such folder"),
+    "broken image": (lambda root: write_text(root / "images/train/0.png", "none"),
+                     r"0\.png: expected a readable image")}
+
+
+@pytest.mark.parametrize("change, message", FOLDERS.values(), ids=FOLDERS)
+def test_a_folder_that_cannot_be_converted_says_why_and_leaves_nothing(change, message, tmp_path):
+    root = yolo_folder(tmp_path / "in")
+    change(root)
+    with pytest.raises(UserError, match=message):
+        convert_folder("yolo", root, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_every_fault_is_printed_with_its_own_line(tmp_path, capsys):
+    root = yolo_folder(tmp_path / "in", lines="7 0.5 0.5 0.1 0.1\n0 1 2\n")
+    with pytest.raises(UserError, match="got 8 faults"):
+        convert_folder("yolo", root, tmp_path / "out")
+    assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def test_boxes_without_area_are_left_out_and_named(tmp_path, capsys):
+    root = yolo_folder(tmp_path / "in", f"1 {YOLO_BOX}\n0 0.5 0.5 0 0.1\n")
+    out = convert_folder("yolo", root, tmp_path / "out")
+    assert boxes_of(out) == [XYWH, XYWH]
+    assert "1.txt:2: expected an object with width and height, got none; left out" \
+        in capsys.readouterr().out
+
+
+def test_faulty_labels_and_files_are_left_out_on_request(tmp_path, capsys):
+    root = yolo_folder(tmp_path / "yolo", f"1 {YOLO_BOX}\n9 {YOLO_BOX}\n")
+    write_text(root / "images/train/1.png", "none")
+    (root / "images/val/1.png").unlink()
+    out = convert_folder("yolo", root, tmp_path / "a", skip_faulty=True)
+    assert boxes_of(out) == boxes_of(out, "val") == [XYWH]
+    assert "4 faults left out (--skip_faulty)" in capsys.readouterr().out
+    text = voc_text(("dog", BOX, 0), ("ant", BOX, 0))
+    root = voc_folder(tmp_path / "voc", text.replace("<filename>0.png</filename>", ""), 3)
+    write_text(root / "classes.txt", "dog\n")
+    write_text(root / "Annotations/1.xml", change_voc("<width>40<", "<width>80<"))
+    out = convert_folder("voc", root, tmp_path / "b", skip_faulty=True)
+    assert boxes_of(out) == boxes_of(out, "val") == [XYWH]
+    assert check_data.check(out) == 0
+
+
+def test_an_existing_folder_is_never_written_to(tmp_path):
+    root = yolo_folder(tmp_path / "in")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(UserError, match="expected a new folder to write, got one that exists"):
+        convert_folder("yolo", root, tmp_path / "out")
+    with pytest.raises(UserError, match="got one inside"):
+        convert_folder("yolo", root, root / "out")
+
+
+def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    root = yolo_folder(tmp_path / "in")
+    monkeypatch.setattr(os, "link", full)
+    monkeypatch.setattr(shutil, "copyfile", full)
+    with pytest.raises(OSError, match="No space"):
+        convert_folder("yolo", root, tmp_path / "out")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_an_unknown_format_or_share_is_refused(tmp_path):
+    root = yolo_folder(tmp_path / "in")
+    with pytest.raises(UserError, match="expected --from yolo, voc, csv, got 'coco'"):
+        convert_folder("coco", root, tmp_path / "out")
+    with pytest.raises(UserError, match="--val_share"):
+        convert_folder("yolo", root, tmp_path / "out", val_share=1.0)
+    with pytest.raises(UserError, match="expected a folder of images and labels"):
+        convert_folder("yolo", tmp_path / "nothing", tmp_path / "out")

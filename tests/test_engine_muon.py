@@ -1,0 +1,78 @@
+"""Muon: orthogonal updates of hidden matrices, AdamW for the rest, saved and restored."""
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import train
+from engine import checkpoints
+from engine.muon import MOMENTUM, Muon, is_hidden_matrix, orthogonalize, split_groups
+from small_runs import cheap_runs, config, run  # noqa: F401
+
+
+@pytest.mark.parametrize("shape", [(3, 40, 64), (2, 64, 40), (1, 48, 48)])
+def test_orthogonalized_matrices_keep_their_singular_vectors(shape):
+    torch.manual_seed(0)
+    x = torch.randn(shape)
+    u, s, vt = torch.linalg.svd(x, full_matrices=False)
+    y = orthogonalize(x)
+    middle = u.mT @ y @ vt.mT       # diagonal if the singular vectors are the same
+    values = middle.diagonal(dim1=-2, dim2=-1)
+    large = s > 0.2 * s.amax(-1, keepdim=True)
+    assert values[large].min() > 0.6 and values.max() < 1.3
+    off = middle - torch.diag_embed(values)
+    assert off.abs().max() < 0.05 and y.dtype == x.dtype
+
+
+def test_one_step_is_the_equation():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(40, 64), nn.Linear(64, 8))
+    before = [p.detach().clone() for p in model.parameters()]
+    groups = split_groups([{"params": list(model.parameters()), "lr": 0.01}], model, 3.0)
+    assert [group["muon"] for group in groups] == [0.0, 3.0]
+    optimizer = Muon(groups, weight_decay=0.1, fused=True)
+    adamw = torch.optim.AdamW([p.clone().requires_grad_() for p in before], 0.01, weight_decay=0.1,
+                              fused=True)
+    model(torch.randn(5, 40)).square().sum().backward()
+    grads = [p.grad.clone() for p in model.parameters()]
+    for p, grad in zip(adamw.param_groups[0]["params"], grads):
+        p.grad = grad.clone()
+    optimizer.step()
+    adamw.step()
+    # G (64, 40): M = (1 - mu) G, U = (1 - mu) G + mu M
+    update = (1 - MOMENTUM) * (1 + MOMENTUM) * grads[0]
+    expected = before[0] * (1 - 0.03 * 0.1) - 0.03 * 0.2 * math.sqrt(64) * orthogonalize(
+        update[None])[0]
+    torch.testing.assert_close(model[0].weight.detach(), expected, atol=2e-4, rtol=0)
+    others = [model[0].bias, model[1].weight, model[1].bias]
+    for p, q in zip(others, adamw.param_groups[0]["params"][1:]):
+        assert torch.equal(p.detach(), q.detach())
+
+
+def test_heads_embeddings_and_sampling_offsets_are_not_hidden_matrices():
+    for name, shape, expected in (
+            ("encoder.0.linear1.weight", (64, 32), True),
+            ("backbone.layer1.0.conv1.weight", (48, 32, 3, 3), True),
+            ("backbone.conv1.weight", (64, 3, 3, 3), False),
+            ("encoder.0.linear1.bias", (64,), False),
+            ("tgt_embed.weight", (64, 64), False),
+            ("bbox_embed.0.layers.0.weight", (64, 64), True),
+            ("bbox_embed.0.layers.2.weight", (4, 64), False),
+            ("class_embed.0.weight", (91, 64), False),
+            ("encoder.0.self_attn.sampling_offsets.weight", (96, 64), False)):
+        assert is_hidden_matrix(name, torch.zeros(shape)) == expected, name
+
+
+def test_a_run_with_muon_resumes_with_the_same_bytes(tmp_path):
+    cfg, recipe = config("dino", dim=32, muon=4.0, epochs=1)
+    whole = train.train(run(tmp_path, "dino", "whole"), cfg, recipe)
+    train.train(run(tmp_path, "dino", "cut", max_steps=2), cfg, recipe)
+    state = checkpoints.load(tmp_path / "cut" / "last.pt")
+    assert {group["muon"] for group in state["optimizer"]["param_groups"]} == {0.0, 4.0}
+    resumed = train.train(run(tmp_path, "dino", "cut", resume=str(tmp_path / "cut" / "last.pt")),
+                          cfg, recipe)
+    assert whole["AP"] == resumed["AP"]
+    a, b = (checkpoints.load(tmp_path / name / "last.pt") for name in ("whole", "cut"))
+    for key, x in a["model"].items():
+        assert torch.equal(x, b["model"][key]), key

@@ -1,0 +1,177 @@
+"""Labeled images on their way from another format to COCO, and what is wrong with them.
+
+The readers (labels_yolo.py, labels_voc.py, labels_csv.py) return Labels; convert.py writes them.
+"""
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from engine.coco_json import plural
+from engine.errors import UserError
+from engine.images import SUFFIXES, UnreadableImage, read_header, upright_size
+from engine.notices import one_line
+
+# Names of folders and files that stand for a split.
+SPLITS = {
+    "train": "train", "training": "train", "train2017": "train",
+    "val": "val", "valid": "val", "validation": "val", "val2017": "val",
+    "test": "test", "testing": "test", "test2017": "test",
+}
+UNDIVIDED = ""        # the split of images in a folder that is not divided
+OUTSIDE = 0.01        # how far a relative coordinate may lie outside [0, 1], for rounding
+SHOWN = 20            # faults and notes that are printed; the rest is counted
+
+
+class NoArea(ValueError):
+    """A box without width or height: nothing can be learned from it, so it is left out."""
+
+
+class Object(NamedTuple):
+    """One labeled object."""
+    name: str                          # class
+    box: tuple                         # x, y, width, height in px
+    polygon: list | None = None        # x, y, x, y, ... in px
+    ignored: bool = False              # neither learned nor counted
+
+
+@dataclass
+class LabeledImage:
+    """An image file and its objects."""
+    path: Path
+    size: tuple[int, int]              # width and height in px, as listed in the json
+    objects: list[Object] = field(default_factory=list)
+
+
+@dataclass
+class Labels:
+    """What a reader found."""
+    # split -> images; UNDIVIDED where the folder has no splits
+    splits: dict[str, list[LabeledImage]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)       # of the classes, in their order
+    faults: list[str] = field(default_factory=list)      # "file:line: expected ..., got ..."
+    notes: list[str] = field(default_factory=list)       # what was left out or assumed
+
+    def fault(self, path: Path, line: int, error: ValueError | str) -> None:
+        """Add a fault in a line of a file; 0: in the file as a whole. A box without area is noted
+        and no fault, as training leaves such boxes out, too."""
+        place = f"{path}:{line}" if line else str(path)
+        text = f"{one_line(place, 300)}: {error}"
+        if isinstance(error, NoArea):
+            self.notes.append(f"{text}; left out")
+        else:
+            self.faults.append(text)
+
+    def add(self, split: str, image: LabeledImage) -> None:
+        """Add an image to a split."""
+        self.splits.setdefault(split, []).append(image)
+
+    def refuse_faults(self, skip: bool = False) -> None:
+        """Print the faults, a line each, and raise UserError if there are any.
+
+        skip: go on without what is faulty
+        """
+        print_some(self.faults)
+        count = plural(len(self.faults), "fault")
+        if self.faults and skip:
+            self.notes.insert(0, f"{count} left out (--skip_faulty)")
+        elif self.faults:
+            raise UserError(f"expected labels without faults, got {count}, first: "
+                            f"{self.faults[0]}; correct them, or leave them out with "
+                            "--skip_faulty; nothing was written")
+
+
+def print_some(lines: list[str]) -> None:
+    """Print the first lines, and how many more there are."""
+    for line in lines[:SHOWN]:
+        print(one_line(line, 600))
+    if len(lines) > SHOWN:
+        print(f"... and {len(lines) - SHOWN} more")
+
+
+def image_files(folder: Path) -> list[Path]:
+    """Return the image files in a folder and its subfolders, sorted."""
+    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    return sorted(path for path in found if path.is_file())
+
+
+def split_of(path: Path, root: Path) -> str:
+    """Return the split that a folder on the way from `root` to `path` names, else UNDIVIDED."""
+    for part in path.relative_to(root).parts[:-1]:
+        if part.lower() in SPLITS:
+            return SPLITS[part.lower()]
+    return UNDIVIDED
+
+
+def split_of_file(path: Path, root: Path) -> str:
+    """Return the split in the name of a file, as train_labels.csv, or of its folders."""
+    for word in re.split(r"[^a-z0-9]+", path.stem.lower()):
+        if word in SPLITS:
+            return SPLITS[word]
+    return split_of(path, root)
+
+
+def image_size(path: Path, labels: Labels) -> tuple[int, int] | None:
+    """Return (width, height) of an image as it is displayed; a fault and None if unreadable."""
+    try:
+        size, _ = upright_size(read_header(path), None)
+    except UnreadableImage as error:
+        labels.faults.append(one_line(str(error), 400))
+        return None
+    return size
+
+
+def number(text: str) -> float:
+    """Return a finite number. Raises ValueError, with what was expected, for anything else."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = float("nan")
+    if not abs(value) < 1e9:      # True also for NaN
+        raise ValueError(f"expected a number, got {one_line(text, 40)!r}")
+    return value
+
+
+def corner_box(corners: list[float], size: tuple[int, int]) -> tuple:
+    """Return x, y, width, height of x1, y1, x2, y2, all in px.
+
+    Raises ValueError for a box without area or outside the image, whose size is (width, height).
+    One pixel beyond the border is rounding: such boxes are cut off there.
+    """
+    x1, y1, x2, y2 = corners
+    width, height = size
+    if x2 == x1 or y2 == y1:
+        raise NoArea(f"expected a box with width and height, got {x1:g}, {y1:g}, {x2:g}, {y2:g}")
+    if x2 < x1 or y2 < y1:
+        raise ValueError(f"expected x1 < x2 and y1 < y2, got {x1:g}, {y1:g}, {x2:g}, {y2:g}")
+    if min(x1, y1) < -1 or x2 > width + 1 or y2 > height + 1:
+        raise ValueError(f"expected a box inside the image of {width} x {height} px, got "
+                         f"{x1:g}, {y1:g}, {x2:g}, {y2:g}")
+    left = max(x1, 0.0)
+    top = max(y1, 0.0)
+    return left, top, min(x2, width) - left, min(y2, height) - top
+
+
+def name_classes(root: Path, labels: Labels) -> None:
+    """Set the class names: the lines of classes.txt, or those of the objects in alphabetical order.
+
+    An object whose class classes.txt lacks is a fault, and taken out.
+    """
+    images = [image for split in labels.splits.values() for image in split]
+    used = {item.name for image in images for item in image.objects}
+    labels.names = listed_names(root, ("classes.txt", "labels.txt")) or sorted(used)
+    for name in sorted(used - set(labels.names)):
+        labels.faults.append(f"class {one_line(name, 60)!r}: expected one of classes.txt, got "
+                             "another one; add it there, or remove that file")
+    for image in images:
+        image.objects = [item for item in image.objects if item.name in labels.names]
+
+
+def listed_names(root: Path, files: tuple[str, ...]) -> list[str]:
+    """Return the lines of the first of these text files that exists, [] if none does."""
+    for name in files:
+        path = root / name
+        if path.is_file():
+            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
+            return [line.strip() for line in lines if line.strip()]
+    return []
