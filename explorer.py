@@ -592,7 +592,7 @@ def sources(parts: Parts) -> dict:
     if has_denoising(parts):
         views["denoising"] = [("DINO", "section 3.3", parts.module.denoising_queries),
                               ("DN-DETR", "Eq. 7", parts.module.denoising_mask)]
-    if hasattr(parts.loaded.model, "frozen"):
+    if getattr(parts.loaded.paper, "NEEDS_DETECTOR", False):
         model = type(parts.loaded.model)
         views["masks"] = [("Mask Frozen-DETR", "M_i = sigma(q_i R_i^T)", model.region_masks),
                           ("Mask R-CNN", "section 3.1", masks.paste)]
