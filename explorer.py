@@ -121,7 +121,11 @@ def explore(checkpoint: str, images: list[str], out: str = "explorer.html", data
     require(images, "--images with at least one image", "none")
     if Path(out).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out: expected a page to write, .html, got {out}")
-    parts = take_apart(in_used_classes(open_detector(checkpoint, device)))
+    detector = in_used_classes(open_detector(checkpoint, device))
+    if detector.recipe.augment == "lsj":
+        raise UserError(f"{checkpoint}: expected a detector whose padding is masked, got one of "
+                        "large-scale jitter: its boxes are relative to a square, not to the image")
+    parts = take_apart(detector)
     pictures = [open_picture(parts.loaded, name, data) for name in images]
     page = describe(parts, checkpoint, Path(out))
     page["images"] = [inside(parts, picture, seed, device) for picture in pictures]

@@ -180,7 +180,7 @@ def test_other_runs_start_from_scratch(flags, tiny, tmp_path):
 def test_a_model_of_other_shapes_starts_from_scratch(tiny):
     paper = importlib.import_module("dino")
     run = train.Run(data="photos", preset="small")
-    for changes, name in (({}, "tiny"), ({"num_queries": 20}, "tiny"), ({"dim": 64}, ""),
+    for changes, name in (({}, "tiny"), ({"num_queries": 20}, "tiny"), ({"dim": 96}, ""),
                           ({"decoder_layers": 3}, ""), ({"num_heads": 4, "num_points": 2}, "")):
         cfg, _ = configure(paper, paper.SMALL, SIZES, changes)
         model, _ = paper.build(cfg, 3)
