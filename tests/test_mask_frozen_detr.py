@@ -227,6 +227,7 @@ def test_a_copy_of_any_detector_can_be_trained_with_its_masks(paper):
     masks, criterion = mfd.build(cfg, 5, original)
     masks.train()
     assert masks.detector is not original.model and masks.detector.training
+    assert hasattr(criterion, "set_image_counts") == (paper is co_detr)
     images, padding, targets = two_images()
     outputs = masks(images, padding, targets)
     losses = criterion(outputs, targets)
