@@ -584,6 +584,8 @@ class Criterion:
     def __init__(self, cfg: Config, detector=None):
         self.cfg = cfg
         self.detector = detector
+        if hasattr(detector, "set_image_counts"):         # see train.py
+            self.set_image_counts = detector.set_image_counts
         self.matching_costs = Weights(cfg.cost_class, cfg.cost_l1, cfg.cost_giou)
 
     def __call__(self, outputs: dict, targets: list[dict], num_boxes=None) -> dict[str, Tensor]:

@@ -19,6 +19,7 @@ Written to the run folder: config.json, log.jsonl, curves.png, predictions.png, 
 #   SMALL, VARIANTS      optional: {field of Config or RECIPE: value}; {name: such a dictionary}
 #   NEEDS_MASKS          optional: True if targets need `masks`
 #   NEEDS_DETECTOR       optional: True if `build` gets a trained detector as a third argument
+#                        (a model that trains it describes it in `carried`, for checkpoints)
 #   build(cfg, num_classes)         -> model, criterion
 #   model(images, padding, targets) -> {pred_logits (B, N, classes), pred_boxes (B, N, 4), ...}, for
 #                        analysis also `anchors`, `memory`; images (B, 3, H, W), padding (B, H, W)

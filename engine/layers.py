@@ -57,7 +57,7 @@ def freeze_backbone(model) -> list[str]:
     backbones = {name: m for name, m in model.named_modules() if name.split(".")[-1] == "backbone"}
     if not backbones:
         raise UserError("expected a module named backbone for --freeze backbone, got none: leave "
-                        "the flag out (a mask network's detector is always frozen)")
+                        "the flag out (a mask network freezes its whole detector)")
     for module in backbones.values():
         module.requires_grad_(False)
         module.eval()

@@ -28,6 +28,7 @@ from mask_frozen_detr import (SMALL, Config, Criterion, FrozenDetector, MaskFroz
 from masks import mask_iou, select_masks
 from matcher import match_cost
 from recordings import batch, randomize_heads
+from tools import ship
 
 TINY = {**SMALL, **dict(roi_size=8, channel_dim=32, image_ffn_dim=32, box_ffn_dim=32, score_dim=8,
                         score_ffn_dim=16, num_heads=2, num_points=2, loss_points=64)}
@@ -226,6 +227,7 @@ def test_a_copy_of_any_detector_can_be_trained_with_its_masks(paper):
     masks, criterion = mfd.build(cfg, 5, original)
     masks.train()
     assert masks.detector is not original.model and masks.detector.training
+    assert hasattr(criterion, "set_image_counts") == (paper is co_detr)
     images, padding, targets = two_images()
     outputs = masks(images, padding, targets)
     losses = criterion(outputs, targets)
@@ -769,6 +771,11 @@ def test_a_run_that_trains_its_detector_resumes_and_is_evaluated_without_the_det
     path = str(tmp_path / "masks" / "best.pt")
     evaluation.main(["--checkpoint", path, "--device", "cpu"])
     assert "\nsegm" in capsys.readouterr().out
+    shipped = tmp_path / "masks.safetensors"
+    ship.ship(path, shipped)
+    of_file = models.load_model(shipped).model.state_dict()
+    for name, value in models.load_model(path).model.state_dict().items():
+        assert torch.allclose(of_file[name].float(), value.float(), rtol=1e-3, atol=1e-6), name
     with pytest.raises(SystemExit, match="has trained its own: leave it out"):
         evaluation.main(["--checkpoint", path, "--device", "cpu", "--detector", path])
 
