@@ -202,15 +202,16 @@ def default_threads() -> int:
 def busy_cores() -> float:
     """How many of its cores other programs use now, measured for BUSY_SECONDS; 0 where the system
     does not say. Programs of low priority (nice) do not count: they give way."""
-    if not os.path.exists("/proc/stat"):
-        return 0.0
     before = busy_seconds()
     time.sleep(BUSY_SECONDS)
     return (busy_seconds() - before) / BUSY_SECONDS
 
 
 def busy_seconds() -> float:
-    """Time that the cores of this process have worked since the system started, seconds."""
+    """Time that the cores of this process have worked since the system started, seconds; 0 where
+    the system does not say."""
+    if sys.platform != "linux" or not os.path.exists("/proc/stat"):
+        return 0.0
     mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     ticks = 0
     for line in Path("/proc/stat").read_text().splitlines():
