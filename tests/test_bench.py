@@ -13,7 +13,7 @@ from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locatio
 from engine.errors import UserError
 from engine.recipe import override
 from tools import bench, bench_data, bench_kernel, bench_masks, bench_models, bench_transformers
-from tools import timing
+from tools import bench_onnx, timing
 from tools.bench_kernel import Case, Inputs
 
 
@@ -175,6 +175,12 @@ def test_without_the_package_transformers_the_table_says_what_to_install(monkeyp
     monkeypatch.setattr(bench_transformers, "installed", lambda: False)
     with pytest.raises(UserError, match="pip install"):
         bench_transformers.transformers()
+
+
+def test_without_the_engines_the_table_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(bench_onnx, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install onnx onnxscript onnxruntime openvino"):
+        bench_onnx.onnx()
 
 
 # ---- images and scores ---------------------------------------------------------------------------

@@ -188,7 +188,8 @@ def test_files_of_every_paper_serve_images_of_any_size(tmp_path, name, suffix, r
 @pytest.mark.slow
 @pytest.mark.parametrize("name", PAPERS)
 def test_files_of_every_paper_agree_on_photographs(tmp_path, shared, name):
-    """Two photographs at the size of the small preset, in one batch; post-processing inside."""
+    """Two photographs at the size of the small preset, in one batch; post-processing inside. Boxes
+    are in pixels of the photographs, four times those of the input; measured: 3.2e-3."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     photos = photographs(shared)
@@ -197,7 +198,7 @@ def test_files_of_every_paper_agree_on_photographs(tmp_path, shared, name):
     inputs = export.example_inputs(photos, loaded.recipe, 2, (160, 192))
     path = tmp_path / "model.onnx"
     write(path, module, inputs, dynamic=False, optimize=True)
-    check_file(path, module, inputs)
+    check_file(path, module, inputs, boxes=0.01)
 
 
 @pytest.mark.slow
