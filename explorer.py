@@ -121,7 +121,11 @@ def explore(checkpoint: str, images: list[str], out: str = "explorer.html", data
     require(images, "--images with at least one image", "none")
     if Path(out).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out: expected a page to write, .html, got {out}")
-    parts = take_apart(in_used_classes(open_detector(checkpoint, device)))
+    detector = in_used_classes(open_detector(checkpoint, device))
+    if detector.recipe.augment == "lsj":
+        raise UserError(f"{checkpoint}: expected a detector whose padding is masked, got one of "
+                        "large-scale jitter: its boxes are relative to a square, not to the image")
+    parts = take_apart(detector)
     pictures = [open_picture(parts.loaded, name, data) for name in images]
     page = describe(parts, checkpoint, Path(out))
     page["images"] = [inside(parts, picture, seed, device) for picture in pictures]
@@ -251,8 +255,8 @@ def take_apart(loaded) -> Parts:
     """Find the parts that the views need: mask networks and Co-DETR have the detector inside.
     UserError for a model without decoder layers."""
     inner = loaded.model
-    if hasattr(inner, "frozen"):
-        inner = inner.frozen.model
+    if getattr(loaded.paper, "NEEDS_DETECTOR", False):
+        inner = inner.base.model
     inner = getattr(inner, "detector", inner)
     name = loaded.meta["model_name"]
     require(hasattr(inner, "decoder"), "a model with decoder layers in `decoder`", name)

@@ -157,12 +157,15 @@ def choose_device(name: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
         raise UserError(f"expected --device cpu, cuda or mps, got {name!r}")
     kind, _, number = name.partition(":")
-    there = {"cpu": True, "cuda": int(number or 0) < torch.cuda.device_count(),
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
              "mps": torch.backends.mps.is_available()}
     if not there[kind]:
         kind_of_gpu = "Apple GPU" if kind == "mps" else "GPU"
         raise UserError(f"--device {name}: PyTorch finds no {kind_of_gpu} here; leave the flag "
                         "out, or give --device cpu")
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: expected one of {torch.cuda.device_count()} GPUs, "
+                        "counted from 0")
     if kind == "mps":
         notice_once("mps", "--device mps is untested: compare its results with --device cpu; if "
                            "PyTorch lacks an operator there, set PYTORCH_ENABLE_MPS_FALLBACK=1")
