@@ -36,7 +36,7 @@ def write(path: str | Path, fields: dict, weights: dict) -> str:
     digest = tensor_hash(halved)
     header = {ENTRY: json.dumps({**fields, "sha256": digest})}
     with complete_file(path) as temporary:
-        safetensors.torch.save_file(halved, temporary, header)
+        temporary.write_bytes(safetensors.torch.save(halved, header))
     return digest
 
 
