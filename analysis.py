@@ -398,12 +398,10 @@ def fault_in_lengths(name, a):
 
 
 def run_names(paths):
-    """Short names of checkpoints: the run's folder, the file where all lie in one folder, or else
-    the complete path."""
-    paths = [Path(path) for path in paths]
-    folders = [path.resolve().name if path.is_dir() else path.resolve().parent.name
-               for path in paths]
-    for names in (folders, [path.stem for path in paths]):
+    """Short names of checkpoints: the run's folder or the name in assets/weights, the file where
+    all lie in one folder, or else the complete path."""
+    folders = [commands.results_folder(str(path)).resolve().name for path in paths]
+    for names in (folders, [Path(path).stem for path in paths]):
         if len(set(names)) == len(paths):
             return names
     return [str(path) for path in paths]

@@ -165,7 +165,7 @@ class Config:
 RECIPE = Recipe(lr=2e-4, lr_backbone=2e-5, lr_offsets=2e-5, batch_size=16, epochs=12, lr_drop=11)
 
 # Trains in minutes on two CPU cores: other sizes and optimization, the same method.
-SMALL = {**SMALL_RECIPE, **SMALL_DETECTOR, "epochs": 10, "dn_number": 50, "top_k": 100,
+SMALL = {**SMALL_RECIPE, **SMALL_DETECTOR, "dn_number": 50, "top_k": 100,
          "loss_class": 2.0, "aux_queries": 40, "rpn_pre_nms": 64, "rpn_proposals": 64,
          "rpn_samples": 64, "roi_samples": 32, "roi_dim": 128, "test_pre_nms": 64,
          "test_proposals": 64}

@@ -26,6 +26,10 @@ def co_swin(backbone: str, drop_path: float, **more) -> dict:
     return dict(CO_DEFORMABLE, weight_decay=0.05, backbone=backbone, drop_path=drop_path, **more)
 
 
+# Flags for 8 GPUs, counted by tools/predict_memory.py (GUIDE.md, "Clusters"):
+#   24 GiB   --recompute for Co-DINO and for a Swin-L; with swin_l_o365 also --accum 2; no vit_l
+#   40 GiB   --recompute for Co-DINO with Swin-L; with vit_l also --accum 8
+#   80 GiB   --recompute for swin_l_o365, and with --accum 4 for vit_l
 VARIANTS = {
     "24_epochs": EPOCHS_24,
     "36_epochs": EPOCHS_36,

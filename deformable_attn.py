@@ -121,7 +121,7 @@ class MSDeformAttn(nn.Module):
         value = self.value_proj(tokens)                                 # (B, S, C)
         if padding is not None:
             # After the projection, so that its bias does not fill the padding either.
-            value = value.masked_fill(padding[..., None], 0)
+            value.masked_fill_(padding[..., None], 0)
         value = value.unflatten(-1, (M, C // M))                        # (B, S, M, D)
         offsets = self.sampling_offsets(query).view(B, Nq, M, L, K, 2)
         logits = self.attention_weights(query).view(B, Nq, M, L, K)

@@ -95,6 +95,7 @@ RECIPE = Recipe(lr=2e-4, lr_backbone=2e-5, lr_offsets=2e-5, batch_size=32, epoch
 
 # Trains in minutes on two CPU cores: other sizes and optimization, the same method.
 SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, dropout=0.0)
+# All fit on 8 GPUs of 24 GiB (counted by tools/predict_memory.py).
 VARIANTS = {
     "single_scale": dict(num_feature_levels=1),                     # 39.4 AP
     "dc5": dict(num_feature_levels=1, dilation=True),               # 41.5 AP
@@ -252,23 +253,25 @@ def input_projections(channels: list[int], dim: int, levels: int) -> nn.ModuleLi
     for convolution in convolutions:
         nn.init.xavier_uniform_(convolution.weight)
         nn.init.zeros_(convolution.bias)
-    return nn.ModuleList(nn.Sequential(conv, nn.GroupNorm(32, dim)) for conv in convolutions)
+    return nn.ModuleList(Projection(conv, nn.GroupNorm(32, dim)) for conv in convolutions)
+
+
+class Projection(nn.Sequential):
+    """Convolution and GroupNorm, which loses two digits on CPUs for maps in NHWC order."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        convolution, norm = self
+        return norm(convolution(x).contiguous())
 
 
 def project(projections: nn.ModuleList, maps: list[Tensor]) -> list[Tensor]:
     """Make all levels (B, C, H_l, W_l) from backbone maps."""
-    levels = [apply_projection(projection, x) for projection, x in zip(projections, maps)]
+    levels = [projection(x) for projection, x in zip(projections, maps)]
     x = maps[-1]
     for projection in projections[len(maps):]:
-        x = apply_projection(projection, x)
+        x = projection(x)
         levels.append(x)
     return levels
-
-
-def apply_projection(projection: nn.Sequential, x: Tensor) -> Tensor:
-    """Convolution and GroupNorm; on CPUs the latter loses two digits on maps in NHWC order."""
-    convolution, norm = projection
-    return norm(convolution(x).contiguous())
 
 
 def flatten_pyramid(pyramid: list[Tensor], padding: Tensor, level_embed: Tensor, features: list,

@@ -112,6 +112,8 @@ RECIPE = Recipe(lr=1e-4, lr_backbone=1e-5, batch_size=16, epochs=12, lr_drop=11)
 
 # Trains in minutes on two CPU cores: other sizes and optimization, the same method.
 SMALL = dict(SMALL_RECIPE, **SMALL_DETECTOR, dn_number=50, top_k=100, loss_class=2.0)
+# 8 GPUs of 24 GiB need --recompute for 5 scales and for large backbones, 8 of 40 GiB for both
+# together, 8 of 80 GiB for none (counted by tools/predict_memory.py).
 VARIANTS = {
     "5scale": dict(num_feature_levels=5),                           # 49.4 AP
     "24_epochs": dict(epochs=24, lr_drop=20),                       # 50.4 AP

@@ -121,7 +121,11 @@ def explore(checkpoint: str, images: list[str], out: str = "explorer.html", data
     require(images, "--images with at least one image", "none")
     if Path(out).suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--out: expected a page to write, .html, got {out}")
-    parts = take_apart(in_used_classes(open_detector(checkpoint, device)))
+    detector = in_used_classes(open_detector(checkpoint, device))
+    if detector.recipe.augment == "lsj":
+        raise UserError(f"{checkpoint}: expected a detector whose padding is masked, got one of "
+                        "large-scale jitter: its boxes are relative to a square, not to the image")
+    parts = take_apart(detector)
     pictures = [open_picture(parts.loaded, name, data) for name in images]
     page = describe(parts, checkpoint, Path(out))
     page["images"] = [inside(parts, picture, seed, device) for picture in pictures]
@@ -251,8 +255,8 @@ def take_apart(loaded) -> Parts:
     """Find the parts that the views need: mask networks and Co-DETR have the detector inside.
     UserError for a model without decoder layers."""
     inner = loaded.model
-    if hasattr(inner, "frozen"):
-        inner = inner.frozen.model
+    if has_masks(loaded):
+        inner = inner.base.model
     inner = getattr(inner, "detector", inner)
     name = loaded.meta["model_name"]
     require(hasattr(inner, "decoder"), "a model with decoder layers in `decoder`", name)
@@ -265,6 +269,11 @@ def take_apart(loaded) -> Parts:
     else:
         rule = None
     return Parts(loaded, inner, sys.modules[type(inner).__module__], rule)
+
+
+def has_masks(loaded) -> bool:
+    """Whether a model is a mask network on a detector."""
+    return getattr(loaded.paper, "NEEDS_DETECTOR", False)
 
 
 @contextlib.contextmanager
@@ -280,7 +289,7 @@ def recorded(inner):
             records.self_attention.append(attention_weights(module, query, query, blocked)[0])
 
         def record_dense_self_attention(module, inputs):
-            query, key, _ = inputs
+            query, key, *_ = inputs
             records.self_attention.append(attention_weights(module, query, key)[0])
 
         def record_map(module, inputs):
@@ -592,7 +601,7 @@ def sources(parts: Parts) -> dict:
     if has_denoising(parts):
         views["denoising"] = [("DINO", "section 3.3", parts.module.denoising_queries),
                               ("DN-DETR", "Eq. 7", parts.module.denoising_mask)]
-    if hasattr(parts.loaded.model, "frozen"):
+    if has_masks(parts.loaded):
         model = type(parts.loaded.model)
         views["masks"] = [("Mask Frozen-DETR", "M_i = sigma(q_i R_i^T)", model.region_masks),
                           ("Mask R-CNN", "section 3.1", masks.paste)]

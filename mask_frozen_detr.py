@@ -76,7 +76,7 @@ import matcher
 from backbones.swin import SwinBlock, shift_mask
 from boxes import box_cxcywh_to_xyxy
 from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention
-from deformable_detr import apply_projection, encoder_references, sine_positions
+from deformable_detr import Projection, encoder_references, sine_positions
 from engine.errors import UserError
 from engine.recipe import SMALL_RECIPE, Recipe
 from frozen_detector import FrozenDetector, TrainedDetector
@@ -422,9 +422,8 @@ def region_memory(region: Tensor) -> Memory:
                   valid_ratios=ratios, features=[], image_sizes=None, padded_size=(r, r))
 
 
-class Neck(nn.Sequential):
+class Neck(Projection):
     """C1 <- GN(PWConv(C1)): (B, channels, H, W) -> (B, dim, H, W)."""
-    forward = apply_projection
 
     def __init__(self, channels: int, dim: int):
         super().__init__(nn.Conv2d(channels, dim, 1, bias=False), nn.GroupNorm(32, dim))

@@ -86,7 +86,7 @@ class Run:
     amp: bool | None = None          # bfloat16 autocast; auto: if the hardware supports it
     accum: int = 1                   # micro-batches per optimizer step: less memory, same gradients
     recompute: bool = False          # recompute activations in the backward pass: less memory
-    compile: bool = False            # torch.compile layers and backbone blocks
+    compile: bool = False            # torch.compile layers that have no convolution
     channels_last: bool = False      # GPU only: ResNet in NHWC order, faster on many GPUs
     impl: str = ""                   # deformable attention: kernel or torch; none: kernel if built
     deterministic: bool = False      # bit-identical runs on a GPU too; slower

@@ -160,8 +160,9 @@ def fit(state: dict, names: list[str], fresh: dict,
                         f"model (first: {skipped[0]}): give weights of this model")
     skipped += [f"{key}: only in the checkpoint" for key in state if key not in fresh]
     if names != fresh_names:
-        skipped.append(f"class rows: {len(shared)} of {len(fresh_names)} classes found by name, "
-                       "the others are reinitialized")
+        rest = ", the others are reinitialized" if len(shared) < len(fresh_names) else ""
+        skipped.append(f"class rows: {len(shared)} of {len(fresh_names)} classes found by name"
+                       + rest)
     return result, skipped
 
 

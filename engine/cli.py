@@ -61,6 +61,8 @@ def parse(argv: list[str], run_class, description: str) -> tuple:
     cfg, recipe = configure(paper, values)
     if given.get("epochs", "").isdigit():
         changes, text = other_length(paper, run.variant, recipe, int(given["epochs"]))
+        if text and "lr_drop" in given:
+            text += f", but --lr_drop {given['lr_drop']}"
         if text and run.preset == "paper" and os.environ.get("RANK", "0") == "0":
             print(text)
         cfg, recipe = configure(paper, values, changes)

@@ -13,8 +13,8 @@ from engine.batch_norm import restore_statistics
 from engine.errors import UserError
 
 # Versions of one function that torch.compile may make: a function serves all layers of a class, and
-# needs a version for each set of widths (ResNet-50 has eight), for training and for evaluation, for
-# one image and for several. PyTorch stops at 8.
+# needs a version for each set of widths (Swin has four), for training and for evaluation, for one
+# image and for several. PyTorch stops at 8.
 COMPILED_VERSIONS = 256
 # encoder.0, decoder.3, backbone.layer1.0, backbone.layers.2.blocks.5, backbone.blocks.7
 LAYER_NAMES = r"(^|\.|_)((en|de)coder\.\d+|backbone\.(layer\d+\.\d+|(layers\.\d+\.)?blocks\.\d+))$"
@@ -28,9 +28,10 @@ def find_layers(model) -> list:
 def compile_or_recompute(model, run) -> None:
     """--compile and --recompute, on encoder layers, decoder layers and backbone blocks.
 
-    Compiled code serves images of every size. Recomputing stores only the inputs of a layer, and
-    repeats it in the backward pass with the same random numbers; its batch statistics count
-    once."""
+    Compiled code serves images of every size. Layers with convolutions (ResNet, FocalNet) are not
+    compiled: PyTorch's code for convolutions is made for one size, and would be made again for
+    each. Recomputing stores only the inputs of a layer, and repeats it in the backward pass with
+    the same random numbers; its batch statistics count once."""
     layers = find_layers(model)
     if (run.compile or run.recompute) and not layers:
         raise UserError("expected modules named encoder.0, decoder.0 or backbone.layer1.0 for "
@@ -39,12 +40,16 @@ def compile_or_recompute(model, run) -> None:
         torch._dynamo.config.cache_size_limit = COMPILED_VERSIONS
         torch._dynamo.config.accumulated_cache_size_limit = COMPILED_VERSIONS
     for layer in layers:
-        if run.compile:
+        if run.compile and not has_convolutions(layer):
             layer.forward = torch.compile(layer.forward, fullgraph=True, dynamic=True)
         if run.recompute:
             contexts = partial(recompute_contexts, layer)
             layer.forward = partial(
                 checkpoint, layer.forward, use_reentrant=False, context_fn=contexts)
+
+
+def has_convolutions(layer) -> bool:
+    return any(isinstance(module, torch.nn.Conv2d) for module in layer.modules())
 
 
 def freeze_backbone(model) -> list[str]:

@@ -157,12 +157,15 @@ def choose_device(name: str) -> str:
     if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
         raise UserError(f"expected --device cpu, cuda or mps, got {name!r}")
     kind, _, number = name.partition(":")
-    there = {"cpu": True, "cuda": int(number or 0) < torch.cuda.device_count(),
+    there = {"cpu": True, "cuda": torch.cuda.is_available(),
              "mps": torch.backends.mps.is_available()}
     if not there[kind]:
         kind_of_gpu = "Apple GPU" if kind == "mps" else "GPU"
         raise UserError(f"--device {name}: PyTorch finds no {kind_of_gpu} here; leave the flag "
                         "out, or give --device cpu")
+    if number and int(number) >= torch.cuda.device_count():
+        raise UserError(f"--device {name}: expected one of {torch.cuda.device_count()} GPUs, "
+                        "counted from 0")
     if kind == "mps":
         notice_once("mps", "--device mps is untested: compare its results with --device cpu; if "
                            "PyTorch lacks an operator there, set PYTORCH_ENABLE_MPS_FALLBACK=1")
@@ -199,15 +202,16 @@ def default_threads() -> int:
 def busy_cores() -> float:
     """How many of its cores other programs use now, measured for BUSY_SECONDS; 0 where the system
     does not say. Programs of low priority (nice) do not count: they give way."""
-    if not os.path.exists("/proc/stat"):
-        return 0.0
     before = busy_seconds()
     time.sleep(BUSY_SECONDS)
     return (busy_seconds() - before) / BUSY_SECONDS
 
 
 def busy_seconds() -> float:
-    """Time that the cores of this process have worked since the system started, seconds."""
+    """Time that the cores of this process have worked since the system started, seconds; 0 where
+    the system does not say."""
+    if sys.platform != "linux" or not os.path.exists("/proc/stat"):
+        return 0.0
     mine = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     ticks = 0
     for line in Path("/proc/stat").read_text().splitlines():

@@ -171,7 +171,8 @@ def start_weights(run, cfg, model, class_names: list[str]) -> list[str]:
     weights = checkpoints.saved_weights(path, state)
     fitted, skipped = class_rows.fit(weights, state["class_names"], model.state_dict(), class_names)
     model.load_state_dict(fitted)
-    return [f"started from {init}{chosen_by}"] + [f"  skipped {line}" for line in skipped]
+    lines = [line if line.startswith("class rows") else f"skipped {line}" for line in skipped]
+    return [f"started from {init}{chosen_by}"] + [f"  {line}" for line in lines]
 
 
 def backbone_start(module, cfg) -> str:

@@ -227,8 +227,8 @@ def convergence(curves, out="convergence.png"):
             text = f"{label}: {mean[-1]:.3f}" if epochs else label
             axis.plot(epochs, mean, marker="o", markersize=3, color=f"C{number}", label=text)
             axis.fill_between(epochs, values.min(0), values.max(0), color=f"C{number}", alpha=0.2)
-        axis.set(title=title, xlabel="epochs", xlim=(0, None), ylim=(0, None))
-        axis.legend(loc="upper left", frameon=False, fontsize=9)
+        axis.set(title=title, xlabel="epochs", xlim=(0, None), ylim=(0, 1))
+        axis.legend(loc="best", frameon=False, fontsize=9)
         clean_axis(axis)
     axes[0].set_ylabel("AP on held-out generated scenes; areas: seeds")
     return save_figure(figure, out)

@@ -8,14 +8,20 @@ def other_length(paper, variant: str, recipe: Recipe, epochs: int) -> tuple[dict
     """Adapt a recipe to another number of epochs. -> {field: value} to change, a line that says so
 
     Uses the published run of that length where there is one: the variant that the paper file calls
-    "<variant>_<epochs>_epochs" (or, with no variant, "<epochs>_epochs"). Else lr_drop moves in
-    proportion."""
+    "<variant>_<epochs>_epochs" (or, with no variant, "<epochs>_epochs"), or the main one where the
+    variant itself is such a run. Else lr_drop moves in proportion."""
     if epochs == recipe.epochs:
         return {}, ""
-    name = f"{variant}_{epochs}_epochs" if variant else f"{epochs}_epochs"
-    published = getattr(paper, "VARIANTS", {}).get(name)
-    if published:
-        return published, f"--epochs {epochs}: the published recipe {name}"
+    variants = getattr(paper, "VARIANTS", {})
+    family = re.sub(r"_?\d+_epochs$", "", variant)
+    name = f"{family}_{epochs}_epochs" if family else f"{epochs}_epochs"
+    if name in variants:
+        return variants[name], f"--epochs {epochs}: the published recipe {name}"
+    if family != variant and (family == "" or family in variants):
+        main = dict(vars(paper.RECIPE), **variants.get(family, {}))
+        if main["epochs"] == epochs:
+            replaced = {field: main[field] for field in variants[variant] if field in main}
+            return replaced, f"--epochs {epochs}: the published recipe {family or 'of the paper'}"
     drop = max(1, round(recipe.lr_drop * epochs / recipe.epochs))
     text = f"--epochs {epochs}: no published recipe of this length; "
     if recipe.schedule == "step":

@@ -86,11 +86,18 @@ def parse_fields(path: Path, header: dict) -> dict:
     if not isinstance(fields, dict):
         raise UserError(f"{path}: expected a dictionary in the header, got "
                         f"{type(fields).__name__}: the file is damaged; copy it again")
+    restore_tuples(fields)
+    if isinstance(fields.get("detector"), dict):
+        restore_tuples(fields["detector"])
+    return fields
+
+
+def restore_tuples(fields: dict) -> None:
+    """Turn the lists in config and recipe into tuples, which JSON does not know."""
     for part in ("config", "recipe"):
         if isinstance(fields.get(part), dict):
             fields[part] = {name: tuple(value) if isinstance(value, list) else value
                             for name, value in fields[part].items()}
-    return fields
 
 
 def tensor_hash(tensors: dict[str, torch.Tensor]) -> str:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import tempfile
 from collections.abc import Iterator
 
 from engine.errors import UserError
@@ -12,14 +13,24 @@ from engine.notices import notice_once, one_line
 from engine.processes import own_place
 
 TIMEOUT = 600   # seconds to wait for a batch
+# bytes of the folder for temporary files: workers hand over batches through sockets in it, whose
+# names have 32 more and may have 107
+LONGEST_FOLDER = 75
 
 
 def affordable_workers(workers: int, batch_bytes: int) -> int:
-    """Return how many workers the shared memory is large enough for, at most `workers`.
+    """Return how many workers can hand over their batches, at most `workers`.
 
-    Workers hand over batches in /dev/shm, each up to two at a time, and the training process holds
-    one more. A worker that finds it full never answers; containers often have only 64 MB.
+    They lie in /dev/shm, of each worker up to two at a time, and the training process holds one
+    more. A worker that finds it full never answers; containers often have only 64 MB. Nor does a
+    worker whose sockets would have too long a name.
     """
+    folder = tempfile.gettempdir()
+    if workers and len(os.fsencode(folder)) > LONGEST_FOLDER:
+        notice_once("temporary files", (
+            f"the folder for temporary files, {one_line(folder)}, has too long a name for the "
+            "sockets of workers: the training process reads the images (set TMPDIR=/tmp)"))
+        return 0
     if not os.path.isdir("/dev/shm"):
         return workers
     processes = own_place().local_world

@@ -305,6 +305,7 @@ def test_what_cannot_be_measured_ends_in_one_line(checkpoint, words, message):
 
 def test_short_names_of_checkpoints_tell_them_apart(tmp_path):
     assert analysis.run_names(["a/best.pt", "b/best.pt"]) == ["a", "b"]
+    assert analysis.run_names(["a/best.pt", "dino_small"]) == ["a", "dino_small"]
     assert analysis.run_names(["a/one.pt", "a/two.pt"]) == ["one", "two"]
     assert analysis.run_names(["a/x.pt", "a/y.pt", "b/x.pt"]) == ["a/x.pt", "a/y.pt", "b/x.pt"]
     (tmp_path / "dino").mkdir()

@@ -105,6 +105,23 @@ def test_masks_name_their_detector_and_are_refused_on_one_that_is_not_shipped(fo
         assert ship.described_run(state)["detector"] == "tiny"
 
 
+def test_masks_that_trained_their_detector_are_shipped_with_it(tiny):
+    state = checkpoints.load(tiny)
+    state["run"]["detector"] = "runs/dino/best.pt"
+    state["detector"] = {name: state[name] for name in ("model_name", "config", "recipe",
+                                                        "class_names")}
+    assert "detector" not in ship.described_run(state) and "detector" in ship.FIELDS
+
+
+def test_lists_of_the_settings_are_tuples_again(tmp_path):
+    path = tmp_path / "a.safetensors"
+    fields = {"config": {"a": (1, 2)}, "detector": {"recipe": {"b": (3,)}}, "class_names": ["c"]}
+    weight_files.write(path, fields, {"w": torch.zeros(1)})
+    found = weight_files.read(path)
+    assert found["config"] == {"a": (1, 2)} and found["detector"]["recipe"] == {"b": (3,)}
+    assert found["class_names"] == ["c"]
+
+
 def test_masks_are_loaded_by_name_with_their_detector(folder, tiny, tmp_path):
     paper = importlib.import_module("mask_frozen_detr")
     cfg, recipe = configure(paper, paper.SMALL, {"train_sizes": (64,), "eval_size": 64})
@@ -180,7 +197,7 @@ def test_other_runs_start_from_scratch(flags, tiny, tmp_path):
 def test_a_model_of_other_shapes_starts_from_scratch(tiny):
     paper = importlib.import_module("dino")
     run = train.Run(data="photos", preset="small")
-    for changes, name in (({}, "tiny"), ({"num_queries": 20}, "tiny"), ({"dim": 64}, ""),
+    for changes, name in (({}, "tiny"), ({"num_queries": 20}, "tiny"), ({"dim": 96}, ""),
                           ({"decoder_layers": 3}, ""), ({"num_heads": 4, "num_points": 2}, "")):
         cfg, _ = configure(paper, paper.SMALL, SIZES, changes)
         model, _ = paper.build(cfg, 3)

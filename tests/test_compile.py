@@ -125,6 +125,30 @@ def test_a_further_image_size_needs_no_further_compilation(traced):
 
 
 @pytest.mark.slow
+def test_machine_code_serves_further_image_sizes(monkeypatch):
+    """PyTorch's code for a convolution serves one size: compiled, ResNet's blocks fail this."""
+    monkeypatch.setenv("TORCHINDUCTOR_FORCE_DISABLE_CACHES", "1")
+    torch._dynamo.reset()
+    model, criterion = detector("dino")
+    layers.compile_or_recompute(model, train.Run(model="dino", compile=True))
+    losses(model, criterion, TRAINING[0], batch)
+    counters = torch._dynamo.utils.counters["stats"]
+    count = counters["unique_graphs"]
+    assert count > 0
+    for sizes in TRAINING[1:]:
+        losses(model, criterion, sizes, batch)
+    assert counters["unique_graphs"] == count
+
+
+def test_layers_with_convolutions_are_not_compiled(traced):
+    model, _ = detector("dino")
+    plain = [type(module).forward for module in (model.backbone.layer1[0], model.encoder[0])]
+    layers.compile_or_recompute(model, train.Run(model="dino", compile=True))
+    assert model.backbone.layer1[0].forward.__func__ is plain[0]
+    assert getattr(model.encoder[0].forward, "__func__", None) is not plain[1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("recompute", (False, True))
 @pytest.mark.parametrize("name", OWN)
 def test_machine_code_of_compiled_detectors_computes_the_same(name, recompute):

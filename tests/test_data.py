@@ -7,6 +7,7 @@ import random
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -436,6 +437,18 @@ def test_fewer_workers_read_where_the_shared_memory_is_small(monkeypatch, capfd)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=10 * needed))
     assert workers.affordable_workers(4, needed) == 2
+
+
+def test_no_workers_read_where_their_sockets_have_too_long_names(monkeypatch, capfd):
+    """They would hang: the error is raised in a thread of the worker."""
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "tempdir", "/" + "x" * 60)
+        assert workers.affordable_workers(2, 1) == 2
+        patch.setattr(tempfile, "tempdir", "/" + "x" * 80)
+        assert workers.affordable_workers(0, 1) == 0
+        assert capfd.readouterr().err == ""
+        assert workers.affordable_workers(2, 1) == 0
+    assert "too long a name for the sockets of workers" in capfd.readouterr().err
 
 
 def test_the_memory_of_a_batch_counts_masks():

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import co_detr
+import train
 from engine.recipe import Recipe, configure
 from engine.ema import ema_decay
 from engine.schedules import layer_groups, other_length
@@ -35,6 +36,27 @@ def test_another_length_is_published_or_moves_the_drop_in_proportion():
     assert changes == {"lr_drop": 33} and "no published recipe of this length" in text
     assert other_length(SimpleNamespace(), "", recipe, 1)[0] == {"lr_drop": 1}
     assert other_length(paper, "big", recipe, 12) == ({}, "")
+
+
+def test_a_variant_of_another_length_takes_the_main_recipe_where_that_is_asked_for():
+    variants = {"24_epochs": {"epochs": 24, "lr_drop": 20}, "big": {"drop_path": 0.3},
+                "big_24_epochs": {"drop_path": 0.5, "epochs": 24, "lr_drop": 20}}
+    paper = SimpleNamespace(VARIANTS=variants, RECIPE=Recipe(epochs=12, lr_drop=11))
+    recipe = Recipe(epochs=24, lr_drop=20)
+    changes, text = other_length(paper, "24_epochs", recipe, 12)
+    assert changes == {"epochs": 12, "lr_drop": 11}
+    assert text == "--epochs 12: the published recipe of the paper"
+    changes, text = other_length(paper, "big_24_epochs", recipe, 12)
+    assert changes == {"drop_path": 0.3, "epochs": 12, "lr_drop": 11}
+    assert other_length(paper, "big_24_epochs", recipe, 48)[0] == {"lr_drop": 40}
+
+
+def test_a_drop_that_is_given_stays_and_is_said(capsys):
+    words = ["--model=dino", "--preset=paper", "--epochs=24", "--lr_drop=22"]
+    _, _, recipe = train.parse(words)
+    assert (recipe.epochs, recipe.lr_drop) == (24, 22)
+    said = capsys.readouterr().out.strip()
+    assert said == "--epochs 24: the published recipe 24_epochs, but --lr_drop 22"
 
 
 def test_learning_rates_fall_towards_the_image():

@@ -44,10 +44,20 @@ def is_guarded(node, parents):
         if isinstance(outer, (ast.If, ast.IfExp)):
             if any(guard in ast.unparse(outer.test) for guard in GUARDS):
                 return True
+        if isinstance(outer, ast.FunctionDef) and any(leaves(part, node) for part in outer.body):
+            return True
         if isinstance(outer, ast.Try):
             if any("ImportError" in ast.unparse(handler) for handler in outer.handlers):
                 return True
     return False
+
+
+def leaves(part, node):
+    """Whether a statement before a node leaves the function on other platforms."""
+    if not isinstance(part, ast.If) or part.lineno > node.lineno:
+        return False
+    has_guard = any(guard in ast.unparse(part.test) for guard in GUARDS)
+    return has_guard and isinstance(part.body[-1], (ast.Return, ast.Raise))
 
 
 def path_is_guarded(node, parents):
@@ -96,6 +106,8 @@ def unguarded(text):
     ("os.kill(3, 9)", ["os.kill"]),
     ("os.fork() if hasattr(os, 'fork') else 0", []),
     ("if os.name == 'posix':\n    signal.signal(signal.SIGHUP, f)", []),
+    ("def f():\n    if os.name != 'posix':\n        return\n    os.fork()", []),
+    ("def f():\n    os.fork()\n    if os.name != 'posix':\n        return", ["os.fork"]),
     ("signal.signal(signal.SIGUSR1, f)", ["signal.SIGUSR1"]),
     ("def f():\n    return open('/dev/shm/a')", ["/dev/shm/a"]),
     ("def f():\n    if os.path.isdir('/dev/shm'):\n        return 1", []),

@@ -125,7 +125,7 @@ def baseline_row(title, level, **flags) -> Row:
     return mask_row(f"{level} level, {title}", baseline=name, variant=name, **flags)
 
 
-# The tables of the paper, with its names. Not here: large-scale jitter.
+# The tables of the paper, with its names.
 MASKS = {
     "default": mask_row("default", baseline=""),
 
@@ -175,6 +175,8 @@ MASKS = {
     "epochs_4": mask_row("epochs: four times as many", length=4),
     "batch_4": mask_row("batch size: half", batch_size=4, lr=2e-3),
     "batch_16": mask_row("batch size: double", batch_size=16, lr=8e-3),
+
+    "large_scale_jitter": mask_row("large-scale jitter", augment="lsj"),
 
     # index of the encoder layer whose map is used
     "layer_2_of_2": mask_row("encoder layer: second of two", detector="dino_2_layers"),

@@ -13,6 +13,7 @@ Kernels are timed as one CUDA graph of many calls. A synchronization after every
 the launch instead: small kernels appear about four times as slow, and in another order. The part
 "timing" measures that.
 """
+import contextlib
 import datetime
 import gc
 import json
@@ -379,10 +380,11 @@ def wait_for(child, limit) -> str:
     except subprocess.TimeoutExpired:
         return f"ended after its limit of {limit:.0f} s"
     finally:
-        try:
-            os.killpg(child.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass
+        if hasattr(os, "killpg"):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(child.pid, signal.SIGKILL)
+        else:                    # Windows
+            child.kill()
         child.wait()
 
 

@@ -5,8 +5,9 @@
     python -m tools.export --checkpoint FILE --out dino.onnx --size 800 1344 --batch 4   fixed
     python -m tools.export --checkpoint FILE --out dino.onnx --raw           without post-processing
 
-Inputs: images (B, 3, H, W) float32, RGB, normalized as in `data.normalize`; padding (B, H, W) bool,
-True on padding; sizes (B, 2) float32, height and width of the images that boxes are wanted for.
+Inputs: images (B, 3, H, W) float32, RGB, as `transforms.normalize` makes them; padding (B, H, W)
+bool, True on padding; sizes (B, 2) float32, height and width of the images that boxes are wanted
+for.
 
 Outputs: scores (B, k), labels (B, k), boxes (B, k, 4) xyxy in pixels of `sizes`, query (B, k), best
 first; of mask networks also mask_logits (B, k, r, r), which cover the boxes (`masks.paste`), and
@@ -40,6 +41,8 @@ from torch import Tensor, nn
 import co_detr
 import data
 import mask_frozen_detr
+import transforms
+from boxes import paired_iou
 from deformable_attn import MSDeformAttn
 from engine import commands
 from engine.cli import registry
@@ -94,7 +97,7 @@ class Masks(nn.Module):
     def __init__(self, detector):
         super().__init__()
         self.model = detector.model
-        self.frozen = detector.model.frozen.model     # so that its weights are exported
+        self.frozen = detector.model.base.model       # so that its weights are exported
 
     def forward(self, images: Tensor, padding: Tensor, sizes: Tensor) -> tuple:
         with mock.patch.object(self.model, "detected_regions", self.regions_of_detections):
@@ -111,9 +114,9 @@ class Masks(nn.Module):
         """`MaskFrozenDETR.detected_regions` with a region for every detection, not for every query:
         their number does not depend on values."""
         boxes = mask_frozen_detr.clipped_corners(outputs["pred_boxes"])  # (B, Nq, 4)
-        frozen = self.model.frozen
-        cfg = replace(frozen.model.cfg, top_k=self.model.cfg.top_k)
-        detections = frozen.detect(outputs, boxes.new_ones(len(boxes), 2), cfg)
+        base = self.model.base
+        cfg = replace(base.model.cfg, top_k=self.model.cfg.top_k)
+        detections = base.detect(outputs, boxes.new_ones(len(boxes), 2), cfg)
         images = []
         for b, detection in enumerate(detections):
             query = detection["query"]                                   # (k,)
@@ -128,7 +131,7 @@ def soft_nms_in_steps(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: 
                       min_score: float, top_k: int) -> tuple[Tensor, Tensor]:
     """`heads.regions.soft_nms` with as many steps as there are rows. Where that ends early, rows
     of score 0 follow."""
-    iou = co_detr.paired_iou(boxes[:, None], boxes[None])[0]             # (n, n)
+    iou = paired_iou(boxes[:, None], boxes[None])[0]             # (n, n)
     lowers = (iou >= threshold) & (labels[:, None] == labels)            # (n, n)
     factors = torch.where(lowers, 1 - iou, 1)                            # (n, n)
     factors = factors * (1 - torch.eye(len(boxes)))                      # selects every box once
@@ -217,9 +220,9 @@ def trace(module: nn.Module, inputs: tuple, dynamic: bool):
 def description(detector) -> dict:
     """What a program that runs the file has to know, as text."""
     recipe = detector.recipe
-    facts = {"class_names": detector.meta["class_names"], "mean": data.MEAN.tolist(),
-             "std": data.STD.tolist(), "short_side": recipe.eval_size, "long_side": recipe.max_size,
-             "model": detector.meta["model_name"]}
+    facts = {"class_names": detector.meta["class_names"], "mean": transforms.MEAN.tolist(),
+             "std": transforms.STD.tolist(), "short_side": recipe.eval_size,
+             "long_side": recipe.max_size, "model": detector.meta["model_name"]}
     return {name: json.dumps(value) for name, value in facts.items()}
 
 
@@ -272,7 +275,7 @@ def example_inputs(images: list, recipe, batch: int, size: tuple | None) -> tupl
         if size:
             scale = min(height / image.height, width / image.width)
             within = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-            samples.append((data.normalize(image.resize(within)), {}))
+            samples.append((transforms.normalize(image.resize(within)), {}))
         else:
             samples.append(data.eval_transform(recipe)(image))
     pixels, padding, _ = data.collate(samples)
@@ -375,6 +378,9 @@ def export(options: Options) -> str:
     options.check()
     images = [read_image(path) for path in options.images or []] or [Shapes("val", 1).image(0)]
     detector = commands.open_detector(options.checkpoint, "cpu", options.variant, options.detector)
+    if detector.recipe.augment == "lsj":
+        raise UserError(f"{options.checkpoint}: expected a detector whose padding is masked, got "
+                        "one of large-scale jitter, whose images fill a square: it is not exported")
     module = as_module(detector, options.raw)
     path = Path(options.out)
     inputs = example_inputs(images, detector.recipe, options.batch, options.size)
@@ -389,7 +395,7 @@ def export(options: Options) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.export"):
-        with one_line_usage("python -m tools.export"):
+        with one_line_usage("python -m tools.export", argv):
             options = tyro.cli(Options, args=argv, prog="python -m tools.export", registry=registry,
                                use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
         print(export(options))

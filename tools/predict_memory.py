@@ -172,6 +172,8 @@ def forward(model, cfg, size):
 
 def largest_size(recipe) -> tuple[int, int]:
     """Height and width of the largest training image."""
+    if recipe.augment == "lsj":
+        return recipe.lsj_size, recipe.lsj_size
     limit = recipe.train_max_size or recipe.max_size
     return max(recipe.train_sizes), limit
 

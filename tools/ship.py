@@ -8,7 +8,8 @@ are float32 numbers that half precision can represent, so the detections of the 
 the file differ by rounding. In assets/weights, `--checkpoint dino_small` finds it.
 
 The masks of a mask network belong to the exact weights of their detector. Ship the detector first
-and train the masks on the shipped file: --detector dino_small.
+and train the masks on the shipped file: --detector dino_small. A mask network that has trained its
+detector carries it, and its file too.
 """
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 
 FIELDS = ("format", "model_name", "variant", "config", "recipe", "class_names", "category_ids",
-          "epoch", "step", "best", "thresholds")
+          "detector", "epoch", "step", "best", "thresholds")
 RUN_FIELDS = ("seed", "overfit", "num_train", "num_val")
 
 
@@ -50,7 +51,7 @@ def described_run(state: dict) -> dict:
     if not run.get("data"):
         described["data"] = ""       # the generated scenes, which every machine has
     detector = checkpoints.saved_detector(state)
-    if detector:
+    if detector and "detector" not in state:      # else the file has the detector inside
         name = Path(detector).stem
         if name not in assets.names():
             raise UserError(f"expected masks on a detector of assets/weights, got {detector}: ship "
@@ -68,7 +69,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.ship"):
-        with one_line_usage("python -m tools.ship"):
+        with one_line_usage("python -m tools.ship", argv):
             options = tyro.cli(Options, args=argv, prog="python -m tools.ship")
         ship(options.checkpoint, options.out)
 
