@@ -255,7 +255,7 @@ def take_apart(loaded) -> Parts:
     """Find the parts that the views need: mask networks and Co-DETR have the detector inside.
     UserError for a model without decoder layers."""
     inner = loaded.model
-    if getattr(loaded.paper, "NEEDS_DETECTOR", False):
+    if has_masks(loaded):
         inner = inner.base.model
     inner = getattr(inner, "detector", inner)
     name = loaded.meta["model_name"]
@@ -271,6 +271,11 @@ def take_apart(loaded) -> Parts:
     return Parts(loaded, inner, sys.modules[type(inner).__module__], rule)
 
 
+def has_masks(loaded) -> bool:
+    """Whether a model is a mask network on a detector."""
+    return getattr(loaded.paper, "NEEDS_DETECTOR", False)
+
+
 @contextlib.contextmanager
 def recorded(inner):
     """Within the block, a forward pass of one image adds to the lists of `Records`."""
@@ -284,7 +289,7 @@ def recorded(inner):
             records.self_attention.append(attention_weights(module, query, query, blocked)[0])
 
         def record_dense_self_attention(module, inputs):
-            query, key, _ = inputs
+            query, key, *_ = inputs
             records.self_attention.append(attention_weights(module, query, key)[0])
 
         def record_map(module, inputs):
@@ -596,7 +601,7 @@ def sources(parts: Parts) -> dict:
     if has_denoising(parts):
         views["denoising"] = [("DINO", "section 3.3", parts.module.denoising_queries),
                               ("DN-DETR", "Eq. 7", parts.module.denoising_mask)]
-    if hasattr(parts.loaded.model, "frozen"):
+    if has_masks(parts.loaded):
         model = type(parts.loaded.model)
         views["masks"] = [("Mask Frozen-DETR", "M_i = sigma(q_i R_i^T)", model.region_masks),
                           ("Mask R-CNN", "section 3.1", masks.paste)]

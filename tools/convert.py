@@ -188,7 +188,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.convert"):
-        with one_line_usage("python -m tools.convert"):
+        with one_line_usage("python -m tools.convert", argv):
             options = tyro.cli(Options, args=argv, prog="python -m tools.convert",
                                use_underscores=True)
         convert(options.source, options.directory, options.out, options.val_share,

@@ -395,7 +395,7 @@ def export(options: Options) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.export"):
-        with one_line_usage("python -m tools.export"):
+        with one_line_usage("python -m tools.export", argv):
             options = tyro.cli(Options, args=argv, prog="python -m tools.export", registry=registry,
                                use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
         print(export(options))

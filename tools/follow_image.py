@@ -155,7 +155,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.follow_image"):
-        with one_line_usage("python -m tools.follow_image"):
+        with one_line_usage("python -m tools.follow_image", argv):
             options = tyro.cli(Options, args=argv, prog="python -m tools.follow_image")
         require(options.checkpoint or not options.data, "--checkpoint with --data", "none")
         if options.checkpoint:

@@ -69,7 +69,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.ship"):
-        with one_line_usage("python -m tools.ship"):
+        with one_line_usage("python -m tools.ship", argv):
             options = tyro.cli(Options, args=argv, prog="python -m tools.ship")
         ship(options.checkpoint, options.out)
 
