@@ -281,9 +281,10 @@ def test_the_legend_of_sampling_points_names_every_mark():
     (("mistakes", "--n", "10000000000"), "--n from 1 to 1000"),
     (("strip", "--side", "0"), "--side from 16 to 10000, got 0"),
     (("predictions", "--score_threshold", "nan"), "--score_threshold from 0 to 1, got nan"),
-    (("predictions", "--device", "1"), "--device: expected cpu or cuda, got '1'"),
+    (("predictions", "--device", "1"), "expected --device cpu, cuda or mps, got '1'"),
     (("predictions", "--device", ""), "--device: expected a value, got ''"),
-    (("predictions", "--device", "cuda:9"), "--device cuda:9: PyTorch finds no such GPU")])
+    (("predictions", "--device", "cuda:9"),
+     "--device cuda:9: (PyTorch finds no GPU here|expected one of . GPUs)")])
 def test_values_that_cannot_work_end_in_one_line(checkpoint, tmp_path, words, message):
     with pytest.raises(SystemExit, match=f"^visualize.py: error: .*{message}"):
         visualize.main([*words, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "a.png")])
