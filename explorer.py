@@ -116,7 +116,7 @@ def explore(checkpoint: str, images: list[str], out: str = "explorer.html", data
         out: Page to write, .html.
         data: COCO-layout folder of val; default: the checkpoint's own data.
         seed: Seed of the noise of denoising queries.
-        device: cpu or cuda.
+        device: cpu, cuda or mps.
     """
     require(images, "--images with at least one image", "none")
     if Path(out).suffix.lower() not in (".html", ".htm"):

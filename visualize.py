@@ -41,8 +41,8 @@ from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
-from engine.inference import (above, as_rgb, detect_image, detect_with, infer, require_finite,
-                              require_finite_outputs)
+from engine.inference import (above, as_rgb, detect_image, detect_on_canvas, detect_with, infer,
+                              require_finite, require_finite_outputs)
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
@@ -265,7 +265,8 @@ def scenes(out: str = "scenes.jpg", n: int = 32):
 
 def run_on_file(checkpoint, image, device, top_k=0):
     """Run a checkpoint on one image -> the detector, the PIL image, the model's outputs, records
-    of the decoder's attention, and the best `top_k` detections (at least `cfg.top_k`)."""
+    of the decoder's attention in pixels of the image, and the best `top_k` detections (at least
+    `cfg.top_k`)."""
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
     transform = eval_transform(detector.recipe)
@@ -273,9 +274,23 @@ def run_on_file(checkpoint, image, device, top_k=0):
         outputs = infer(detector.model, transform, picture, device)
     canvas = torch.tensor([transform.canvas_size(*picture.size)], device=device)   # (1, 2)
     cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, top_k))
-    detection = detector.paper.detect(outputs, canvas, cfg)[0]
+    size = torch.tensor([[picture.height, picture.width]])                     # (1, 2)
+    detection = detect_on_canvas(detector.paper.detect, outputs, canvas, size, cfg)[0]
     require_finite(detection, str(image))
+    for record in records:
+        place_in_pixels(record, outputs["memory"].valid_ratios, canvas)
     return detector, picture, outputs, records, detection
+
+
+def place_in_pixels(record, valid_ratios, canvas):
+    """Bring reference (B, Nq, L, 2|4) and locations (B, Nq, M, L, K, 2) of a record of attention
+    from [0, 1] of the padded maps to pixels of the image.
+
+    valid_ratios (B, L, 2) of the maps; canvas (B, 2): see `detect_on_canvas`."""
+    extent = canvas.flip(-1)[:, None] / valid_ratios                           # (B, L, 2)
+    repeats = record["reference"].shape[-1] // 2
+    record["reference"] = record["reference"] * extent.repeat(1, 1, repeats)[:, None]
+    record["locations"] = record["locations"] * extent[:, None, None, :, None]
 
 
 def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg", rank: int = 0,
@@ -308,7 +323,7 @@ def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg
             axis = axes[i, m]
             show(axis, picture, f"head {m + 1}" if i == 0 else "")
             axis.set(xlim=limits[0], ylim=limits[1][::-1], facecolor=OUTSIDE)
-            plot_samples(axis, layer, m, box, np.array(picture.size))
+            plot_samples(axis, layer, m, box)
     name = detector.meta["class_names"][int(found["labels"][rank])]
     figure.suptitle(f"sampling points of the query that detects: {name} "
                     f"{float(found['scores'][rank]):.2f}", fontsize=10, y=0.995)
@@ -317,14 +332,15 @@ def sampling_points(checkpoint: str, image: str, out: str = "sampling_points.jpg
     return save_figure(figure, out, rect=(0, 0.5 / size[1], 1, 1))
 
 
-def plot_samples(axis, layer, m, box, extent):
-    """One layer and head of a query: detected box, reference point, sampling points by level."""
+def plot_samples(axis, layer, m, box):
+    """One layer and head of a query: detected box, reference point, sampling points by level, all
+    in pixels."""
     outline(axis, box, "white", linestyle="--", linewidth=1)
     reference = layer["reference"][0]                                          # (2 or 4,)
-    axis.plot(*(reference[:2] * extent), "+", color="white", markersize=7)
+    axis.plot(*reference[:2], "+", color="white", markersize=7)
     for level, locations in enumerate(layer["locations"][m]):                  # (K, 2)
         sizes = dot_size(layer["weights"][m, level])
-        axis.scatter(*(locations * extent).T, s=sizes, color=LEVEL_COLORS[level % 5], alpha=0.9,
+        axis.scatter(*locations.T, s=sizes, color=LEVEL_COLORS[level % 5], alpha=0.9,
                      edgecolors="black", linewidths=0.4)
 
 
@@ -396,7 +412,8 @@ def anchors(checkpoint: str, image: str, out: str = "anchors.jpg", score_thresho
     found = above(found, score_threshold)
     class_names = detector.meta["class_names"]
     start = outputs["anchors"][0].float().cpu()                                # (Nq, 2 or 4)
-    start = start * torch.tensor(picture.size).repeat(start.shape[-1] // 2)
+    height, width = eval_transform(detector.recipe).canvas_size(*picture.size)
+    start = start * torch.tensor([width, height]).repeat(start.shape[-1] // 2)
     size = (11, 5.4 * picture.height / picture.width + 0.7)
     figure, (left, right) = plt.subplots(1, 2, figsize=size)
     show(left, picture, f"initial anchors of {len(start)} queries")

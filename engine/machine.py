@@ -154,7 +154,7 @@ def choose_device(name: str) -> str:
     """Return a device by its name; "" stands for cuda if there is a GPU, else cpu. UserError for a
     device that PyTorch does not have here."""
     name = name or ("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|mps|cuda(:\d)?", name):
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", name):
         raise UserError(f"expected --device cpu, cuda or mps, got {name!r}")
     kind, _, number = name.partition(":")
     there = {"cpu": True, "cuda": torch.cuda.is_available(),
@@ -193,10 +193,11 @@ def default_threads() -> int:
     busy = 0
     if node_processes() == 1:      # else the other processes of the run would be counted
         busy = round(busy_cores())
+    threads = max(1, min(MAX_THREADS, share - busy))
     if busy:
-        print(f"other programs keep {busy} of {cores()} cores busy: --threads "
-              f"{max(1, min(MAX_THREADS, share - busy))} is chosen, as more would wait for them")
-    return max(1, min(MAX_THREADS, share - busy))
+        print(f"other programs keep {busy} of {cores()} cores busy: --threads {threads} is chosen, "
+              "as more would wait for them")
+    return threads
 
 
 def busy_cores() -> float:

@@ -21,9 +21,11 @@ MOMENTUM = 0.95
 ITERATIONS = 5                              # of Newton-Schulz
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # of its polynomial a x + b x^3 + c x^5 (Jordan et al.)
 MIN_SIDE = 32                               # smaller matrices keep AdamW: they have few directions
-# Tables of vectors, class heads, and what places and weights the samples of an image.
-NOT_HIDDEN = ("query_embed", "tgt_embed", "label_enc", "level_embed", "anchor_embed", "class_embed",
-              "sampling_offsets", "attention_weights", "reference_points")
+# Tables of vectors, class heads, and the layers that say where deformable attention samples and how
+# much each sample weighs.
+NOT_HIDDEN = ("query_embed", "tgt_embed", "label_enc", "level_embed", "anchor_embed",
+              "relative_position_bias_table", "class_embed", ".cls.", "sampling_offsets",
+              "attention_weights", "reference_points")
 
 
 class Muon(torch.optim.AdamW):
@@ -44,7 +46,7 @@ class Muon(torch.optim.AdamW):
                 by_shape.setdefault(matrix_shape(parameter), []).append(parameter)
         lr = group["muon"] * group["lr"]
         for shape, parameters in by_shape.items():
-            updates = torch.stack([self.momentum(p).view(shape) for p in parameters])
+            updates = torch.stack([self.momentum(p).reshape(shape) for p in parameters])
             updates = orthogonalize(updates) * 0.2 * math.sqrt(max(shape))   # (count, m, n)
             for parameter, update in zip(parameters, updates):
                 parameter.mul_(1 - lr * group["weight_decay"])

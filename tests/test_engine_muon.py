@@ -50,6 +50,20 @@ def test_one_step_is_the_equation():
         assert torch.equal(p.detach(), q.detach())
 
 
+def test_the_memory_order_of_a_convolution_does_not_change_its_step():
+    """--channels_last stores kernels, and so their gradients, in NHWC order."""
+    results = []
+    for order in (torch.contiguous_format, torch.channels_last):
+        torch.manual_seed(0)
+        model = nn.Conv2d(32, 64, 3, bias=False).to(memory_format=order)
+        groups = split_groups([{"params": list(model.parameters()), "lr": 0.01}], model, 3.0)
+        optimizer = Muon(groups, weight_decay=0.1, fused=True)
+        model.weight.grad = torch.randn(64, 32, 3, 3).to(memory_format=order)
+        optimizer.step()
+        results.append(model.weight.detach())
+    assert torch.equal(results[0], results[1])
+
+
 def test_heads_embeddings_and_sampling_offsets_are_not_hidden_matrices():
     for name, shape, expected in (
             ("encoder.0.linear1.weight", (64, 32), True),
@@ -60,6 +74,9 @@ def test_heads_embeddings_and_sampling_offsets_are_not_hidden_matrices():
             ("bbox_embed.0.layers.0.weight", (64, 64), True),
             ("bbox_embed.0.layers.2.weight", (4, 64), False),
             ("class_embed.0.weight", (91, 64), False),
+            ("roi.cls.weight", (81, 1024), False),
+            ("atss.cls.weight", (80, 256, 3, 3), False),
+            ("backbone.layers.3.blocks.0.attn.relative_position_bias_table", (169, 48), False),
             ("encoder.0.self_attn.sampling_offsets.weight", (96, 64), False)):
         assert is_hidden_matrix(name, torch.zeros(shape)) == expected, name
 

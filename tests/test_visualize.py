@@ -269,6 +269,15 @@ def test_pictures_of_one_image_are_made_by_one_command(checkpoint, picture, tmp_
     assert Image.open(out).width > 300 and out.stat().st_size < 300_000
 
 
+def test_reference_points_on_a_padded_image_are_drawn_in_its_pixels(checkpoint, picture):
+    _, image, outputs, records, _ = visualize.run_on_file(str(checkpoint), picture, "cpu")
+    assert outputs["memory"].valid_ratios.min() < 1
+    anchors = outputs["anchors"][0, :, :2] * torch.tensor(image.size)          # (Nq, 2)
+    references = records[0]["reference"][0, :, :, :2]                          # (Nq, L, 2)
+    for level in range(references.shape[1]):
+        torch.testing.assert_close(references[:, level], anchors)
+
+
 def test_the_legend_of_sampling_points_names_every_mark():
     labels = [handle.get_label() for handle in visualize.sample_legend(2)]
     assert labels == ["level 1", "level 2", "attention weight 0.05", "attention weight 0.5",
@@ -281,9 +290,10 @@ def test_the_legend_of_sampling_points_names_every_mark():
     (("mistakes", "--n", "10000000000"), "--n from 1 to 1000"),
     (("strip", "--side", "0"), "--side from 16 to 10000, got 0"),
     (("predictions", "--score_threshold", "nan"), "--score_threshold from 0 to 1, got nan"),
-    (("predictions", "--device", "1"), "--device: expected cpu or cuda, got '1'"),
+    (("predictions", "--device", "1"), "expected --device cpu, cuda or mps, got '1'"),
     (("predictions", "--device", ""), "--device: expected a value, got ''"),
-    (("predictions", "--device", "cuda:9"), "--device cuda:9: PyTorch finds no such GPU")])
+    (("predictions", "--device", "cuda:9"),
+     "--device cuda:9: (PyTorch finds no GPU here|expected one of . GPUs)")])
 def test_values_that_cannot_work_end_in_one_line(checkpoint, tmp_path, words, message):
     with pytest.raises(SystemExit, match=f"^visualize.py: error: .*{message}"):
         visualize.main([*words, "--checkpoint", str(checkpoint), "--out", str(tmp_path / "a.png")])
