@@ -240,7 +240,7 @@ def test_a_square_leads_back_to_the_pixels_of_the_image():
     (["--lsj_ratios", "0.5"], "expected --lsj_ratios LOWEST,HIGHEST"),
     (["--lsj_ratios", "0,2"], "expected --lsj_ratios from 0.01 to 10, got 0.0"),
     (["--lsj_ratios", "0.1,200"], "expected --lsj_ratios from 0.01 to 10"),
-    (["--augment", "mosaic"], "expected --augment none, flip, paper or lsj, got 'mosaic'")])
+    (["--augment", "mosaic"], "expected --augment none or flip or paper or lsj, got 'mosaic'")])
 def test_settings_outside_reason_are_refused(flags, message):
     with pytest.raises(UserError, match=message):
         train.parse(["--model", "co_detr", *flags])
