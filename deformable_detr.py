@@ -257,7 +257,7 @@ def input_projections(channels: list[int], dim: int, levels: int) -> nn.ModuleLi
 
 
 class Projection(nn.Sequential):
-    """Convolution and GroupNorm, which loses two digits on CPUs for maps in NHWC order."""
+    """Convolution, then GroupNorm in NCHW order: in NHWC order it loses two digits on CPUs."""
 
     def forward(self, x: Tensor) -> Tensor:
         convolution, norm = self

@@ -76,7 +76,9 @@ class Run:
     out: str = ""                    # run folder; none: runs/MODEL
     resume: cli.OptionalText = ""    # continue the run in --out (give no value) or in this folder
     overfit: int = 0                 # overfit this many images, without augmentation; 0: off
-    init: str = ""                   # initial weights: file, name of assets/weights, URL, or none
+    # initial weights: a file, a name of assets/weights or a URL. Left out, --preset small with
+    # --data starts from weights of assets/weights that fit; --init none never does
+    init: str = ""
     freeze: str = ""                 # backbone: keep its initial weights; none: train everything
     detector: str = ""               # trained detector, for models that add masks to one
     check_data: str = ""             # check this COCO-layout folder and exit

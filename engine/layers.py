@@ -73,7 +73,8 @@ def stay_in_evaluation_mode(module, mode: bool = True):
 def order_channels_last(model, device) -> None:
     """--channels_last: convolutions of ResNets read and write maps in NHWC order."""
     if device.type != "cuda":
-        raise UserError("expected a GPU with --channels_last, got a CPU: leave the flag out")
+        raise UserError(f"expected a GPU with --channels_last, got {device.type}: leave the flag "
+                        "out")
     for module in model.modules():
         if isinstance(module, ResNet):
             module.to(memory_format=torch.channels_last)

@@ -12,7 +12,7 @@ class Recipe:
     lr_offsets: float = 2e-5        # learning rate of sampling offsets and reference points
     layer_decay: float = 0.0        # factor of lr from block to block of a ViT; 0: off
     muon: float = 0.0               # > 0: Muon trains hidden matrices at this many times lr
-    weight_decay: float = 1e-4      # weight decay of AdamW
+    weight_decay: float = 1e-4      # weight decay of AdamW and of Muon
     clip: float = 0.1               # maximum norm of the gradient; 0: no limit
     batch_size: int = 16            # images per step, over all processes and micro-batches
     epochs: int = 12                # passes over the training set

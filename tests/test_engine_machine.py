@@ -278,6 +278,7 @@ def test_other_errors_of_the_program_keep_their_traceback():
 @pytest.mark.parametrize("device, message", [
     ("gpu", "expected --device cpu, cuda or mps, got 'gpu'"),
     ("cuda", "--device cuda: PyTorch finds no GPU here"),
+    ("cuda:12", "--device cuda:12: PyTorch finds no GPU here"),
     ("mps", "--device mps: PyTorch finds no Apple GPU here")])
 def test_a_device_that_is_not_there_is_one_line_in_every_program(device, message, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)

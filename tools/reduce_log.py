@@ -29,6 +29,7 @@ def reduce_log(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path])
     if not log.exists():
         raise UserError(f"expected a run folder with log.jsonl, got {run}")
     settings = json.loads((run / "config.json").read_text())
+    settings["run"]["out"] = f"runs/{out.stem}"     # no folder of the machine it ran on
     records = [{"kind": "settings", "torch": torch.__version__, **settings}]
     for line in log.read_text().splitlines():
         record = json.loads(line)
