@@ -400,7 +400,7 @@ def fault_in_lengths(name, a):
 def run_names(paths):
     """Short names of checkpoints: the run's folder or the name in assets/weights, the file where
     all lie in one folder, or else the complete path."""
-    folders = [commands.results_folder(str(path)).resolve().name for path in paths]
+    folders = [commands.results_folder(str(path)).absolute().name for path in paths]
     for names in (folders, [Path(path).stem for path in paths]):
         if len(set(names)) == len(paths):
             return names

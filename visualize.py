@@ -175,6 +175,8 @@ def strip(checkpoint: list[str], out: str = "strip.jpg", data: str = "", n: int 
             pictures.append(draw_detections(image, shown, dataset.class_names, side=side))
         columns.append(pictures)
         names.append(detector.paper.__doc__.partition(":")[0])
+    if not columns:
+        raise UserError("expected --checkpoint FILE, one or several, got none")
     if len(columns) == 1:
         return tile(columns[0], out, n, gap=4)
     rows = [picture for row in zip(*columns) for picture in row]

@@ -116,6 +116,11 @@ def saved_run(run_class, state: dict, path: Path):
     """The Run of a checkpoint, set to continue in the folder of the file at `path`."""
     known = {field.name for field in dataclasses.fields(run_class)}
     values = {name: x for name, x in state["run"].items() if name in known}
+    missing = {"data", "out"} - values.keys()
+    if missing:
+        raise UserError(f"{path}: expected the settings of a run, got none for "
+                        f"{', '.join(sorted(missing))}: the file is damaged")
+    values["model"] = state["model_name"]
     values["detector"] = checkpoints.saved_detector(state)
     run = run_class(**{**values, "init": "", "resume": str(path), "out": str(path.parent)})
     check_ranges(run)

@@ -64,6 +64,7 @@ class RunLog:
             ended = ", trained to the end: evaluates again" if self.first_step == total else ""
             text += f"\nresuming  at step {self.first_step} of {total}{ended}"
         print(text)
+        self.bar.delay = 0    # from here on the bar may be drawn, and ends its line when it closes
 
     def write(self, record: dict, name: str = "log.jsonl") -> None:
         """Append one line to a log, from rank 0."""
