@@ -121,10 +121,17 @@ def test_a_folded_norm_gives_the_values_and_gradients_of_convolution_and_norm():
         torch.testing.assert_close(ours, expected)
 
 
-def test_on_a_cpu_maps_are_in_nhwc_order():
+def test_on_a_cpu_maps_are_in_nhwc_order_but_for_float32_gradients():
     model = build_backbone("tiny", "none").eval()
-    for features in model(torch.randn(1, 3, 64, 96)):
+    images = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        inference = model(images)
+    with torch.autocast("cpu", torch.bfloat16):
+        bfloat16 = model(images)
+    for features in (*inference, *bfloat16):
         assert features.is_contiguous(memory_format=torch.channels_last)
+    for features in model(images):
+        assert features.is_contiguous() and features.requires_grad
 
 
 def test_a_narrow_resnet_keeps_the_proportions():

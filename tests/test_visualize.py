@@ -516,7 +516,7 @@ def test_every_command_and_flag_is_explained_and_abbreviations_are_refused():
 def test_the_python_lines_of_the_readme_run(checkpoint, picture, capsys):
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
     lines = re.search(r"```python\n(.*?)```", readme, re.S)[1]
-    for theirs, ours in (("runs/dino", checkpoint.parent), ("photo.jpg", picture), ("0.3", 0)):
+    for theirs, ours in (("dino_small", checkpoint.parent), ("photo.jpg", picture), ("0.3", 0)):
         assert theirs in lines
         lines = lines.replace(theirs, str(ours))
     exec(lines, {})
