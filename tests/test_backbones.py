@@ -365,7 +365,13 @@ def two_images():
                              {"labels": torch.tensor([3]), "boxes": boxes[4:]}]
 
 
-@pytest.mark.parametrize("model_name, variant", WITH_TRANSFORMERS)
+# 14 seconds, and like vit_l but for more classes
+LONG = ("co_detr", "lsj_vit_l_lvis")
+
+
+@pytest.mark.parametrize("model_name, variant", [
+    pytest.param(*pair, marks=pytest.mark.slow if pair == LONG else ())
+    for pair in WITH_TRANSFORMERS])
 def test_gradients_reach_every_parameter_of_every_published_pair(tiny, model_name, variant):
     """A map has a norm if and only if the variant reads it: every weight of the backbone learns."""
     _, model, criterion = tiny_detector(model_name, variant, drop_path=0.0)
