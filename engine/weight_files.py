@@ -4,6 +4,7 @@ Its header has one entry, "paperdetr", a json with the fields of a checkpoint (s
 except tensors, and `sha256`, the hash of its tensors. Such a file is read as a checkpoint: with
 tensors in float32, as the model computes in float32.
 """
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -40,18 +41,25 @@ def write(path: str | Path, fields: dict, weights: dict) -> str:
     return digest
 
 
+@contextlib.contextmanager
+def opened(path: Path):
+    """Yield an open .safetensors file. UserError if it cannot be opened, or read in the block."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            yield file
+    except Exception as error:   # the library has its own exception, and raises built-in ones
+        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
+                        f"short ({type(error).__name__}: {error}). Copy it again") from error
+
+
 def read(path: Path) -> dict:
     """Read a .safetensors file: a checkpoint, if it describes itself, else its tensors by name.
 
     Raises UserError for a file that is broken.
     """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
-    except Exception as error:   # the library has its own exception, and raises built-in ones
-        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
-                        f"short ({type(error).__name__}: {error}). Copy it again") from error
+    with opened(path) as file:
+        header = file.metadata() or {}
+        tensors = {name: file.get_tensor(name) for name in file.keys()}
     if ENTRY not in header:
         return tensors
     fields = parse_fields(path, header)
@@ -66,13 +74,9 @@ def read(path: Path) -> dict:
 
 def read_header(path: Path) -> tuple[dict, dict[str, tuple]]:
     """Return the fields of a weight file and the shapes of its tensors, without reading them."""
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            header = file.metadata() or {}
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
-    except Exception as error:
-        raise UserError(f"{path}: expected a .safetensors file, got one that is broken or cut "
-                        f"short ({type(error).__name__}: {error}). Copy it again") from error
+    with opened(path) as file:
+        header = file.metadata() or {}
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}
     return (parse_fields(path, header) if ENTRY in header else {}), shapes
 
 
