@@ -57,6 +57,7 @@ from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, pre
                             set_up_machine)
 from engine.models import load_paper, make_model
 from engine.muon import Muon, split_groups
+from engine.processes import from_rank_0
 from engine.recipe import Recipe
 from engine.run_log import RunLog
 from engine.sampling import epoch_length, image_counts
@@ -303,9 +304,12 @@ def load_data(run: Run, paper, cfg, recipe: Recipe, machine: Machine) -> tuple:
         raise UserError(f"expected a segmentation for every object of {train_set.name}, as "
                         f"{run.model} learns masks, got objects without one: add them to the json, "
                         "or train a detector")
-    if machine.is_main:
+
+    def check():
         check_data.quick_check(train_set, num_queries=getattr(cfg, "num_queries", 0))
         check_data.quick_check(val_set, training=False)
+
+    from_rank_0(check)     # one process examines them; what it refuses ends all
     return train_set, val_set
 
 
