@@ -23,7 +23,8 @@ Written to the run folder: config.json, log.jsonl, curves.png, predictions.png, 
 #   build(cfg, num_classes)         -> model, criterion
 #   model(images, padding, targets) -> {pred_logits (B, N, classes), pred_boxes (B, N, 4), ...}, for
 #                        analysis also `anchors`, `memory`; images (B, 3, H, W), padding (B, H, W)
-#                        True outside, targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1], ...}
+#                        True outside, targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1], ...}.
+#                        If it has `top_k`, evaluation sets it to that of the Config for `detect`
 #   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}; if it has
 #                        set_image_counts(counts (N,)), it learns how many images have each class
 #   detect(outputs, sizes, cfg)     -> B x {scores (k,), labels (k,), boxes (k, 4) xyxy px, ...};
@@ -38,8 +39,12 @@ from dataclasses import dataclass
 # OpenMP reads this when torch is imported. Threads that wait in a long busy loop slow each other
 # down when other programs use the cores too.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# GPU memory in segments that grow: images of many sizes leave no gaps of unusable memory
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# GPU memory in segments that grow: images of many sizes leave no gaps of unusable memory. PyTorch
+# up to 2.7 reads the second name alone, 2.9 obeys it alone, and 2.8 to 2.11 warn without the first.
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+                            "PYTORCH_HIP_ALLOC_CONF"}:
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 import torch
 

@@ -372,6 +372,33 @@ def test_checkpoints_before_a_drop_and_of_every_n_epochs_are_kept(tmp_path):
     same(end["model"], checkpoints.load(tmp_path / "run" / "last.pt")["model"])
 
 
+# ---- memory of the GPU ---------------------------------------------------------------------------
+
+def settings_before_torch():
+    """Run train.py up to its import of torch."""
+    lines = []
+    for line in open(train.__file__):
+        if line.startswith("import torch"):
+            break
+        lines.append(line)
+    exec("".join(lines), {})
+
+
+@pytest.mark.parametrize("name", ("", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+                                  "PYTORCH_HIP_ALLOC_CONF"))
+def test_gpu_memory_is_in_segments_that_grow_unless_the_user_has_set_it(monkeypatch, name):
+    """PyTorch reads the setting when it is imported, under another name in other versions."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    for other in names:
+        monkeypatch.delenv(other, raising=False)
+    expected = dict.fromkeys(names[:2], "expandable_segments:True")
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+        expected = {name: "max_split_size_mb:128"}
+    settings_before_torch()
+    assert {other: os.environ[other] for other in names if other in os.environ} == expected
+
+
 # ---- arithmetic ----------------------------------------------------------------------------------
 
 def test_training_multiplies_in_tf32_on_a_gpu_only_and_evaluation_exactly(monkeypatch):
