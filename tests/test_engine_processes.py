@@ -45,9 +45,10 @@ def test_values_that_torchrun_would_not_write_are_refused(monkeypatch, values, w
 def arrays():
     """Arrays of several kinds, some of which pickle would not leave out of its message."""
     grid = np.arange(12.0).reshape(3, 4)
-    return {"float": grid, "transposed": grid.T, "part": grid[:, 1:3], "names": np.array(["a", "bc"]),
-            "empty": np.zeros((0, 4)), "read-only": np.frombuffer(b"text", np.uint8),
-            "number": 7, "nested": [np.arange(3), ("x", np.ones(2, bool))]}
+    return {"float": grid, "transposed": grid.T, "part": grid[:, 1:3],
+            "names": np.array(["a", "bc"]), "empty": np.zeros((0, 4)),
+            "read-only": np.frombuffer(b"text", np.uint8), "number": 7,
+            "nested": [np.arange(3), ("x", np.ones(2, bool))]}
 
 
 def fail(error):
