@@ -208,7 +208,7 @@ def usable_threads(run) -> int:
         return run.threads
     if own_place().rank == 0:
         print(f"notice: the run was saved with --threads {run.threads}, this machine has "
-              f"{cores()} cores: as many threads are used, so that results may differ by rounding")
+              f"{cores()} cores: it uses {cores()} threads, and results may differ by rounding")
     return cores()
 
 

@@ -55,8 +55,8 @@ def from_rank_0(make: Callable) -> Any:
     this is `make()`.
 
     Every rank has to call this. An error of `make` ends all of them: a UserError is raised on every
-    rank, another exception on rank 0, with a UserError on the others. They wait as long as
-    the process group allows (30 minutes), or until the connection to rank 0 is closed.
+    rank, another exception on rank 0, with a UserError on the others. They wait as long as the
+    process group allows (30 minutes), or until the connection to rank 0 is closed.
     """
     if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
         return make()
@@ -84,7 +84,7 @@ def send(value, failure: Exception | None) -> None:
     buffers = []
     content = pickle.dumps((value, reason), protocol=5, buffer_callback=buffers.append)
     arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
-    dist.broadcast_object_list([content, [len(array) for array in arrays]])
+    dist.broadcast_object_list([content, [len(array) for array in arrays]], 0)
     for array in arrays:
         with warnings.catch_warnings():     # of a read-only array, which is only read here
             warnings.simplefilter("ignore")
@@ -96,7 +96,7 @@ def send(value, failure: Exception | None) -> None:
 def receive():
     """Return what rank 0 sends. UserError where it says why there is nothing."""
     message = [None, None]
-    dist.broadcast_object_list(message)
+    dist.broadcast_object_list(message, 0)
     content, lengths = message
     arrays = []
     for length in lengths:
