@@ -99,9 +99,15 @@ def compare(name, build, make_batch, recompute=False):
         expected = boxes(plain, sizes, make_batch)
         torch.testing.assert_close(boxes(compiled, sizes, make_batch), expected, rtol=0, atol=1e-3)
     gradients = {name: p.grad for name, p in plain.named_parameters()}
+    scales = {}
+    for name, gradient in gradients.items():
+        scales[name] = 0.0 if gradient is None else gradient.abs().max().item()
+    # a bias without effect, such as that of attention's keys, has a gradient of rounding errors
+    rounding = 1e-7 * max(scales.values())
     for name, parameter in compiled.named_parameters():
-        scale = 0.0 if gradients[name] is None else gradients[name].abs().max().item()
-        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-2, atol=1e-3 * scale)
+        tolerance = 1e-3 * scales[name] + rounding
+        torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-2, atol=tolerance,
+                                   msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("name", [name if name == "dino" else pytest.param(
