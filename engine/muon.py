@@ -17,7 +17,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-MOMENTUM = 0.95
+MOMENTUM = 0.9
 # One polynomial a x + b x^3 + c x^5 for each iteration. Each brings the singular values that the one
 # before leaves as near to 1 as possible, beginning with values of 0.01 to 1 (Amsel et al. 2025,
 # arXiv 2505.16932). Three of them do what five equal ones of Newton-Schulz did, in 60 % of the time.
