@@ -199,6 +199,7 @@ class MaskFrozenDETR(nn.Module):
         self.base = base
         self.cfg = cfg
         self.class_names = base.class_names
+        self.top_k = cfg.top_k                            # detections of an image that get a mask
         self.carried = None
         if cfg.train_detector:
             self.detector = base.model
@@ -333,10 +334,10 @@ class MaskFrozenDETR(nn.Module):
 
     @torch.no_grad()
     def detected_regions(self, outputs: dict) -> tuple[Regions, list[dict]]:
-        """The detector's `top_k` detections, with boxes in [0, 1], and their regions: one for each
-        query, which may have detections of several classes."""
+        """The detector's `self.top_k` detections, with boxes in [0, 1], and their regions: one for
+        each query, which may have detections of several classes."""
         predicted = clipped_corners(outputs["pred_boxes"])               # (B, Nq, 4)
-        cfg = replace(self.base.model.cfg, top_k=self.cfg.top_k)
+        cfg = replace(self.base.model.cfg, top_k=self.top_k)
         detections = self.base.detect(outputs, predicted.new_ones(len(predicted), 2), cfg)
         images = []
         first = 0                                                        # first region of the image

@@ -24,6 +24,7 @@ Written to the run folder: config.json, log.jsonl, curves.png, predictions.png, 
 #   model(images, padding, targets) -> {pred_logits (B, N, classes), pred_boxes (B, N, 4), ...}, for
 #                        analysis also `anchors`, `memory`; images (B, 3, H, W), padding (B, H, W)
 #                        True outside, targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1], ...}
+#                        If it has `top_k`, evaluation sets it to that of the Config for `detect`
 #   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}; if it has
 #                        set_image_counts(counts (N,)), it learns how many images have each class
 #   detect(outputs, sizes, cfg)     -> B x {scores (k,), labels (k,), boxes (k, 4) xyxy px, ...};
@@ -38,8 +39,12 @@ from dataclasses import dataclass
 # OpenMP reads this when torch is imported. Threads that wait in a long busy loop slow each other
 # down when other programs use the cores too.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
-# GPU memory in segments that grow: images of many sizes leave no gaps of unusable memory
-os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# GPU memory in segments that grow: images of many sizes leave no gaps of unusable memory. PyTorch
+# 2.6 to 2.13 read the second name (2.9 only this one), some versions warn without the first.
+if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+                            "PYTORCH_HIP_ALLOC_CONF"}:
+    os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
+    os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 import torch
 
@@ -57,6 +62,7 @@ from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, pre
                             set_up_machine)
 from engine.models import load_paper, make_model
 from engine.muon import Muon, split_groups
+from engine.processes import from_rank_0
 from engine.recipe import Recipe
 from engine.run_log import RunLog
 from engine.sampling import epoch_length, image_counts
@@ -303,9 +309,12 @@ def load_data(run: Run, paper, cfg, recipe: Recipe, machine: Machine) -> tuple:
         raise UserError(f"expected a segmentation for every object of {train_set.name}, as "
                         f"{run.model} learns masks, got objects without one: add them to the json, "
                         "or train a detector")
-    if machine.is_main:
+
+    def check():
         check_data.quick_check(train_set, num_queries=getattr(cfg, "num_queries", 0))
         check_data.quick_check(val_set, training=False)
+
+    from_rank_0(check)     # one process examines them; what it refuses ends all
     return train_set, val_set
 
 

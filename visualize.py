@@ -20,7 +20,6 @@ picture here.
 """
 import functools
 import inspect
-from dataclasses import replace
 
 import matplotlib
 matplotlib.use("Agg")   # draws into files; no display is needed
@@ -42,7 +41,7 @@ from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
 from engine.inference import (above, as_rgb, detect_image, detect_on_canvas, detect_with, infer,
-                              require_finite, require_finite_outputs)
+                              require_finite, require_finite_outputs, with_top_k)
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
@@ -272,10 +271,10 @@ def run_on_file(checkpoint, image, device, top_k=0):
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
     transform = eval_transform(detector.recipe)
+    cfg = with_top_k(detector.model, detector.cfg, top_k)
     with recorded_attention(detector.model) as records:
         outputs = infer(detector.model, transform, picture, device)
     canvas = torch.tensor([transform.canvas_size(*picture.size)], device=device)   # (1, 2)
-    cfg = replace(detector.cfg, top_k=max(detector.cfg.top_k, top_k))
     size = torch.tensor([[picture.height, picture.width]])                     # (1, 2)
     detection = detect_on_canvas(detector.paper.detect, outputs, canvas, size, cfg)[0]
     require_finite(detection, str(image))

@@ -105,6 +105,9 @@ def parse_resume(argv, given, run_class, description) -> tuple:
                 f"--resume continues with the saved settings ({path}), got another --{name} "
                 f"{given[name]}: the run has {before[name]}; leave it out, or start a new run with "
                 "--init and --out")
+    if "detector" in given and state.get("detector"):
+        raise UserError(f"--detector is for masks on a frozen detector, {path} has trained its "
+                        "own: leave it out")
     run.model = saved.model
     run.resume = str(path)
     run.out = str(path.parent)

@@ -8,7 +8,7 @@ import data
 from engine.assets import is_name
 from engine.class_rows import fit_classes, without_unused
 from engine.coco_json import read_json
-from engine.datasets import validation_set
+from engine.datasets import read_once, validation_set
 from engine.download import cache_path, is_url, split_address
 from engine.errors import UserError
 from engine.machine import choose_device, cores, node_processes
@@ -64,17 +64,22 @@ def with_data(detector, folder="", json=""):
     -> the detector with the classes of the data (released heads have unused columns), the data set,
     of the split "test" where the json lacks annotations"""
     if json:
-        labeled = "annotations" in read_json(json)
-        folder = folder or Path(json).parent.parent
-        masks = getattr(detector.paper, "NEEDS_MASKS", False)
-        dataset = data.CocoFolder(folder, "val" if labeled else "test", annotations=json,
-                                  transform=data.eval_transform(detector.recipe),
-                                  load_masks=labeled and masks)
+        dataset = read_once(lambda: open_json(json, folder, detector))
     else:
         dataset = validation_set(folder, detector)
     model = fit_classes(detector.model, detector.paper, detector.cfg, detector.meta, dataset)
     meta = {**detector.meta, "class_names": list(dataset.class_names)}
     return detector._replace(model=model, meta=meta), dataset
+
+
+def open_json(json, folder, detector):
+    """The CocoFolder of a json, see `with_data`."""
+    labeled = "annotations" in read_json(json)
+    folder = folder or Path(json).parent.parent
+    masks = getattr(detector.paper, "NEEDS_MASKS", False)
+    return data.CocoFolder(folder, "val" if labeled else "test", annotations=json,
+                           transform=data.eval_transform(detector.recipe),
+                           load_masks=labeled and masks)
 
 
 def join_processes(device):

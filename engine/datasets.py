@@ -5,7 +5,7 @@ import sys
 from data import IF_COMPLETE, CocoFolder, eval_transform, train_transform
 from engine.class_labels import match_classes
 from engine.errors import UserError
-from engine.processes import own_place
+from engine.processes import from_rank_0, own_place
 from engine.sampling import repeat_factors
 from scenes import NUM_TRAIN, NUM_VAL, Shapes
 
@@ -44,8 +44,19 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
 def open_split(data, split, count, load_masks):
     """Return one split of a folder, or `count` generated scenes if data is empty."""
     if data:
-        return CocoFolder(data, split, load_masks=load_masks)
+        return read_once(lambda: CocoFolder(data, split, load_masks=load_masks))
     return Shapes(split, count, load_masks=load_masks)
+
+
+def read_once(open_folder):
+    """Return the CocoFolder that `open_folder()` makes on rank 0, on every rank.
+
+    Only rank 0 reads and examines the json. The others receive the flat arrays, and the outcome: an
+    unusable json is a UserError on all of them.
+    """
+    dataset = from_rank_0(open_folder)
+    dataset.unreadable.share_memory_()   # a received one is not shared with workers yet
+    return dataset
 
 
 def validation_set(folder, loaded):
@@ -72,7 +83,7 @@ def validation_set(folder, loaded):
     folder = folder or run["data"]
     transform = eval_transform(loaded.recipe)
     if folder:
-        dataset = CocoFolder(folder, "val", transform, masks)
+        dataset = read_once(lambda: CocoFolder(folder, "val", transform, masks))
         names = list(loaded.meta["class_names"])
         # Other classes stay as they are: the caller compares them by name.
         if sorted(names) == sorted(dataset.class_names):

@@ -3,6 +3,7 @@
 A detection is a dictionary: scores (k,), labels (k,) in 0..N-1, boxes (k, 4) xyxy in pixels of the
 original image, query (k,), and where the model makes masks, masks (k, h, w) and mask_scores (k,).
 """
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -51,6 +52,15 @@ def infer(model, transform, image, device, amp=False):
     images, padding, _ = data.collate([transform(image)])                      # (1, 3, h, w)
     with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
         return model(images.to(device), padding.to(device))
+
+
+def with_top_k(model, cfg, count):
+    """The Config of a model, changed to at least `count` detections of each image. A network that
+    makes masks for its detections is told to make as many."""
+    cfg = replace(cfg, top_k=max(cfg.top_k, count))
+    if hasattr(model, "top_k"):
+        model.top_k = cfg.top_k
+    return cfg
 
 
 def detect_on_canvas(detect, outputs, canvas_sizes, sizes, cfg):

@@ -135,14 +135,15 @@ def set_up_machine(run) -> Machine:
     share = cores() // node_processes()
     # saved with the run: resumed under another load, it computes the same numbers
     run.threads = run.threads or omp_threads() or default_threads()
-    torch.set_num_threads(run.threads)
+    threads = usable_threads(run)
+    torch.set_num_threads(threads)
     workers = run.workers
     if workers < 0:
         workers = min(4, share // (2 if name == "cuda" else 4))
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")   # for --deterministic on a GPU
     torch.use_deterministic_algorithms(run.deterministic)
 
-    machine = Machine(device, bool(run.amp), rank, world, local_rank, run.threads, workers)
+    machine = Machine(device, bool(run.amp), rank, world, local_rank, threads, workers)
     if run.amp is None:
         machine.amp = multiplies_bfloat16(name)
     machine.seed_rank(run.seed)
@@ -198,6 +199,17 @@ def default_threads() -> int:
         print(f"other programs keep {busy} of {cores()} cores busy: --threads {threads} is chosen, "
               "as more would wait for them")
     return threads
+
+
+def usable_threads(run) -> int:
+    """The threads of a run, but for a resumed one no more than there are cores here: it may come
+    from a larger machine. Says so. `run.threads` stays, for a return to that machine."""
+    if not run.resume or run.threads <= cores():
+        return run.threads
+    if own_place().rank == 0:
+        print(f"notice: the run was saved with --threads {run.threads}, this machine has "
+              f"{cores()} cores: it uses {cores()} threads, and results may differ by rounding")
+    return cores()
 
 
 def busy_cores() -> float:

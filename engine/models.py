@@ -98,16 +98,27 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
     return Loaded(model.to(device).eval(), paper, cfg, recipe, meta, criterion)
 
 
-def build_model(paper, cfg, num_classes: int, detector: str) -> tuple:
+def build_model(paper, cfg, num_classes: int, detector: str, resume: str = "") -> tuple:
     """-> a model with random weights, and its criterion.
 
-    detector: checkpoint of the trained detector, for a paper file that needs one."""
+    detector: checkpoint of the trained detector, for a paper file that needs one. resume: the
+    checkpoint to continue from, if any; a detector that it carries is used instead."""
     if getattr(paper, "NEEDS_DETECTOR", False):
-        return paper.build(cfg, num_classes, load_detector(detector))
+        return paper.build(cfg, num_classes, starting_detector(detector, resume))
     if detector:
         raise UserError(f"expected no --detector with --model {paper.__name__}, which adds no "
                         f"masks to one, got {detector}: --init starts from its weights")
     return paper.build(cfg, num_classes)
+
+
+def starting_detector(path: str, resume: str) -> Loaded:
+    """The detector of a mask network: the one that the run to resume has trained, if it has, else
+    that of a file."""
+    if resume:
+        state = checkpoints.load(resume)
+        if state.get("detector"):
+            return carried_detector(state["detector"], state["model"], resume)
+    return load_detector(path)
 
 
 def load_detector(path: str) -> Loaded:
@@ -187,7 +198,7 @@ def make_model(run, paper, cfg, class_names: list[str], machine) -> tuple:
     """Build the model of a run with its initial weights, on its device.
 
     -> model, criterion, lines for the report"""
-    model, criterion = build_model(paper, cfg, len(class_names), run.detector)
+    model, criterion = build_model(paper, cfg, len(class_names), run.detector, run.resume)
     with machine.first_on_node():     # one process downloads and compiles for all others
         notes = start_weights(run, cfg, model, class_names)
         if run.freeze:

@@ -1,6 +1,13 @@
-"""The place of this process among those that torchrun starts."""
+"""The place of this process among those that torchrun starts, and what one computes for all."""
 import os
-from typing import NamedTuple
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
 
 from engine.errors import UserError
 
@@ -36,3 +43,68 @@ def number(name: str, default: int) -> int:
         raise UserError(f"{name}: expected a number, got {text!r}; unset it, or start with "
                         "torchrun")
     return int(text)
+
+
+# ---- once for all processes ----------------------------------------------------------------------
+
+def from_rank_0(make: Callable) -> Any:
+    """Return on every rank what `make()` returns on rank 0: only that rank calls it.
+
+    For what takes long or much memory, such as reading annotations. NumPy arrays travel by
+    themselves, without a copy for the message; each rank has its own afterwards. With one process
+    this is `make()`.
+
+    Every rank has to call this. An error of `make` ends all of them: a UserError is raised on every
+    rank, another exception on rank 0, with a UserError on the others. They wait as long as the
+    process group allows (30 minutes), or until the connection to rank 0 is closed.
+    """
+    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+        return make()
+    if dist.get_rank() > 0:
+        return receive()
+    value = None
+    failure = None
+    try:
+        value = make()
+    except Exception as error:
+        failure = error
+    send(value, failure)
+    if failure:
+        raise failure
+    return value
+
+
+def send(value, failure: Exception | None) -> None:
+    """Send a value, or why there is none, to all other ranks."""
+    reason = ""
+    if failure:
+        reason = str(failure) or type(failure).__name__
+        if not isinstance(failure, UserError):
+            reason = f"the first process of this run failed: {type(failure).__name__}: {reason}"
+    buffers = []
+    content = pickle.dumps((value, reason), protocol=5, buffer_callback=buffers.append)
+    arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
+    dist.broadcast_object_list([content, [len(array) for array in arrays]], 0)
+    for array in arrays:
+        with warnings.catch_warnings():     # of a read-only array, which is only read here
+            warnings.simplefilter("ignore")
+            part = torch.from_numpy(array)
+        if len(part):
+            dist.broadcast(part, 0)
+
+
+def receive():
+    """Return what rank 0 sends. UserError where it says why there is nothing."""
+    message = [None, None]
+    dist.broadcast_object_list(message, 0)
+    content, lengths = message
+    arrays = []
+    for length in lengths:
+        part = torch.empty(length, dtype=torch.uint8)
+        if length:
+            dist.broadcast(part, 0)
+        arrays.append(part.numpy())
+    value, reason = pickle.loads(content, buffers=arrays)
+    if reason:
+        raise UserError(reason)
+    return value

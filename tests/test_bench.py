@@ -11,7 +11,8 @@ import dino
 import mask_frozen_detr
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locations
 from engine.errors import UserError
-from engine.recipe import override
+from engine.muon import Muon
+from engine.recipe import configure, override
 from tools import bench, bench_data, bench_kernel, bench_masks, bench_models, bench_transformers
 from tools import bench_onnx, timing
 from tools.bench_kernel import Case, Inputs
@@ -77,6 +78,16 @@ def test_alternating_functions_take_turns_and_the_first_two_do_not_count(monkeyp
     functions = {"a": make("a", [90, 90, 1, 3, 2]), "b": make("b", [90, 90, 5, 4, 6])}
     assert timing.alternating_ms(functions, 3) == pytest.approx({"a": 2000, "b": 5000})
     assert "".join(order) == "ababababab"
+
+
+@pytest.mark.parametrize("muon, kind", [(8.0, Muon), (0.0, torch.optim.AdamW)])
+def test_a_timed_training_step_has_the_optimizer_of_its_recipe(muon, kind):
+    cfg, recipe = configure(dino, dino.SMALL, {"muon": muon})
+    model, criterion = dino.build(cfg, num_classes=8)
+    step = bench_models.TrainingStep(dino, model, criterion, recipe, "cpu")
+    assert type(step.optimizer) is kind
+    rates = {group["lr"] for group in step.optimizer.param_groups}
+    assert recipe.lr in rates and 1e-5 not in rates
 
 
 # ---- the operator --------------------------------------------------------------------------------

@@ -3,18 +3,22 @@ them does to the others."""
 import importlib
 import json
 import os
+import pickle
 import signal
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
 
 import train
+from coco_folders import POLYGON, edit_json, json_file, truncate, write_folder
 from deformable_attn import KernelError, MSDeformAttn
-from engine import checkpoints, commands, layers, models
+from engine import checkpoints, coco_json, commands, layers, models
 from engine import machine as machines
+from engine.datasets import build_datasets
 from engine.errors import UserError, user_errors
 from engine.machine import lost_peers, set_up_machine
 from engine.recipe import Recipe
@@ -154,6 +158,122 @@ def test_training_reads_weights_first_on_one_process_and_examines_data_on_it_alo
     assert [e for e in events if "check" not in e] == ["weights 0", "done 0", "weights 1", "done 1"]
 
 
+# ---- annotations are read once -------------------------------------------------------------------
+
+def two_classes(folder, **fields):
+    """A COCO-layout folder with three objects on two of three images."""
+    box = (5, 6, 10, 8)
+    objects = [(place, category, box, fields) for place, category in ((2, 7), (0, 3), (2, 3))]
+    return write_folder(folder, ((40, 30), (30, 40), (40, 30)), objects, ((7, "cat"), (3, "dog")))
+
+
+def contents(dataset):
+    """What a data set holds, in plain types."""
+    values = {}
+    for name, value in vars(dataset).items():
+        if name == "annotations":
+            value = [(array.dtype, array.tolist()) for array in value]
+        elif isinstance(value, (np.ndarray, torch.Tensor)):
+            value = value.dtype, value.tolist()
+        values[name] = value if name != "transform" else vars(value)
+    return values
+
+
+def record_readers(patch, rank, folder):
+    """Write down who reads which json."""
+    read_json = coco_json.read_json
+
+    def read(path, *args):
+        with open(folder / "readers", "a") as file:
+            file.write(f"{rank} {os.path.basename(path)}\n")
+        return read_json(path, *args)
+
+    patch.setattr(coco_json, "read_json", read)
+    patch.setattr(commands, "read_json", read)
+
+
+def open_data(rank, folder, data):
+    """Open the data of a training run and those of an evaluation."""
+    set_up_machine(train.Run(device="cpu"))
+    with pytest.MonkeyPatch.context() as patch:
+        record_readers(patch, rank, folder)
+        patch.setattr(commands, "fit_classes", lambda *args: None)
+        train_set, val_set = build_datasets(data, Recipe(train_sizes=(64,)), 0, load_masks=True)
+        assert all(part.unreadable.is_shared() for part in (train_set, val_set))
+        paper = SimpleNamespace(NEEDS_MASKS=True)
+        meta = {"class_names": train_set.class_names}
+        detector = models.Loaded(None, paper, None, Recipe(eval_size=64), meta, None)
+        _, listed = commands.with_data(detector, json=str(json_file(data, "val")))
+    held = [contents(part) for part in (train_set, val_set, listed)]
+    masks = [target["masks"].tolist() for _, target in (train_set[2], val_set[2], listed[2])]
+    (folder / f"{rank}.pkl").write_bytes(pickle.dumps((held, masks)))
+
+
+def test_one_process_reads_the_annotations_and_all_have_the_same(tmp_path):
+    """Masks included, and the json of eval.py --json, which that one process reads twice."""
+    data = two_classes(tmp_path, segmentation=POLYGON)
+    assert forked(2, open_data, tmp_path, data, timeout=60) == [0, 0]
+    train_json, val_json = (json_file(data, split).name for split in ("train", "val"))
+    readers = (tmp_path / "readers").read_text().splitlines()
+    assert readers == [f"0 {train_json}"] + [f"0 {val_json}"] * 3
+    first, second = (pickle.loads((tmp_path / f"{rank}.pkl").read_bytes()) for rank in (0, 1))
+    assert first == second
+    alone = build_datasets(data, Recipe(train_sizes=(64,)), 0, load_masks=True)
+    assert [contents(part) for part in alone] == second[0][:2]
+    assert alone[0][2][1]["masks"].tolist() == second[1][0]
+
+
+def train_on(rank, folder, data):
+    """Train, and write down the message of the end."""
+    with pytest.MonkeyPatch.context() as patch:
+        record_readers(patch, rank, folder)
+        try:
+            with user_errors("train.py"), lost_peers(SimpleNamespace(out="runs/x")):
+                train.train(run(folder, data=str(data)), *config("deformable_detr"))
+        except SystemExit as error:
+            (folder / f"{rank}.txt").write_text(str(error))
+            os._exit(3)
+
+
+def no_width(content):
+    for row in content["annotations"]:
+        row["bbox"][2] = 0
+
+
+@pytest.mark.parametrize("damage, words", [
+    (lambda data: truncate(json_file(data)), "expected JSON, got a file that cannot be parsed"),
+    (lambda data: edit_json(data, lambda content: content.update(images=[])), "fatal problem"),
+    (lambda data: edit_json(data, no_width), "expected at least one usable box")])
+def test_unusable_annotations_end_all_processes_with_the_same_line(tmp_path, damage, words):
+    data = two_classes(tmp_path)
+    damage(data)
+    assert forked(2, train_on, tmp_path, data, timeout=KILLED_PEER_SECONDS) == [3, 3]
+    first, second = ((tmp_path / f"{rank}.txt").read_text() for rank in (0, 1))
+    assert first == second and "\n" not in first
+    assert first.startswith("train.py: error:") and words in first
+    assert not [line for line in (tmp_path / "readers").read_text().splitlines() if line[0] != "0"]
+
+
+def die_reading(rank, folder, data):
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    if rank == 0:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(coco_json, "read_json", killed)
+            train.train(run(folder, data=str(data)), *config("deformable_detr"))
+    train_on(rank, folder, data)
+
+
+def test_the_others_end_with_the_reason_when_the_reader_is_killed(tmp_path):
+    data = two_classes(tmp_path)
+    codes = forked(2, die_reading, tmp_path, data, timeout=KILLED_PEER_SECONDS)
+    assert codes == [-signal.SIGKILL, 3]
+    text = (tmp_path / "1.txt").read_text()
+    assert text.startswith("train.py: error: another process of this run has ended")
+    assert "\n" not in text
+
+
 # ---- a process that dies -------------------------------------------------------------------------
 
 def train_until_killed(rank, world, folder, seconds):
@@ -253,6 +373,33 @@ def test_checkpoints_before_a_drop_and_of_every_n_epochs_are_kept(tmp_path):
     end = checkpoints.load(tmp_path / "run" / "last.pt")
     train.train(run(tmp_path, resume=str(before)), *settings)
     same(end["model"], checkpoints.load(tmp_path / "run" / "last.pt")["model"])
+
+
+# ---- memory of the GPU ---------------------------------------------------------------------------
+
+def settings_before_torch():
+    """Run train.py up to its import of torch."""
+    lines = []
+    for line in open(train.__file__):
+        if line.startswith("import torch"):
+            break
+        lines.append(line)
+    exec("".join(lines), {})
+
+
+@pytest.mark.parametrize("name", ("", "PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
+                                  "PYTORCH_HIP_ALLOC_CONF"))
+def test_gpu_memory_is_in_segments_that_grow_unless_the_user_has_set_it(monkeypatch, name):
+    """PyTorch reads the setting when it is imported, under another name in other versions."""
+    names = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+    for other in names:
+        monkeypatch.delenv(other, raising=False)
+    expected = dict.fromkeys(names[:2], "expandable_segments:True")
+    if name:
+        monkeypatch.setenv(name, "max_split_size_mb:128")
+        expected = {name: "max_split_size_mb:128"}
+    settings_before_torch()
+    assert {other: os.environ[other] for other in names if other in os.environ} == expected
 
 
 # ---- arithmetic ----------------------------------------------------------------------------------

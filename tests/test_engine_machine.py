@@ -178,6 +178,20 @@ def test_threads_follow_the_load_and_a_resumed_run_has_as_many(tmp_path, monkeyp
     torch.set_num_threads(threads)
 
 
+def test_a_run_resumed_on_fewer_cores_uses_as_many_threads_and_says_so(monkeypatch, capsys):
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(machines, "cores", lambda: 2)
+    for settings, expected in ((dict(threads=8, resume="last.pt"), 2),
+                               (dict(threads=2, resume="last.pt"), 2), (dict(threads=3), 3)):
+        saved = train.Run(device="cpu", workers=0, **settings)
+        assert machines.set_up_machine(saved).threads == torch.get_num_threads() == expected
+        assert saved.threads == settings["threads"]     # on the larger machine again as many
+        text = capsys.readouterr().out
+        notice = "notice: the run was saved with --threads 8, this machine has 2 cores"
+        assert text.startswith(notice) if settings["threads"] == 8 else not text
+    torch.set_num_threads(threads)
+
+
 def wait_for_a_stopped_peer(rank, folder):
     """Rank 1 stops (it is not dead) before its second step; rank 0, which waits for it inside a
     collective call, is asked twice to end."""

@@ -1,8 +1,14 @@
-"""The place among processes is what torchrun writes, and nothing else."""
+"""The place among processes is what torchrun writes, and nothing else. What one computes, all have.
+"""
+import warnings
+
+import numpy as np
 import pytest
+import torch.distributed as dist
 
 from engine.errors import UserError
-from engine.processes import own_place
+from engine.processes import from_rank_0, own_place
+from small_runs import forked
 
 
 def test_without_torchrun_this_is_the_only_process(monkeypatch):
@@ -34,3 +40,47 @@ def test_values_that_torchrun_would_not_write_are_refused(monkeypatch, values, w
         monkeypatch.setenv(name, value)
     with pytest.raises(UserError, match=words):
         own_place()
+
+
+def arrays():
+    """Arrays of several kinds, some of which pickle would not leave out of its message."""
+    grid = np.arange(12.0).reshape(3, 4)
+    return {"float": grid, "transposed": grid.T, "part": grid[:, 1:3],
+            "names": np.array(["a", "bc"]), "empty": np.zeros((0, 4)),
+            "read-only": np.frombuffer(b"text", np.uint8), "number": 7,
+            "nested": [np.arange(3), ("x", np.ones(2, bool))]}
+
+
+def fail(error):
+    raise error
+
+
+def exchange(rank, folder):
+    dist.init_process_group("gloo")
+    calls = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        value = from_rank_0(lambda: calls.append(rank) or arrays())
+    np.testing.assert_equal(value, arrays())
+    if rank > 0:
+        value["float"] += 1            # its own
+    assert from_rank_0(lambda: None) is None
+    assert calls == [0] * (rank == 0)
+
+    with pytest.raises(UserError, match="^the json is broken$"):
+        from_rank_0(lambda: fail(UserError("the json is broken")))
+    kind = KeyError if rank == 0 else UserError
+    with pytest.raises(kind, match="bbox") as caught:
+        from_rank_0(lambda: fail(KeyError("bbox")))
+    assert rank == 0 or str(caught.value).startswith("the first process of this run failed: KeyErr")
+
+
+def test_what_the_first_process_computes_or_fails_at_reaches_all(tmp_path):
+    assert forked(3, exchange, tmp_path, timeout=60) == [0, 0, 0]
+
+
+def test_one_process_computes_for_itself():
+    value = arrays()
+    assert from_rank_0(lambda: value) is value
+    with pytest.raises(KeyError):
+        from_rank_0(lambda: fail(KeyError("bbox")))

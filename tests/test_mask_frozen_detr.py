@@ -758,16 +758,19 @@ def test_a_run_that_trains_its_detector_resumes_and_is_evaluated_without_the_det
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(train, "validate", killed)
         run(*words, str(tmp_path / "cut"))
-    run(*MASKS[:2], "--out", str(tmp_path / "cut"), "--resume")
+    start = checkpoints.load(detector / "best.pt")["model"]["level_embed"]
+    (detector / "best.pt").unlink()
+    again = [*MASKS[:2], "--out", str(tmp_path / "cut"), "--resume"]
+    with pytest.raises(SystemExit, match="last.pt has trained its own: leave it out"):
+        run(*again, "--detector", str(tmp_path / "masks" / "best.pt"))
+    run(*again)
     complete = checkpoints.load(tmp_path / "masks" / "last.pt")
     resumed = checkpoints.load(tmp_path / "cut" / "last.pt")
-    start = checkpoints.load(detector / "best.pt")["model"]["level_embed"]
     assert not torch.equal(complete["model"]["detector.level_embed"], start)
     for part in ("model", "ema"):
         for key, value in complete[part].items():
             assert torch.equal(value, resumed[part][key]), key
 
-    (detector / "best.pt").unlink()
     path = str(tmp_path / "masks" / "best.pt")
     evaluation.main(["--checkpoint", path, "--device", "cpu"])
     assert "\nsegm" in capsys.readouterr().out
@@ -806,6 +809,24 @@ def test_a_checkpoint_is_evaluated_with_and_without_mask_scores_and_knows_its_de
         evaluation.main([*words, "--detector", str(moved)])
     with pytest.raises(SystemExit, match="no file: say where it lies with --detector"):
         evaluation.main([*words, "--detector", "nowhere.pt"])
+
+
+def test_an_evaluation_of_more_detections_makes_as_many_masks(monkeypatch):
+    """A limit above the 10 of the Config; the detector has 45 pairs of a query and a class."""
+    cfg, masks, _ = network(top_k=10)
+    rows = []
+    figures = {"bbox": {"curves": {}}}
+    monkeypatch.setattr(evaluation, "score_results",
+                        lambda dataset, results, *args: rows.extend(results) or figures)
+    dataset = scenes.Shapes("val", 2)
+    for limit, expected in ((30, 30), (0, 45), (5, 10)):
+        rows.clear()
+        evaluation.evaluate(masks, detect, dataset, cfg, "cpu", max_dets=limit)
+        figures["bbox"]["curves"] = {}
+        count = {image_id: 0 for image_id in dataset.image_ids.tolist()}
+        for row in rows:
+            count[row["image_id"]] += "segmentation" in row
+        assert set(count.values()) == {expected}, limit
 
 
 def test_without_a_detector_the_error_says_how_to_get_one(tmp_path):

@@ -222,7 +222,7 @@ def training_step(precision, compiled, device):
     kernels = verify_kernel(device)
     model, criterion = dino.build(cfg, num_classes=80)
     compile_or_recompute(model, train.Run(compile=compiled))
-    step = TrainingStep(model, criterion, dino.param_groups(model, recipe), recipe, device)
+    step = TrainingStep(dino, model, criterion, recipe, device)
     images, padding, targets = random_batch(IMAGE[device], batch)
     inputs = (images.to(device), padding.to(device), targets)
 

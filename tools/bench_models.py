@@ -4,6 +4,7 @@ import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from types import SimpleNamespace
 from typing import Literal
 
 import torch
@@ -26,12 +27,14 @@ PRESET = "paper" if DEVICE == "cuda" else "small"
 
 
 class TrainingStep:
-    """A model with optimizer and EMA; calling it makes one training step on a batch."""
+    """A model with the optimizer and the EMA of its recipe; calling it makes one training step on
+    a batch. `paper`: its paper file."""
 
-    def __init__(self, model, criterion, parameters, recipe, device: Device):
+    def __init__(self, paper, model, criterion, recipe, device: Device):
         self.model = model.to(device).train()
         self.criterion = criterion
-        self.optimizer = torch.optim.AdamW(parameters, lr=1e-5, fused=True)
+        batch = SimpleNamespace(total=recipe.batch_size)
+        self.optimizer, _ = train.make_optimizer(paper, model, recipe, batch)
         self.ema = train.make_ema(model, recipe.ema)
         self.clip = recipe.clip
         self.device = torch.device(device)
@@ -70,7 +73,7 @@ def step(device: Device = DEVICE, repeats: int = 9,
         cfg, recipe = configure(paper, paper.SMALL)
         batch = scene_batch(recipe, recipe.batch_size)
         model, criterion = paper.build(cfg, num_classes=8)
-        training = TrainingStep(model, criterion, paper.param_groups(model, recipe), recipe, device)
+        training = TrainingStep(paper, model, criterion, recipe, device)
         for amp in (False, True):
             functions = {}
             for impl in ("torch", "kernel"):
@@ -124,7 +127,7 @@ def compiled(device: Device = DEVICE, repeats: int = 5, model: str = "dino",
     for name in ("plain", "compiled"):
         net, criterion = paper.build(cfg, num_classes=80)
         compile_or_recompute(net, train.Run(model=model, compile=name == "compiled"))
-        training = TrainingStep(net, criterion, paper.param_groups(net, recipe), recipe, device)
+        training = TrainingStep(paper, net, criterion, recipe, device)
         functions[name] = partial(training, inputs, amp)
     begin = benchmark.timer()
     functions["compiled"]()
@@ -248,7 +251,6 @@ def step_cost(setting: Setting) -> tuple[float, float]:
         batch = random_batch(setting.size, setting.batch)
     model, criterion = paper.build(cfg, num_classes=80)
     compile_or_recompute(model, train.Run(recompute=setting.recompute))
-    parameters = paper.param_groups(model, recipe)
-    training = TrainingStep(model, criterion, parameters, recipe, setting.device)
+    training = TrainingStep(paper, model, criterion, recipe, setting.device)
     ms = median_ms(lambda: training(batch, setting.amp), setting.seconds)
     return ms, peak_gib(setting.device)

@@ -148,7 +148,7 @@ def our_passes(ours, inputs, device) -> dict:
     """name -> function of amp"""
     model, criterion = ours
     images, padding, _ = inputs
-    training = TrainingStep(model, criterion, trainable(model), deformable_detr.RECIPE, device)
+    training = TrainingStep(deformable_detr, model, criterion, deformable_detr.RECIPE, device)
     one_image = (images[:1].to(device), padding[:1].to(device))
 
     def training_step(amp):

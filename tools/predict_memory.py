@@ -5,7 +5,7 @@
 
 The model runs forward on tensors without values, and the bytes that autograd saves for the backward
 pass are counted, each storage once. The image is the largest of the recipe (800 x 1333 pixels in
-most), in float32, with 20 objects.
+most), in float32, with 20 objects of the 80 classes of COCO or the 1203 of LVIS.
 
     for each image    what autograd saves. With --recompute: the inputs of the layers, what is saved
                       outside of them, and what the largest layer saves
@@ -34,7 +34,8 @@ from engine.recipe import configure
 
 GIB = 2 ** 30
 OBJECTS = 20
-NUM_CLASSES = 80
+NUM_CLASSES = 80         # of COCO
+LVIS_CLASSES = 1203      # recipes that show rare classes more often are for LVIS
 PAPERS = ("detr", "deformable_detr", "dino", "h_detr", "co_detr")
 
 
@@ -91,18 +92,24 @@ class SavedBytes:
 
 def predict(paper, cfg, recipe, size: tuple[int, int]) -> Prediction:
     """Count for a training step on images of this height and width."""
-    image, largest, parameters = count(paper, cfg, size, recompute=False)
-    recomputed, _, _ = count(paper, cfg, size, recompute=True)
+    classes = num_classes(recipe)
+    image, largest, parameters = count(paper, cfg, size, recompute=False, classes=classes)
+    recomputed, _, _ = count(paper, cfg, size, recompute=True, classes=classes)
     copies = 5 if recipe.ema else 4
     return Prediction(4 * copies * parameters, image, recomputed + largest)
 
 
-def count(paper, cfg, size, recompute: bool) -> tuple[int, int, int]:
+def num_classes(recipe) -> int:
+    """Classes of the data that a recipe is for."""
+    return LVIS_CLASSES if recipe.oversample else NUM_CLASSES
+
+
+def count(paper, cfg, size, recompute: bool, classes: int = NUM_CLASSES) -> tuple[int, int, int]:
     """-> bytes saved for one image, those of them in the largest layer, number of parameters"""
     fused = mock.patch.object(F, "scaled_dot_product_attention", fused_attention)
     with fused, FakeTensorMode(allow_non_fake_inputs=True), AsOnGPU():
         with mock.patch("torch.nn.init.trunc_normal_"):     # it reads values, which are not there
-            model, _ = paper.build(cfg, NUM_CLASSES)
+            model, _ = paper.build(cfg, classes)
         model.train()
         if recompute:
             settings = SimpleNamespace(compile=False, recompute=True, model=paper.__name__)
@@ -199,7 +206,8 @@ def main(argv: list[str]) -> None:
         overrides = paper.VARIANTS[variant] if variant else {}
         cfg, recipe = configure(paper, overrides)
         size = largest_size(recipe)
-        shape = {**vars(cfg), "model": name, "size": size, "ema": bool(recipe.ema)}
+        shape = {**vars(cfg), "model": name, "size": size, "ema": bool(recipe.ema),
+                 "classes": num_classes(recipe)}
         if shape in rows:     # differs from an earlier one in its schedule only
             continue
         rows.append(shape)
