@@ -243,6 +243,16 @@ def test_a_detection_with_another_label_or_score_is_lost():
     assert compare(ours, theirs).lost == 2
 
 
+def test_masks_are_compared_where_a_box_covers_pixels():
+    ours = rows([0.9, 0.8], [1, 2], [[0., 0, 9, 9], [5., 5, 5, 9]])
+    theirs = rows([0.9, 0.8], [1, 2], [[0., 0, 9, 9], [5., 5, 5, 9]])
+    ours["mask_logits"] = torch.zeros(1, 2, 4, 4)
+    theirs["mask_logits"] = torch.zeros(1, 2, 4, 4)
+    theirs["mask_logits"][0, 0] = 0.5
+    theirs["mask_logits"][0, 1] = 9
+    assert compare(ours, theirs).masks == 0.5
+
+
 # ---- command line --------------------------------------------------------------------------------
 
 def test_the_command_writes_a_file_and_says_how_far_it_differs(tmp_path, monkeypatch, capsys):

@@ -65,8 +65,9 @@ def read_settings(root: Path) -> tuple[Path, dict]:
         except UserError:
             raise
         except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path}: expected YAML, got a file that cannot be parsed: "
-                            f"{one_line(str(error))}") from error
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: expected YAML, got a file that cannot be parsed "
+                            f"({one_line(reason, 300)}); correct it") from error
         if isinstance(content, dict) and "names" in content:
             return path, content
     return root / "data.yaml", {}
