@@ -18,8 +18,12 @@ import torch
 from torch import Tensor, nn
 
 MOMENTUM = 0.95
-ITERATIONS = 5                              # of Newton-Schulz
-COEFFICIENTS = (3.4445, -4.7750, 2.0315)    # of its polynomial a x + b x^3 + c x^5 (Jordan et al.)
+# One polynomial a x + b x^3 + c x^5 for each iteration. Each brings the singular values that the one
+# before leaves as near to 1 as possible, beginning with values of 0.01 to 1 (Amsel et al. 2025,
+# arXiv 2505.16932). Three of them do what five equal ones of Newton-Schulz did, in 60 % of the time.
+POLYNOMIALS = ((8.0934, -23.6204, 17.4462),
+               (3.6366, -2.7219, 0.5365),
+               (2.6613, -1.9772, 0.4526))
 MIN_SIDE = 32                               # smaller matrices keep AdamW: they have few directions
 # Tables of vectors, class heads, and the layers that say where deformable attention samples and how
 # much each sample weighs.
@@ -65,16 +69,18 @@ class Muon(torch.optim.AdamW):
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Bring the singular values of matrices (count, m, n) near 1 (0.7 to 1.2), keep their singular
-    vectors: Newton-Schulz iterations in bfloat16."""
-    a, b, c = COEFFICIENTS
+    """Bring the singular values of matrices (count, m, n) near 1, keep their singular vectors.
+
+    Values from 0.01 of the Frobenius norm on end between 0.7 and 1.3, smaller ones below that. The
+    products run in bfloat16 where the hardware has it."""
     tall = x.shape[1] > x.shape[2]
     y = x.mT if tall else x
     y = y / (torch.linalg.matrix_norm(y, keepdim=True) + 1e-7)       # no singular value above 1
     y = y.to(product_dtype(x))
-    for _ in range(ITERATIONS):
-        gram = y @ y.mT
-        y = a * y + (b * gram + c * gram @ gram) @ y
+    for a, b, c in POLYNOMIALS:
+        gram = y @ y.mT                                              # (count, m, m)
+        gram = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)      # b G + c G G
+        y = torch.baddbmm(y, gram, y, beta=a)                        # a Y + (b G + c G G) Y
     return (y.mT if tall else y).to(x.dtype)
 
 

@@ -1,13 +1,16 @@
 """Muon: orthogonal updates of hidden matrices, AdamW for the rest, saved and restored."""
 import math
 
+import numpy as np
 import pytest
 import torch
+from scipy.optimize import linprog
 from torch import nn
 
 import train
 from engine import checkpoints
-from engine.muon import MOMENTUM, Muon, is_hidden_matrix, orthogonalize, split_groups
+from engine.muon import (MOMENTUM, POLYNOMIALS, Muon, is_hidden_matrix, orthogonalize,
+                         split_groups)
 from small_runs import cheap_runs, config, run  # noqa: F401
 
 
@@ -23,6 +26,21 @@ def test_orthogonalized_matrices_keep_their_singular_vectors(shape):
     assert values[large].min() > 0.6 and values.max() < 1.3
     off = middle - torch.diag_embed(values)
     assert off.abs().max() < 0.05 and y.dtype == x.dtype
+
+
+def test_each_polynomial_is_the_best_one_for_the_values_it_gets():
+    """A linear program: the coefficients with the smallest largest |1 - p(x)| over the interval."""
+    low, high = 0.01, 1.0
+    for polynomial in POLYNOMIALS:
+        x = np.linspace(low, high, 2000)
+        powers = np.stack([x, x ** 3, x ** 5], 1)
+        one = np.ones((len(x), 1))
+        best = linprog([0, 0, 0, 1], np.block([[powers, -one], [-powers, -one]]),
+                       np.concatenate([one, -one]), bounds=[(None, None)] * 3 + [(0, None)])
+        np.testing.assert_allclose(polynomial, best.x[:3], rtol=5e-3)
+        error = abs(1 - powers @ np.array(polynomial)).max()
+        low, high = 1 - error, 1 + error
+    assert 0.7 < low and high < 1.3
 
 
 def test_one_step_is_the_equation():
