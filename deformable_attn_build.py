@@ -486,7 +486,6 @@ def use_kernel(impl, coordinates, value, *tensors):
     return True
 
 
-@torch.compiler.assume_constant_result    # torch.compile calls it once, while tracing
 def _find_kernel(device_type, index, required):
     kernels = load_kernels(device_type, index)
     if isinstance(kernels, BuildError):
@@ -498,6 +497,10 @@ def _find_kernel(device_type, index, required):
         _verify(device_type, index)
     return True
 
+
+# torch.compile calls it once, while tracing. torch.compiler.assume_constant_result sets the same,
+# but loads the compiler first, which makes the start of every program two seconds longer.
+_find_kernel._dynamo_marked_constant = True
 
 _examined_devices = set()
 

@@ -56,7 +56,8 @@ def open_and(function, path: str | Path):
         with Image.open(path) as image:
             return function(image)
     except Exception as error:   # damaged files make Pillow's decoders raise nearly every type
-        reason = str(error).replace(str(path), "the file") or type(error).__name__
+        reason = getattr(error, "strerror", "") or str(error).replace(str(path), "the file")
+        reason = reason or type(error).__name__
         raise UnreadableImage(f"{path}: expected a readable image, got: {reason}") from error
 
 

@@ -77,10 +77,8 @@ class FCOS(CenternessHead):
         """Apply distances (..., 4) to left, top, right, bottom to points, stored as boxes (..., 4)
         -> corner boxes (..., 4)."""
         point = (anchors[..., :2] + anchors[..., 2:]) / 2                          # (..., 2)
-        stride = (anchors[..., 2:] - anchors[..., :2]) / POINT_SIZE                # (..., 2)
-        top_left = point - distances[..., :2] * stride
-        bottom_right = point + distances[..., 2:] * stride
-        return torch.cat((top_left, bottom_right), -1)
+        distances = distances * strides_of(anchors)                                # (..., 4)
+        return torch.cat((point - distances[..., :2], point + distances[..., 2:]), -1)
 
     @staticmethod
     @torch.no_grad()
@@ -93,12 +91,12 @@ class FCOS(CenternessHead):
         if not len(boxes):
             return torch.full(anchors.shape[:1], BACKGROUND, device=anchors.device)
         point = ((anchors[:, :2] + anchors[:, 2:]) / 2)[:, None]                   # (A, 1, 2)
-        stride = (anchors[:, 2:] - anchors[:, :2])[:, None] / POINT_SIZE           # (A, 1, 2)
-        distances = torch.cat((point - boxes[:, :2], boxes[:, 2:] - point), -1)    # (A, n, 4)
+        strides = strides_of(anchors)                                              # (A, 1)
+        distances = distances_to_sides(anchors[:, None], boxes)                    # (A, n, 4)
         center = (boxes[:, :2] + boxes[:, 2:]) / 2                                 # (n, 2)
-        near = ((point - center).abs() < RADIUS * stride).all(-1)                  # (A, n)
+        near = (point - center).abs().amax(-1) < RADIUS * strides                  # (A, n)
         inside = distances.amin(-1) > 0                                            # (A, n)
-        lower, upper = size_ranges(stride[:, 0, 0], counts)                        # (A,) each
+        lower, upper = size_ranges(strides[:, 0], counts)                          # (A,) each
         largest = distances.amax(-1)                                               # (A, n)
         fits = (largest > lower[:, None]) & (largest <= upper[:, None])
         area = box_area(boxes).expand_as(largest)                                  # (A, n)
@@ -111,6 +109,18 @@ class FCOS(CenternessHead):
         padded_size = torch.tensor(pyramid.shapes[0]) * pyramid.strides[0]         # (2,)
         objects = [image._replace(valid_size=padded_size) for image in objects]
         return super().targets(pyramid, objects)
+
+
+def strides_of(anchors: Tensor) -> Tensor:
+    """Strides (..., 1) of the levels of anchors (..., 4) that are POINT_SIZE strides wide."""
+    return (anchors[..., 2:3] - anchors[..., :1]) / POINT_SIZE
+
+
+def distances_to_sides(anchors: Tensor, boxes: Tensor) -> Tensor:
+    """Pixels from the centers of anchors (..., 4) to left, top, right, bottom of boxes (..., 4)
+    -> (..., 4), below 0 where the center lies outside."""
+    center = (anchors[..., :2] + anchors[..., 2:]) / 2                             # (..., 2)
+    return torch.cat((center - boxes[..., :2], boxes[..., 2:] - center), -1)
 
 
 def size_ranges(strides: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
@@ -126,9 +136,7 @@ def size_ranges(strides: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
 
 def centerness_targets(anchors: Tensor, boxes: Tensor) -> Tensor:
     """Eq. 3 at the centers of anchors (..., 4), in boxes of their objects (..., 4) -> (...)."""
-    center = (anchors[..., :2] + anchors[..., 2:]) / 2                             # (..., 2)
-    before = center - boxes[..., :2]                                               # left, top
-    after = boxes[..., 2:] - center                                                # right, bottom
+    before, after = distances_to_sides(anchors, boxes).chunk(2, -1)                # (..., 2) each
     ratio = torch.minimum(before, after) / torch.maximum(before, after)
     return ratio.prod(-1).sqrt()
 

@@ -9,7 +9,8 @@ a side of the box is a distribution, of which the mean is the prediction.
     section 3.1, Eq. 6 distribution focal loss     distribution_focal_loss
     section 3.3 losses                             gfl_losses
 
-Letters as in retinanet.py. Distances are in strides; anchors and assignment are those of ATSS.
+Letters as in retinanet.py. Distances are in strides, as in FCOS; anchors and assignment are those
+of ATSS.
 
 Differences from the paper: those of atss.py. Positives weigh as much as their highest class
 probability (code).
@@ -21,6 +22,7 @@ from torch import Tensor, nn
 from boxes import box_cxcywh_to_xyxy, paired_giou, paired_iou
 from heads.anchors import by_anchor
 from heads.atss import ATSS
+from heads.fcos import FCOS, distances_to_sides, strides_of
 from heads.retinanet import GIOU_WEIGHT, RetinaNet, count_positives
 
 REG_MAX = 16           # strides, the largest distance; its distribution has REG_MAX + 1 bins
@@ -48,15 +50,7 @@ class GFL(RetinaNet):
     @staticmethod
     def decode(deltas: Tensor, anchors: Tensor) -> Tensor:
         """Logits of distances (..., 4 (REG_MAX + 1)), anchors (..., 4) -> boxes (..., 4)."""
-        center = (anchors[..., :2] + anchors[..., 2:]) / 2                         # (..., 2)
-        distances = mean_distances(deltas) * stride_of(anchors)                    # (..., 4)
-        before, after = distances.chunk(2, -1)                                     # (..., 2) each
-        return torch.cat((center - before, center + after), -1)
-
-
-def stride_of(anchors: Tensor) -> Tensor:
-    """Strides (..., 1) of the levels of anchors (..., 4), in pixels."""
-    return (anchors[..., 2:3] - anchors[..., :1]) / GFL.anchor_sizes[0][0]
+        return FCOS.decode(mean_distances(deltas), anchors)
 
 
 def mean_distances(deltas: Tensor) -> Tensor:
@@ -134,9 +128,7 @@ def gfl_losses(
 
     confidence = logits.detach().sigmoid().amax(-1)[positive]                      # (P,)
     giou = (1 - paired_giou(predicted, boxes)) * confidence
-    center = (anchors[:, :2] + anchors[:, 2:]) / 2                                 # (P, 2)
-    sides = torch.cat((center - boxes[:, :2], boxes[:, 2:] - center), -1)          # (P, 4)
-    distances = sides / stride_of(anchors)
+    distances = distances_to_sides(anchors, boxes) / strides_of(anchors)           # (P, 4)
     dfl = distribution_focal_loss(deltas, distances) * confidence                  # (P,)
     return {"cls": cls.sum() / positives,
             "giou": GIOU_WEIGHT * giou.sum() / total_weight,

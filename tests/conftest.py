@@ -3,7 +3,8 @@
 Recorded inputs and outputs of the authors' code lie outside this repository, in a folder `shared`
 beside the checkout or where PAPERDETR_SHARED points. Tests that need them skip and name the folder
 when it is absent; with PAPERDETR_STRICT they fail instead. A test that is not slow and takes longer
-than HANGS seconds ends the run, with a trace."""
+than HANGS seconds ends its process with a trace. With --numprocesses that is one worker: the test
+has failed, another worker goes on."""
 import faulthandler
 import os
 import sys
@@ -11,6 +12,8 @@ from pathlib import Path
 
 # read when torch is imported: waiting threads must not spin on a busy machine
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
+if "PYTEST_XDIST_WORKER" in os.environ:              # one of --numprocesses
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np
 import pytest

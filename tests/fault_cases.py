@@ -6,9 +6,9 @@ import json
 import random
 
 from faults import (CPU, HERE, IMAGES, MASKS, TINY, choose_any_checkpoint, damage_annotations,
-                    damage_images_of_data, damage_layout, damage_log, damage_own_checkpoint,
-                    damage_photo, damage_released, damage_results, damage_run, nothing,
-                    occupy_run_folder, rename_to_safetensors)
+                    damage_images_of_data, damage_labels, damage_layout, damage_log,
+                    damage_own_checkpoint, damage_photo, damage_released, damage_results,
+                    damage_run, nothing, occupy_run_folder, rename_to_safetensors)
 
 # ---- commands ------------------------------------------------------------------------------------
 
@@ -60,6 +60,27 @@ def detections_command(rng):
                             f"photos/{rng.choice(IMAGES)}", "--out=out/picture.png"]
 
 
+def explore_command(rng):
+    checkpoint = rng.choice(("runs/small", "runs/small", "runs/masks"))
+    images = rng.sample((f"photos/{rng.choice(IMAGES)}", "scene", "val", "val:1"), 2)
+    return "visualize.py", ["explore", "--checkpoint", checkpoint, "--data=data",
+                            "--out=out/page.html", "--images", *images]
+
+
+EXPORT = ("--checkpoint=runs/small", "--out=model.pt2")
+
+
+def export_command(rng):
+    more = rng.choice(([], ["--size", "64", "96"], ["--batch=2"], ["--raw"]))
+    return "tools.export", [*EXPORT, *more, "--images", f"photos/{rng.choice(IMAGES)}"]
+
+
+def convert_command(rng):
+    name = rng.choice(("yolo", "voc", "csv"))
+    more = rng.choice(([], [], ["--skip_faulty"]))
+    return "tools.convert", ["--from", name, f"labels/{name}", "out", *more]
+
+
 def chosen_command(rng):
     """Any command that reads a checkpoint, on weights/chosen.pt."""
     path = "weights/chosen.pt"
@@ -75,6 +96,9 @@ def chosen_command(rng):
         ("visualize.py", ["sampling_points", "--checkpoint", path, "--image", photo, out]),
         ("visualize.py", ["noised_boxes", "--checkpoint", path, "--data=data", out]),
         ("visualize.py", ["mistakes", "--checkpoint", path, "--data=data", out]),
+        ("visualize.py", ["explore", "--checkpoint", path, "--out=out/page.html", "--images",
+                          photo, "scene"]),
+        ("tools.export", ["--checkpoint", path, "--out=model.onnx"]),
         ("train.py", [*TRAIN, "--init", path]),
         ("train.py", [*MASKS, "--out=runs/new", "--detector", path]),
         ("train.py", [*TRAIN, "--backbone_weights", path]),
@@ -135,12 +159,17 @@ FLAGS_OF_EVAL = (
     "variant", "detector", "typo")
 FLAGS_OF_ANALYSIS = ("checkpoint", "data", "k", "out", "batch_size", "workers", "device", "amp",
                      "variant", "typo")
+FLAGS_OF_EXPORT = ("checkpoint", "out", "size", "batch", "raw", "images", "variant", "detector",
+                   "typo")
+FLAGS_OF_CONVERT = ("from", "val_share", "skip_faulty", "typo")
 ON_IMAGE = ("--checkpoint=runs/small", "--image=photos/photo.jpg")
 ON_DATA = ("--checkpoint", "runs/small")
 PICTURES = {   # command: what it needs, its flags
     "detections": (ON_IMAGE, ("checkpoint", "image", "score_threshold", "device")),
     "anchors": (ON_IMAGE, ("checkpoint", "image", "score_threshold", "device")),
     "sampling_points": (ON_IMAGE, ("checkpoint", "image", "rank", "device")),
+    "explore": ((*ON_DATA, "--images", "photos/photo.jpg"),
+                ("checkpoint", "images", "data", "seed", "device")),
     "predictions": (ON_DATA, ("checkpoint", "data", "n", "score_threshold", "device")),
     "strip": (ON_DATA, ("checkpoint", "data", "n", "side", "score_threshold", "device")),
     "mistakes": (ON_DATA, ("checkpoint", "data", "n", "score_threshold", "device")),
@@ -190,13 +219,24 @@ def analysis_flags_command(rng):
 def picture_flags_command(rng):
     name = rng.choice(list(PICTURES))
     start, flags = PICTURES[name]
-    out = [] if name == "curves" else ["--out=out/p.png"]
+    out = ["--out=out/p.html"] if name == "explore" else ["--out=out/p.png"]
+    out = [] if name == "curves" else out
     return "visualize.py", [name, *start, *out, *wrong_flags(rng, (*flags, "out", "typo"))]
 
 
 def scenes_flags_command(rng):
     return "scenes.py", ["--write=out/scenes", "--num_train=1", "--num_val=1",
                          *wrong_flags(rng, ("write", "num_train", "num_val", "seed", "typo"))]
+
+
+def export_flags_command(rng):
+    return "tools.export", [*EXPORT, *wrong_flags(rng, FLAGS_OF_EXPORT)]
+
+
+def convert_flags_command(rng):
+    start = rng.choice((["--from=yolo", "labels/yolo", "out"], ["--from=csv", "labels/csv", "out"],
+                        ["labels/voc", "out"]))
+    return "tools.convert", [*start, *wrong_flags(rng, FLAGS_OF_CONVERT)]
 
 
 def check_flags_command(rng):
@@ -229,7 +269,8 @@ def lose_the_output_folder(rng, folder):
 
 def all_writers(rng):
     makers = (train_command, eval_data_command, eval_photos_command, detections_command,
-              resume_command, read_run_command, scenes_flags_command, chosen_command)
+              resume_command, read_run_command, scenes_flags_command, chosen_command,
+              explore_command, export_command, convert_command)
     return rng.choice(makers)(rng)
 
 
@@ -241,11 +282,13 @@ def any_program(rng):
 # damage, commands that meet it, share of the cases
 CASES = (
     (damage_annotations, (check_command, train_command, train_masks_command, overfit_command,
-                          eval_data_command, eval_json_command, eval_masks_command), 18),
+                          eval_data_command, eval_json_command, eval_masks_command,
+                          explore_command), 18),
     (damage_images_of_data, (check_command, train_command, eval_data_command,
-                             eval_masks_command), 6),
+                             eval_masks_command, explore_command), 6),
     (damage_layout, (check_command, train_command, eval_data_command), 3),
-    (damage_photo, (eval_photos_command, detections_command), 10),
+    (damage_photo, (eval_photos_command, detections_command, explore_command, export_command), 10),
+    (damage_labels, (convert_command,), 6),
     (damage_own_checkpoint, (chosen_command,), 14),
     (damage_released, (chosen_command,), 8),
     (choose_any_checkpoint, (chosen_command,), 3),
@@ -259,7 +302,7 @@ CASES = (
     (change_environment, (any_program,), 3),
     (nothing, (train_flags_command, train_flags_command, eval_flags_command,
                analysis_flags_command, picture_flags_command, scenes_flags_command,
-               check_flags_command), 20),
+               check_flags_command, export_flags_command, convert_flags_command), 20),
 )
 
 

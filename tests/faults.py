@@ -7,6 +7,7 @@ import gzip
 import importlib
 import json
 import os
+import re
 import shutil
 from argparse import Namespace
 from dataclasses import replace
@@ -22,6 +23,7 @@ import visualize
 from coco_folders import POLYGON
 from engine import authors_names
 from engine import checkpoints
+from label_folders import csv_folder, voc_folder, yolo_folder
 from small_runs import coco_folder
 from tiny_checkpoint import write_checkpoint
 
@@ -39,18 +41,22 @@ CPU = ("--device=cpu", "--workers=0")
 RELEASED_SIZES = {"dim": 64, "ffn_dim": 16, "encoder_layers": 1, "decoder_layers": 2,
                   "num_queries": 5}
 HUGE = "huge integer"   # more digits than Python makes of a number
+TABLE = "file,xmin,ymin,xmax,ymax,class\n0.png,4,6,14,15,dog\n1.png,4,6,14,15,cat\n"
 RECTANGLE = [[10, 10, 40, 10, 40, 30, 10, 30]]
 
 
 # ---- materials -----------------------------------------------------------------------------------
 
 def make_materials(folder):
-    """Write a folder of intact files: data/, photos/, runs/, weights/, results/. A run folder of
-    two epochs comes from train.py itself."""
+    """Write a folder of intact files: data/, photos/, labels/, runs/, weights/, results/. A run
+    folder of two epochs comes from train.py itself."""
     coco_folder(folder / "data", images=2, names=CLASSES, ids=(7, 3))
     for split in ("train", "val"):
         edit_json(folder / f"data/annotations/instances_{split}2017.json", add_segmentations)
     make_photos(folder / "photos")
+    yolo_folder(folder / "labels/yolo", images=1)
+    voc_folder(folder / "labels/voc")
+    csv_folder(folder / "labels/csv", TABLE)
 
     (folder / "weights").mkdir()
     for name in PAPERS:
@@ -342,6 +348,38 @@ def damage_layout(rng, folder):
     else:
         (data / first).unlink()
     return f"{action} {first} {second}"
+
+
+# ---- labels in other formats ---------------------------------------------------------------------
+
+def damage_words(rng, path):
+    """Replace, remove or double words of a text: what stands between blanks, commas and brackets.
+    """
+    words = re.split(r"([\s,:<>/\[\]]+)", path.read_text())
+    for _ in range(rng.choice((1, 1, 2, 3))):
+        place = rng.randrange(len(words))
+        action = rng.choice(("replace", "replace", "remove", "double"))
+        if action == "replace":
+            words[place] = str(any_value(rng, deepest=200)).replace(HUGE, "1" * 5000)
+        elif action == "remove":
+            words[place] = ""
+        else:
+            words[place] *= 2
+    path.write_text("".join(words), encoding="utf-8", errors="surrogatepass")
+    return f"words of {path.name}"
+
+
+def damage_labels(rng, folder):
+    """Damage a file or two of each format."""
+    texts = []
+    for name in ("yolo", "voc", "csv"):
+        files = sorted(path for path in (folder / "labels" / name).rglob("*") if path.is_file())
+        for path in rng.sample(files, rng.choice((1, 1, 2))):
+            kinds = (damage_bytes, damage_place)
+            if path.suffix != ".png":
+                kinds += (damage_words,) * 4
+            texts.append(f"{name}: {rng.choice(kinds)(rng, path)}")
+    return "; ".join(texts)
 
 
 # ---- checkpoints ---------------------------------------------------------------------------------

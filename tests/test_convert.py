@@ -3,71 +3,13 @@ import json
 import os
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import data
 from engine.errors import UserError
+from label_folders import (BOX, HEIGHT, WIDTH, XYWH, YOLO_BOX, csv_folder, voc_folder, voc_text,
+                           write_image, write_text, yolo_folder)
 from tools import check_data, convert
-
-WIDTH, HEIGHT = 40, 30
-VOC_OBJECT = """
-  <object>
-    <name>{name}</name>
-    <difficult>{difficult}</difficult>
-    <bndbox><xmin>{0}</xmin><ymin>{1}</ymin><xmax>{2}</xmax><ymax>{3}</ymax></bndbox>
-  </object>"""
-VOC_SIZE = f"\n  <size><width>{WIDTH}</width><height>{HEIGHT}</height><depth>3</depth></size>"
-BOX = (4, 6, 14, 15)                  # corners in px; as YOLO writes it:
-YOLO_BOX = "0.225 0.35 0.25 0.3"
-XYWH = [4, 6, 10, 9]
-
-
-def write_image(path, size=(WIDTH, HEIGHT)):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    noise = np.random.default_rng(len(str(path))).integers(0, 255, (size[1], size[0], 3))
-    Image.fromarray(noise.astype(np.uint8)).save(path)
-
-
-def write_text(path, text):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text)
-
-
-def yolo_folder(root, lines=f"1 {YOLO_BOX}\n", splits=("train", "val"), images=2):
-    """images/SPLIT/k.png, labels/SPLIT/k.txt and data.yaml"""
-    for split in splits:
-        for k in range(images):
-            write_image(root / "images" / split / f"{k}.png")
-            write_text(root / "labels" / split / f"{k}.txt", lines)
-    entries = "".join(f"{split}: images/{split}\n" for split in splits)
-    write_text(root / "data.yaml", entries + "nc: 2\nnames: [cat, dog]\n")
-    return root
-
-
-def voc_text(*objects, size=VOC_SIZE, source="mine", name="0.png"):
-    rows = "".join(VOC_OBJECT.format(*box, name=label, difficult=difficult)
-                   for label, box, difficult in objects)
-    return (f"<annotation>\n  <filename>{name}</filename>\n  <source><database>{source}</database>"
-            f"</source>{size}{rows}\n</annotation>\n")
-
-
-def voc_folder(root, text=None, images=2):
-    """Annotations/k.xml and JPEGImages/k.png"""
-    for k in range(images):
-        write_image(root / "JPEGImages" / f"{k}.png")
-        content = text or voc_text(("dog", BOX, 0), name=f"{k}.png")
-        write_text(root / "Annotations" / f"{k}.xml", content)
-    return root
-
-
-def csv_folder(root, text, images=2):
-    """images/k.png and labels.csv"""
-    for k in range(images):
-        write_image(root / "images" / f"{k}.png")
-    write_text(root / "labels.csv", text)
-    return root
 
 
 def convert_folder(source, root, out, **options):
@@ -343,6 +285,8 @@ FOLDERS = {
     "keypoints": (lambda root: write_text(root / "data.yaml", "kpt_shape: [17, 3]\nnames: [a]\n"),
                   "got keypoints"),
     "not yaml": (lambda root: write_text(root / "data.yaml", "names: [cat\n"), "expected YAML"),
+    "deep yaml": (lambda root: write_text(root / "data.yaml", "names: " + "[" * 9999),
+                  "expected YAML"),
     "a path to nowhere": (lambda root: write_text(root / "data.yaml",
                                                   "train: photos\nnames: [cat, dog]\n"),
                           "expected the images of train at photos, got no such folder"),
@@ -357,6 +301,37 @@ def test_a_folder_that_cannot_be_converted_says_why_and_leaves_nothing(change, m
     with pytest.raises(UserError, match=message):
         convert_folder("yolo", root, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def replace_by_pipe(path):
+    path.unlink()
+    os.mkfifo(path)
+
+
+def make_huge(path):
+    with open(path, "r+b") as file:
+        file.truncate(20 * 2 ** 30)   # sparse
+
+
+@pytest.mark.parametrize("damage, message", [
+    (replace_by_pipe, "expected a text file, got a folder or a device; remove it"),
+    (make_huge, "expected a text file of at most 2 GiB, got 20 GiB")])
+@pytest.mark.parametrize("source, file", [
+    ("yolo", "data.yaml"), ("voc", "Annotations/1.xml"), ("csv", "labels.csv")])
+def test_a_pipe_or_an_endless_file_is_refused_at_once(source, file, damage, message, tmp_path):
+    if source == "csv":
+        root = csv_folder(tmp_path / "in", "file\n")
+    else:
+        root = {"yolo": yolo_folder, "voc": voc_folder}[source](tmp_path / "in")
+    damage(root / file)
+    with pytest.raises(UserError, match=f"{file}: {message}"):
+        convert_folder(source, root, tmp_path / "out")
+
+
+def test_a_table_that_cannot_be_parsed_is_named(tmp_path):
+    text = "file,class,xmin,ymin,xmax,ymax\n" + "x" * 200_000 + ",dog,4,6,14,15\n"
+    with pytest.raises(UserError, match="labels.csv: expected a table, got a file that cannot be"):
+        convert_folder("csv", csv_folder(tmp_path / "in", text), tmp_path / "out")
 
 
 def test_every_fault_is_printed_with_its_own_line(tmp_path, capsys):

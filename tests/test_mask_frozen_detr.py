@@ -617,7 +617,7 @@ def test_it_overfits_four_scenes():
     cfg, masks, criterion = network(roi_size=16, channel_dim=64, roi_box="gt")
     images, padding, targets = scene(*[(64, 64)] * 4, objects=(1, 2, 1, 2))
     groups = mfd.param_groups(masks, override(mfd.RECIPE, SMALL))
-    optimizer = torch.optim.AdamW(groups, lr=3e-3)
+    optimizer = torch.optim.AdamW(groups, lr=3e-3, fused=True)
     for _ in range(60):
         out = masks(images, padding, targets)
         losses = criterion(out, targets)

@@ -20,6 +20,7 @@ SPLITS = {
 }
 UNDIVIDED = ""        # the split of images in a folder that is not divided
 OUTSIDE = 0.01        # how far a relative coordinate may lie outside [0, 1], for rounding
+LARGEST_FILE = 2 ** 31
 SHOWN = 20            # faults and notes that are printed; the rest is counted
 
 
@@ -87,6 +88,20 @@ def print_some(lines: list[str]) -> None:
         print(one_line(line, 600))
     if len(lines) > SHOWN:
         print(f"... and {len(lines) - SHOWN} more")
+
+
+def read_text(path: Path, errors: str = "replace") -> str:
+    """Read a text file of labels. UserError for what is none: a pipe would block for ever.
+
+    errors: what happens to bytes that are no UTF-8, as for `open`
+    """
+    if not path.is_file():
+        raise UserError(f"{path}: expected a text file, got a folder or a device; remove it")
+    size = path.stat().st_size
+    if size > LARGEST_FILE:
+        raise UserError(f"{path}: expected a text file of at most 2 GiB, got "
+                        f"{size / 2 ** 30:.0f} GiB; remove or divide it")
+    return path.read_text(encoding="utf-8-sig", errors=errors)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -172,6 +187,5 @@ def listed_names(root: Path, files: tuple[str, ...]) -> list[str]:
     for name in files:
         path = root / name
         if path.is_file():
-            lines = path.read_text(encoding="utf-8-sig", errors="replace").splitlines()
-            return [line.strip() for line in lines if line.strip()]
+            return [line.strip() for line in read_text(path).splitlines() if line.strip()]
     return []

@@ -18,7 +18,7 @@ from engine.coco_json import plural
 from engine.errors import UserError
 from engine.notices import one_line
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box, image_files,
-                          image_size, name_classes, number, split_of_file)
+                          image_size, name_classes, number, read_text, split_of_file)
 
 FILE = ("file", "filename", "file_name", "image", "image_path", "path")
 CLASS = ("class", "label", "name", "category", "class_name")
@@ -77,7 +77,11 @@ def read(root: Path) -> Labels:
     for image in image_files(folder):
         places.setdefault(image.name, []).append(image)
     for table in tables:
-        read_table(table, folder, places, images, labels)
+        try:
+            read_table(table, folder, places, images, labels)
+        except csv.Error as error:
+            raise UserError(f"{table}: expected a table, got a file that cannot be parsed "
+                            f"({error}); write it anew") from error
     for (split, _), image in images.items():
         labels.add(split, image)
     name_classes(folder, labels)
@@ -94,7 +98,7 @@ def read_table(table: Path, folder: Path, places: dict, images: dict, labels: La
 
     folder: that of the data set; places: {name: its image files with this name}
     """
-    text = table.read_text(encoding="utf-8-sig", errors="replace")
+    text = read_text(table)
     first = text.partition("\n")[0]
     delimiter = max(DELIMITERS, key=first.count)
     rows = csv.reader(text.splitlines(), delimiter=delimiter)

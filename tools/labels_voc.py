@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.images import SUFFIXES
 from engine.notices import one_line
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box, image_files,
-                          image_size, name_classes, number, split_of)
+                          image_size, name_classes, number, read_text, split_of)
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -70,7 +70,7 @@ def image_sets(root: Path, labels: Labels) -> dict[str, str]:
             split = UNDIVIDED
         if split is None:
             continue        # lists of single classes, such as cat_train.txt
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in read_text(path).splitlines():
             if line.strip():
                 found[line.split()[0]] = split
     return found
@@ -83,8 +83,7 @@ def find_image(path: Path, labels: Labels) -> Path | None:
         folders += [parent / name for name in IMAGE_FOLDERS]
     # Annotations/train/a.xml belongs to JPEGImages/train/a.jpg.
     folders += [folder / path.parent.name for folder in folders[1:]]
-    named = re.search(r"<filename>\s*([^<]+?)\s*</filename>",
-                      path.read_text(encoding="utf-8", errors="replace"))
+    named = re.search(r"<filename>\s*([^<]+?)\s*</filename>", read_text(path))
     names = []
     if named:
         names.append(re.split(r"[/\\]", named[1])[-1])
@@ -101,7 +100,7 @@ def find_image(path: Path, labels: Labels) -> Path | None:
 
 def read_file(path: Path, image: Path, labels: Labels) -> LabeledImage | None:
     """Read one XML file. Faults are added to `labels`."""
-    text = path.read_text(encoding="utf-8", errors="replace")
+    text = read_text(path)
     try:
         annotation = ElementTree.fromstring(path.read_bytes())
     except (ElementTree.ParseError, ValueError, LookupError) as error:

@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.images import SUFFIXES
 from engine.notices import one_line
 from tools.labels import (OUTSIDE, SPLITS, UNDIVIDED, LabeledImage, Labels, NoArea, Object,
-                          image_files, image_size, listed_names, number, split_of)
+                          image_files, image_size, listed_names, number, read_text, split_of)
 
 NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "labels/classes.txt")
 
@@ -61,10 +61,13 @@ def read_settings(root: Path) -> tuple[Path, dict]:
     """
     for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (yaml.YAMLError, ValueError) as error:
-            raise UserError(f"{path}: expected YAML, got a file that cannot be parsed: "
-                            f"{one_line(str(error))}") from error
+            content = yaml.safe_load(read_text(path, "strict"))
+        except UserError:
+            raise
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"{path}: expected YAML, got a file that cannot be parsed "
+                            f"({one_line(reason, 300)}); correct it") from error
         if isinstance(content, dict) and "names" in content:
             return path, content
     return root / "data.yaml", {}
@@ -135,7 +138,7 @@ def images_at(place: Path, labels: Labels) -> list[Path]:
     if place.is_dir():
         return image_files(place)
     found = []
-    lines = place.read_text(encoding="utf-8", errors="replace").splitlines()
+    lines = read_text(place).splitlines()
     for count, line in enumerate(lines, 1):
         text = line.strip()
         if not text:
@@ -191,7 +194,7 @@ def read_objects(path: Path, size: tuple[int, int], labels: Labels) -> list[Obje
     size: width and height of the image in px
     """
     objects = []
-    text = path.read_text(encoding="utf-8-sig", errors="replace")
+    text = read_text(path)
     for count, line in enumerate(text.splitlines(), 1):
         if not line.strip():
             continue
@@ -254,7 +257,7 @@ def has_image(stem: Path) -> bool:
 
 def is_label_file(path: Path) -> bool:
     """Whether the first line of a text file looks like labels."""
-    words = path.read_text(encoding="utf-8", errors="replace").partition("\n")[0].split()
+    words = read_text(path).partition("\n")[0].split()
     try:
         return len(words) >= 5 and all(number(word) is not None for word in words)
     except ValueError:
