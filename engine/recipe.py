@@ -42,7 +42,7 @@ class Recipe:
 # Shared by every paper file's SMALL, which trains in minutes on two CPU cores.
 SMALL_RECIPE = dict(
     lr=6e-4, lr_backbone=6e-4, lr_offsets=2e-4, muon=8.0, weight_decay=1e-2, clip=1.0, batch_size=8,
-    epochs=6, schedule="cosine", warmup=0.04, ema=0.998, train_sizes=(128,), max_size=213,
+    epochs=6, schedule="cosine", warmup=0.04, ema=0.995, train_sizes=(128,), max_size=213,
     crop=False, color_jitter=True, eval_size=128, lsj_size=128)
 SMALL_DETECTOR = dict(
     backbone="tiny", backbone_weights="none", num_feature_levels=3, dim=128, num_heads=4,

@@ -1,5 +1,6 @@
 """Time and memory of whole models: training steps and inference."""
 import importlib
+import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -54,6 +55,13 @@ def random_batch(size, count):
     images = torch.randn(count, 3, *size)
     padding = torch.zeros(count, *size, dtype=torch.bool)
     return images, padding, targets
+
+
+def logit_difference(logits, others) -> float:
+    """Largest difference of the logits (N, K) of one image to the nearest row of `others` (N, K).
+
+    In place would say too much: proposals whose scores differ by rounding change places."""
+    return torch.cdist(logits, others, p=math.inf).amin(1).max().item()
 
 
 # ---- the kernel in a training step ---------------------------------------------------------------

@@ -10,7 +10,7 @@ from engine.errors import UserError
 from engine.models import Loaded
 from engine.recipe import configure
 from tools import export
-from tools.bench_models import random_batch
+from tools.bench_models import logit_difference, random_batch
 from tools.timing import alternating, show_progress, write_table
 
 PACKAGES = (*export.PACKAGES, "onnxruntime", "openvino")
@@ -44,7 +44,7 @@ def onnx(repeats: int = 5, models: tuple[str, ...] = ("dino", "deformable_detr:t
             times = alternating(functions, repeats)
             for name, (ms, low, high) in times.items():
                 ratio = ms / times["ours"][0]
-                difference = largest_difference(functions["ours"](), functions[name]())
+                difference = logit_difference(functions["ours"]()[0][0], functions[name]()[0][0])
                 rows.append([text, name, f"{ms:.0f}", f"{low:.0f} to {high:.0f}", f"{ratio:.2f}",
                              f"{difference:.1e}"])
                 show_progress(rows[-1])
@@ -89,8 +89,3 @@ def openvino_call(path: Path, inputs: tuple):
         results = compiled(arrays)
         return [torch.from_numpy(results[i]) for i in range(len(export.Raw.outputs))]
     return call
-
-
-def largest_difference(ours, theirs) -> float:
-    """Largest absolute difference of the first output, the logits."""
-    return float((ours[0] - theirs[0]).abs().max())

@@ -9,7 +9,7 @@ import deformable_detr
 from engine import authors_names
 from engine.errors import UserError
 from engine.machine import prepare_cpu
-from tools.bench_models import TrainingStep, random_batch
+from tools.bench_models import TrainingStep, logit_difference, random_batch
 from tools.timing import DEVICE, Device, alternating, show_progress, write_table
 
 CLASSES = 91
@@ -100,11 +100,11 @@ def make_models() -> tuple:
 
 @torch.no_grad()
 def compare_logits(theirs, ours, inputs) -> float:
-    """Largest difference of the logits for the first image."""
+    """Largest difference of the logits for the first image, see logit_difference."""
     images, padding, _ = inputs
     their_logits = theirs.eval()(images[:1], ~padding[:1]).logits
     our_logits = ours[0].eval()(images[:1], padding[:1])["pred_logits"]
-    return (their_logits - our_logits).abs().max().item()
+    return logit_difference(our_logits[0], their_logits[0])
 
 
 # ---- passes --------------------------------------------------------------------------------------
