@@ -27,12 +27,12 @@ def co_swin(backbone: str, drop_path: float, **more) -> dict:
 
 
 # Flags for 8 GPUs, counted by tools/predict_memory.py (GUIDE.md, "Clusters"):
-#   24 GiB   --recompute for Co-DINO and for a Swin-L; with the two o365 of Swin-L also --accum 2,
-#            with lsj_vit_l_lvis also --accum 8; no vit_l
+#   24 GiB   --recompute for Co-DINO and for a Swin-L; with swin_l_o365 and lsj_swin_l_o365_lvis
+#            also --accum 2, with lsj_vit_l_lvis also --accum 8; no vit_l
 #   40 GiB   --recompute for Co-DINO with Swin-L or 9 encoder layers; with vit_l also --accum 8,
 #            with lsj_vit_l_lvis also --accum 4
-#   80 GiB   --recompute for the two o365 of Swin-L and for lsj_swin_l_lvis; with --accum 4 for
-#            vit_l, with --accum 2 for lsj_vit_l_lvis
+#   80 GiB   --recompute for swin_l_o365, lsj_swin_l_o365_lvis and lsj_swin_l_lvis; with --accum 4
+#            for vit_l, with --accum 2 for lsj_vit_l_lvis
 VARIANTS = {
     "24_epochs": EPOCHS_24,
     "36_epochs": EPOCHS_36,

@@ -44,7 +44,7 @@ from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import SUFFIXES, UnreadableImage, read_image
 from engine.inference import (detect_image, detect_on_canvas, predict, require_finite,
-                              with_top_k)
+                              allow_detections)
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
@@ -74,7 +74,7 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=0, amp=
     figures as in `engine.scoring.score`."""
     start = time.perf_counter()
     max_dets = limit_of(dataset, max_dets)
-    cfg = with_top_k(model, cfg, max_dets)
+    cfg = allow_detections(model, cfg, max_dets)
     results = collect_results(model, detect, dataset, cfg, device, batch_size, amp, workers, rank,
                               world)
     scoring = time.perf_counter()
@@ -494,7 +494,7 @@ def run_on_data(options, detector, out, device, rank, world):
     detections.json."""
     detector, dataset = commands.with_data(detector, options.data, options.json)
     max_dets = limit_of(dataset, options.max_dets)
-    cfg = with_top_k(detector.model, detector.cfg, max_dets)
+    cfg = allow_detections(detector.model, detector.cfg, max_dets)
     detector = detector._replace(cfg=cfg)
     labeled = dataset.split != "test"
     folder = files.prepare_folder(options.out or out)
@@ -556,7 +556,7 @@ def main(argv=None):
         device, rank, world = commands.join_processes(options.device)
         prepare_attention(options.impl, device)
         detector = open_detector(options.checkpoint, device, options.variant, options.detector)
-        cfg = with_top_k(detector.model, detector.cfg, options.max_dets)
+        cfg = allow_detections(detector.model, detector.cfg, options.max_dets)
         detector = detector._replace(cfg=cfg)
         if options.eval_size:
             recipe = replace(detector.recipe, eval_size=options.eval_size,

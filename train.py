@@ -40,7 +40,7 @@ from dataclasses import dataclass
 # down when other programs use the cores too.
 os.environ.setdefault("GOMP_SPINCOUNT", "2000")
 # GPU memory in segments that grow: images of many sizes leave no gaps of unusable memory. PyTorch
-# 2.6 to 2.13 read the second name (2.9 only this one), some versions warn without the first.
+# 2.6 to 2.13 reads PYTORCH_CUDA_ALLOC_CONF; some versions warn unless the other name is set too.
 if not os.environ.keys() & {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF",
                             "PYTORCH_HIP_ALLOC_CONF"}:
     os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"

@@ -41,7 +41,7 @@ from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
 from engine.inference import (above, as_rgb, detect_image, detect_on_canvas, detect_with, infer,
-                              require_finite, require_finite_outputs, with_top_k)
+                              require_finite, require_finite_outputs, allow_detections)
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)
@@ -271,7 +271,7 @@ def run_on_file(checkpoint, image, device, top_k=0):
     detector = open_detector(checkpoint, device)
     picture = as_rgb(image)
     transform = eval_transform(detector.recipe)
-    cfg = with_top_k(detector.model, detector.cfg, top_k)
+    cfg = allow_detections(detector.model, detector.cfg, top_k)
     with recorded_attention(detector.model) as records:
         outputs = infer(detector.model, transform, picture, device)
     canvas = torch.tensor([transform.canvas_size(*picture.size)], device=device)   # (1, 2)

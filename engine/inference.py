@@ -54,9 +54,10 @@ def infer(model, transform, image, device, amp=False):
         return model(images.to(device), padding.to(device))
 
 
-def with_top_k(model, cfg, count):
-    """The Config of a model, changed to at least `count` detections of each image. A network that
-    makes masks for its detections is told to make as many."""
+def allow_detections(model, cfg, count):
+    """The Config of a model, changed to at least `count` detections of each image.
+
+    Changes the model where it makes masks for its detections: then it makes as many."""
     cfg = replace(cfg, top_k=max(cfg.top_k, count))
     if hasattr(model, "top_k"):
         model.top_k = cfg.top_k

@@ -136,6 +136,8 @@ def set_up_machine(run) -> Machine:
     # saved with the run: resumed under another load, it computes the same numbers
     run.threads = run.threads or omp_threads() or default_threads()
     threads = usable_threads(run)
+    if not run.resume:
+        run.threads = threads
     torch.set_num_threads(threads)
     workers = run.workers
     if workers < 0:
@@ -202,13 +204,14 @@ def default_threads() -> int:
 
 
 def usable_threads(run) -> int:
-    """The threads of a run, but for a resumed one no more than there are cores here: it may come
-    from a larger machine. Says so. `run.threads` stays, for a return to that machine."""
-    if not run.resume or run.threads <= cores():
+    """The threads of a run, but no more than there are cores here; says so. A resumed run may come
+    from a larger machine: its `run.threads` stays, for a return to that machine."""
+    if run.threads <= cores():
         return run.threads
     if own_place().rank == 0:
-        print(f"notice: the run was saved with --threads {run.threads}, this machine has "
-              f"{cores()} cores: it uses {cores()} threads, and results may differ by rounding")
+        rounding = ", and results may differ by rounding" if run.resume else ""
+        print(f"notice: the run has --threads {run.threads}, this machine has {cores()} cores: "
+              f"it uses {cores()} threads{rounding}")
     return cores()
 
 

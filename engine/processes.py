@@ -64,25 +64,30 @@ def from_rank_0(make: Callable) -> Any:
         return receive()
     value = None
     failure = None
+    buffers = []
     try:
         value = make()
+        content = pickle.dumps((value, ""), protocol=5, buffer_callback=buffers.append)
     except Exception as error:
         failure = error
-    send(value, failure)
-    if failure:
+        buffers = []
+        content = pickle.dumps((None, reason_of(error)))
+    send(content, buffers)
+    if failure is not None:
         raise failure
     return value
 
 
-def send(value, failure: Exception | None) -> None:
-    """Send a value, or why there is none, to all other ranks."""
-    reason = ""
-    if failure:
-        reason = str(failure) or type(failure).__name__
-        if not isinstance(failure, UserError):
-            reason = f"the first process of this run failed: {type(failure).__name__}: {reason}"
-    buffers = []
-    content = pickle.dumps((value, reason), protocol=5, buffer_callback=buffers.append)
+def reason_of(failure: Exception) -> str:
+    """What the other ranks say when rank 0 fails."""
+    reason = str(failure) or type(failure).__name__
+    if isinstance(failure, UserError):
+        return reason
+    return f"the first process of this run failed: {type(failure).__name__}: {reason}"
+
+
+def send(content: bytes, buffers: list) -> None:
+    """Send a pickled value and its reason, and the arrays that belong to it, to all other ranks."""
     arrays = [np.frombuffer(buffer.raw(), np.uint8) for buffer in buffers]
     dist.broadcast_object_list([content, [len(array) for array in arrays]], 0)
     for array in arrays:

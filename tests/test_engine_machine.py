@@ -178,17 +178,21 @@ def test_threads_follow_the_load_and_a_resumed_run_has_as_many(tmp_path, monkeyp
     torch.set_num_threads(threads)
 
 
-def test_a_run_resumed_on_fewer_cores_uses_as_many_threads_and_says_so(monkeypatch, capsys):
+def test_no_run_uses_more_threads_than_there_are_cores_and_it_says_so(monkeypatch, capsys):
+    """A resumed run keeps the number for the larger machine that it may come from; a new one is
+    saved with the number that it uses, so that resuming it here gives the same bytes."""
     threads = torch.get_num_threads()
     monkeypatch.setattr(machines, "cores", lambda: 2)
-    for settings, expected in ((dict(threads=8, resume="last.pt"), 2),
-                               (dict(threads=2, resume="last.pt"), 2), (dict(threads=3), 3)):
-        saved = train.Run(device="cpu", workers=0, **settings)
-        assert machines.set_up_machine(saved).threads == torch.get_num_threads() == expected
-        assert saved.threads == settings["threads"]     # on the larger machine again as many
+    for settings, used, saved in ((dict(threads=8, resume="last.pt"), 2, 8),
+                                  (dict(threads=2, resume="last.pt"), 2, 2),
+                                  (dict(threads=8), 2, 2), (dict(threads=1), 1, 1)):
+        run = train.Run(device="cpu", workers=0, **settings)
+        assert machines.set_up_machine(run).threads == torch.get_num_threads() == used
+        assert run.threads == saved
         text = capsys.readouterr().out
-        notice = "notice: the run was saved with --threads 8, this machine has 2 cores"
+        notice = "notice: the run has --threads 8, this machine has 2 cores: it uses 2 threads"
         assert text.startswith(notice) if settings["threads"] == 8 else not text
+        assert ("rounding" in text) == (saved == 8)
     torch.set_num_threads(threads)
 
 

@@ -28,6 +28,12 @@ def test_orthogonalized_matrices_keep_their_singular_vectors(shape):
     assert off.abs().max() < 0.05 and y.dtype == x.dtype
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 576), (1, 32, 288), (2, 96, 96), (1, 48, 128)])
+def test_matrices_with_a_single_singular_value_are_not_blown_up_by_rounding(shape):
+    values = torch.linalg.svdvals(orthogonalize(torch.ones(shape)))
+    assert 0.7 < values[:, 0].max() < 1.3
+
+
 def test_each_polynomial_is_the_best_one_for_the_values_it_gets():
     """A linear program: the coefficients with the smallest largest |1 - p(x)| over the interval."""
     low, high = 0.01, 1.0

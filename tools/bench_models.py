@@ -58,10 +58,14 @@ def random_batch(size, count):
 
 
 def logit_difference(logits, others) -> float:
-    """Largest difference of the logits (N, K) of one image to the nearest row of `others` (N, K).
+    """Largest difference of logits (N, K) of one image to the nearest row of others (N, K), and of
+    those to the nearest row of these; NaN if any is not finite.
 
     In place would say too much: proposals whose scores differ by rounding change places."""
-    return torch.cdist(logits, others, p=math.inf).amin(1).max().item()
+    if not (logits.isfinite().all() and others.isfinite().all()):
+        return math.nan
+    distances = torch.cdist(logits, others, p=math.inf)                  # (N, N)
+    return max(distances.amin(0).max().item(), distances.amin(1).max().item())
 
 
 # ---- the kernel in a training step ---------------------------------------------------------------
