@@ -43,8 +43,8 @@ from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import SUFFIXES, UnreadableImage, read_image
-from engine.inference import (detect_image, detect_on_canvas, predict, require_finite,
-                              allow_detections)
+from engine.inference import (allow_detections, detect_image, detect_on_canvas, predict,
+                              require_finite)
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score

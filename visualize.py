@@ -40,8 +40,8 @@ from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
-from engine.inference import (above, as_rgb, detect_image, detect_on_canvas, detect_with, infer,
-                              require_finite, require_finite_outputs, allow_detections)
+from engine.inference import (above, allow_detections, as_rgb, detect_image, detect_on_canvas,
+                              detect_with, infer, require_finite, require_finite_outputs)
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
                           save_figure)

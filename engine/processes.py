@@ -68,7 +68,7 @@ def from_rank_0(make: Callable) -> Any:
     try:
         value = make()
         content = pickle.dumps((value, ""), protocol=5, buffer_callback=buffers.append)
-    except Exception as error:
+    except Exception as error:     # whatever it is: the others wait for an answer
         failure = error
         buffers = []
         content = pickle.dumps((None, reason_of(error)))

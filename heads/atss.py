@@ -20,7 +20,8 @@ from torch import Tensor
 
 from boxes import box_iou
 from heads.anchors import BACKGROUND
-from heads.fcos import CenternessHead, centerness_targets, sum_of_centerness
+from heads.fcos import (CenternessHead, centerness_targets, distances_to_sides,
+                        sum_of_centerness)
 from heads.retinanet import GIOU_WEIGHT, count_positives, giou_losses
 from matcher import focal_loss
 
@@ -60,8 +61,7 @@ class ATSS(CenternessHead):
         # lines 7-15: those above the threshold whose center is inside
         overlap = iou.gather(0, candidates)                                        # (c, n)
         threshold = overlap.mean(0) + overlap.std(0)                               # (n,)
-        center = anchor_centers[candidates]                                        # (c, n, 2)
-        to_sides = torch.cat((center - boxes[:, :2], boxes[:, 2:] - center), -1)   # (c, n, 4)
+        to_sides = distances_to_sides(anchors[candidates], boxes)                  # (c, n, 4)
         positive = (overlap >= threshold) & (to_sides.amin(-1) > INSIDE)           # (c, n)
 
         # an anchor that several objects claim: the highest IoU wins

@@ -42,9 +42,10 @@ def onnx(repeats: int = 5, models: tuple[str, ...] = ("dino", "deformable_detr:t
                          "onnxruntime": onnxruntime_call(path, inputs),
                          "OpenVINO": openvino_call(path, inputs)}
             times = alternating(functions, repeats)
+            logits = functions["ours"]()[0][0]                               # (N, K)
             for name, (ms, low, high) in times.items():
                 ratio = ms / times["ours"][0]
-                difference = logit_difference(functions["ours"]()[0][0], functions[name]()[0][0])
+                difference = logit_difference(logits, functions[name]()[0][0])
                 rows.append([text, name, f"{ms:.0f}", f"{low:.0f} to {high:.0f}", f"{ratio:.2f}",
                              f"{difference:.1e}"])
                 show_progress(rows[-1])
