@@ -296,7 +296,8 @@ def test_the_source_of_every_view_exists_where_its_link_says(model, made):
             assert entry["section"] and (entry["url"] or not entry["paper"]), view
             file, _, fragment = entry["link"].partition("#:~:text=")
             text = (path.parent / file).resolve().read_text()
-            assert urllib.parse.unquote(fragment) in text
+            words = re.escape(urllib.parse.unquote(fragment))
+            assert len(re.findall(rf"^ *{words}\b", text, re.M)) == 1, entry["link"]
 
 
 def test_detections_are_those_of_the_paper_file(opened):
