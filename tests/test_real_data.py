@@ -1,6 +1,7 @@
 """tools/real_data.py and tools/train_transformers.py: our models beside those of a package."""
 import json
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -51,9 +52,9 @@ def test_the_table_compares_three_ways_and_gives_the_package_the_same_time(
         write_record(tmp_path / "runs/transformers_0", 0.1, 120)
         log = tmp_path / "runs/transformers_0/log.jsonl"
         log.write_text(log.read_text().splitlines()[-1])           # its only record
-        return type("Done", (), {"returncode": 0})
+        return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(real_data.subprocess, "run", run)
+    monkeypatch.setattr(real_data, "subprocess", SimpleNamespace(run=run))
     compare(options)
     words, = called
     assert words[words.index("--minutes") + 1] == "2.0"
