@@ -5,8 +5,8 @@
     python -m tools.ablations convergence     AP along the training of DETR and its children
     python -m tools.ablations --models dino mine --seeds 3 --steps 1000     your model beside DINO
 
-All runs of a table train the small preset on generated scenes for the same number of steps, with
-seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the smallest. The last word
+All runs of a table train the small preset on generated scenes, or on those of --data, for the same
+number of steps, with seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the smallest. The last word
 of a row says whether its difference exceeds the spreads of both rows that it compares. Runs that
 are in the folder already are read, those that were broken off are continued. Every run leaves a
 reduced log (tools/reduce_log.py).
@@ -55,6 +55,9 @@ CO_DEFORMABLE = {"variant": "co_deformable_small"}
 
 LADDER = {
     "deformable_detr": Row("Deformable DETR", "deformable_detr"),
+    "one_scale": Row(
+        "Deformable DETR, one scale", "deformable_detr", {"num_feature_levels": 1},
+        "deformable_detr"),
     "iterative_refinement": Row(
         "+ iterative refinement", "deformable_detr", REFINED, "deformable_detr"),
     "two_stage": Row("+ two-stage", "deformable_detr", TWO_STAGE, "iterative_refinement"),
@@ -206,6 +209,7 @@ class Training:
     seeds: int = 3           # runs of every row
     jobs: int = 1            # runs at the same time
     threads: int = 1         # CPU threads of each run
+    data: str = ""           # 4000 scenes of `scenes.py --write`, as crowded ones; none: the usual
     logs: str = ""           # folder for the reduced logs; default: logs/ in --out
 
     def check(self) -> None:
@@ -336,6 +340,9 @@ def train_one(name: str, row: Row, seed: int, epochs: int, options: Training) ->
     -> the record of its last evaluation, with `step_ms`, the median time of a step"""
     out = options.out / f"{name}_{seed}"
     flags = {"model": row.model, "seed": seed, "epochs": epochs, **row.flags}
+    if options.data:
+        # as for generated scenes: small, from random weights
+        flags |= {"data": options.data, "preset": "small", "init": "none"}
     check_settings(out, flags)
     if not is_complete(out, epochs):
         words = {"out": out, "threads": options.threads}
