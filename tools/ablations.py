@@ -6,10 +6,10 @@
     python -m tools.ablations --models dino mine --seeds 3 --steps 1000     your model beside DINO
 
 All runs of a table train the small preset on generated scenes, or on those of --data, for the same
-number of steps, with seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the smallest. The last word
-of a row says whether its difference exceeds the spreads of both rows that it compares. Runs that
-are in the folder already are read, those that were broken off are continued. Every run leaves a
-reduced log (tools/reduce_log.py).
+number of steps, with seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the
+smallest. The last word of a row says whether its difference exceeds the spreads of both rows that
+it compares. Runs that are in the folder already are read, those that were broken off are continued.
+Every run leaves a reduced log (tools/reduce_log.py).
 """
 import json
 import statistics
