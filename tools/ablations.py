@@ -339,10 +339,11 @@ def train_one(name: str, row: Row, seed: int, epochs: int, options: Training) ->
 
     -> the record of its last evaluation, with `step_ms`, the median time of a step"""
     out = options.out / f"{name}_{seed}"
-    flags = {"model": row.model, "seed": seed, "epochs": epochs, **row.flags}
+    flags = {"model": row.model, "seed": seed, "epochs": epochs}
     if options.data:
-        # as for generated scenes: small, from random weights
-        flags |= {"data": options.data, "preset": "small", "init": "none"}
+        # as for generated scenes: small, from random weights unless the row says otherwise
+        flags |= {"data": str(options.data), "preset": "small", "init": "none"}
+    flags |= row.flags
     check_settings(out, flags)
     if not is_complete(out, epochs):
         words = {"out": out, "threads": options.threads}

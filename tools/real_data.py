@@ -50,11 +50,11 @@ class RealData(Training):
 def compare(options: RealData) -> None:
     """Train all runs and write their table."""
     options.check()
-    flags = {"data": str(options.data), "preset": "small", "num_queries": options.num_queries,
-             "top_k": options.max_dets, "train_sizes": list(options.train_sizes),
-             "eval_size": options.eval_size, "max_size": options.max_size}
+    flags = {"num_queries": options.num_queries, "top_k": options.max_dets,
+             "train_sizes": list(options.train_sizes), "eval_size": options.eval_size,
+             "max_size": options.max_size}
     rows = {
-        "scratch": Row("DINO, from scratch", "dino", {**flags, "init": "none"}),
+        "scratch": Row("DINO, from scratch", "dino", flags),
         "scenes": Row(f"DINO, from {options.start}", "dino", {**flags, "init": options.start},
                       baseline="scratch"),
         "transformers": Row("RT-DETR of transformers, from scratch", "", baseline="scratch")}
