@@ -85,7 +85,12 @@ def test_an_lvis_json_is_read_as_it_is(tmp_path):
     (lambda c: c["images"][0]["neg_category_ids"].append(99), "neg_category_ids of image 1.*99"),
     (lambda c: c["images"][0]["not_exhaustive_category_ids"].append(4), "not_exhaustive.*image 1"),
     (lambda c: c["annotations"][0].update(category_id=99), "unknown category id"),
-    (lambda c: c["images"][0].pop("coco_url"), "lacks file_name")])
+    (lambda c: c["images"][0].update(neg_category_ids=None), "neg_category_ids of image 1.*None"),
+    (lambda c: c["images"][0].update(neg_category_ids=3), "neg_category_ids of image 1.*got 3"),
+    (lambda c: c["images"][0]["neg_category_ids"].append([3]), r"neg_category_ids.*got \[\[3"),
+    (lambda c: c["images"][0].pop("not_exhaustive_category_ids"), "not_exhaustive.*got None"),
+    (lambda c: [c["images"][0].pop(name) for name in lvis.IMAGE_LISTS], "neg_category_ids.*None"),
+    (lambda c: c["images"][0].pop("coco_url"), r"lacks file_name \(in LVIS coco_url\)")])
 def test_what_is_wrong_with_an_lvis_json_is_named(tmp_path, change, message):
     content = lvis_json([(1, 7, (10, 10, 30, 30))])
     write(tmp_path, content)
@@ -93,6 +98,18 @@ def test_what_is_wrong_with_an_lvis_json_is_named(tmp_path, change, message):
     (tmp_path / "annotations/lvis_v1_train.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         data.CocoFolder(tmp_path, "train")
+
+
+def test_a_test_set_of_lvis_needs_no_lists(tmp_path):
+    content = lvis_json([])
+    for name in lvis.IMAGE_LISTS:
+        del content["images"][0][name]
+    write(tmp_path, content, "test")
+    assert data.CocoFolder(tmp_path, "test").federated is None
+    content["images"][0]["neg_category_ids"] = [3]
+    write(tmp_path, content, "test")
+    lists = data.CocoFolder(tmp_path, "test").federated.lists[1]
+    assert lists == {"neg_category_ids": [3], "not_exhaustive_category_ids": []}
 
 
 # ---- repeat-factor sampling
