@@ -5,6 +5,7 @@ import copy
 import importlib
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from matcher import focal_loss
 from recordings import batch
 from small_runs import FLAGS
 from test_co_detr import small
+from tools import check_data
 
 CATEGORIES = [{"id": 3, "name": "cat", "frequency": "f"},
               {"id": 7, "name": "owl", "frequency": "r"},
@@ -98,6 +100,14 @@ def test_what_is_wrong_with_an_lvis_json_is_named(tmp_path, change, message):
     (tmp_path / "annotations/lvis_v1_train.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         data.CocoFolder(tmp_path, "train")
+
+
+def test_the_data_check_names_what_is_wrong_with_an_lvis_json(tmp_path, capsys):
+    content = lvis_json([(1, 7, (10, 10, 30, 30))], [(1, 99)])
+    write(tmp_path, content)
+    write(tmp_path, lvis_json([(1, 7, (10, 10, 30, 30))]), "val")
+    assert check_data.check(tmp_path) == 1
+    assert "neg_category_ids of image 1" in capsys.readouterr().out
 
 
 def test_a_test_set_of_lvis_needs_no_lists(tmp_path):
@@ -384,6 +394,7 @@ def test_scenes_in_the_layout_of_lvis_train_end_to_end(scene_folder, tmp_path, c
                 str(out), "--preset", "small", "--epochs", "1", "--batch_size", "8",
                 "--oversample", "0.3", "--fed_loss", "3", "--augment", "lsj", "--lsj_size", "64",
                 "--aux_heads", "atss"])
+    assert re.search("epoch   1 .* APr .* APc .* APf -", capsys.readouterr().out)
     record = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][-1]
     box = record["bbox"]
     assert record["kind"] == "eval" and box["max_dets"] == 300

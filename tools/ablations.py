@@ -54,7 +54,8 @@ TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 CO_DEFORMABLE = {"variant": "co_deformable_small"}
 
 LADDER = {
-    "deformable_detr": Row("Deformable DETR", "deformable_detr"),
+    "detr": Row("DETR", "detr"),
+    "deformable_detr": Row("Deformable DETR", "deformable_detr", baseline="detr"),
     "iterative_refinement": Row(
         "+ iterative refinement", "deformable_detr", REFINED, "deformable_detr"),
     "two_stage": Row("+ two-stage", "deformable_detr", TWO_STAGE, "iterative_refinement"),
