@@ -39,8 +39,9 @@ def is_lvis(content: dict) -> bool:
     or there are annotations whose classes have frequencies."""
     if any(name in image for image in content["images"] for name in IMAGE_LISTS):
         return True
-    has_truth = len(content["annotations"]) > 0
-    return has_truth and all(category.get("frequency") in FREQUENCIES for category in content["categories"])
+    if not content["annotations"]:
+        return False
+    return all(category.get("frequency") in FREQUENCIES for category in content["categories"])
 
 
 def read_federated(content: dict, path) -> Federated:

@@ -396,7 +396,7 @@ def test_gfl_losses_by_hand():
 
 
 def test_weights_of_gfl_that_sum_to_less_than_one_do_not_magnify_its_box_losses():
-    """As in mmdetection. One positive of probability 1/2. Its object reaches 2 strides to the right,
+    """As in mmdetection. One positive of probability 1/2. Its object ends 2 strides to the right,
     its box 3: the GIoU is 3/4, and the true bin of one side of four has the logit -100."""
     anchors = torch.tensor([[[-64.0, -64.0, 64.0, 64.0]]])
     boxes = torch.tensor([[[-16.0, -16.0, 32.0, 16.0]]])
