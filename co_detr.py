@@ -102,7 +102,7 @@ from heads.retinanet import RetinaNet, retinanet_losses
 from matcher import Matches, copy_to_device, copy_to_host, count_boxes, stack_layers
 
 BASES = {"dino": dino, "h_detr": h_detr, "deformable_detr": deformable_detr}
-HEADS = ("rcnn", "atss", "retinanet", "fcos", "gfl")   # they run in this order, whatever is asked
+HEADS = ("rcnn", "atss", "retinanet", "fcos", "gfl")   # in the order in which they run
 ONE_STAGE = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS, "gfl": GFL}
 HEAD_LOSSES = {"rpn": rpn_losses, "rcnn": roi_losses, "atss": atss_losses, "fcos": fcos_losses,
                "retinanet": retinanet_losses, "gfl": gfl_losses}
@@ -439,9 +439,9 @@ class Criterion:
         Co-DINO: denoising                     objects x denoising groups              mean
         customized queries of a head           positive queries of that head           mean
 
-    Where the count is a mean, two ranks compute the loss of one large batch, except for denoising
-    and customized queries: how many there are depends on the micro-batch. Two micro-batches of a
-    rank do so for the detector's layers and proposals alone (Difference 6)."""
+    Where the count is a mean, two ranks compute the loss of one large batch. Not so for denoising
+    and customized queries, whose number depends on the micro-batch. Two micro-batches of one rank
+    do so for the detector's layers and proposals only (Difference 6)."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg
