@@ -375,7 +375,10 @@ def is_complete(out: Path, epochs: int) -> bool:
 
 def run_train(out: Path, flags: dict) -> None:
     """Run train.py; what it prints goes to output.txt in the run folder."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "a") as output:
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words], stdout=output,
