@@ -54,7 +54,8 @@ TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 CO_DEFORMABLE = {"variant": "co_deformable_small"}
 
 LADDER = {
-    "deformable_detr": Row("Deformable DETR", "deformable_detr"),
+    "detr": Row("DETR", "detr"),
+    "deformable_detr": Row("Deformable DETR", "deformable_detr", baseline="detr"),
     "one_scale": Row(
         "Deformable DETR, one scale", "deformable_detr", {"num_feature_levels": 1},
         "deformable_detr"),
