@@ -48,7 +48,7 @@ from engine.inference import (above, allow_detections, class_thresholds, detect_
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
-from engine.tiles import detect_tiled
+from engine.tiles import detect_tiled, refuse_masks
 
 __all__ = ["detect_image", "evaluate", "open_detector", "score"]
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
@@ -552,6 +552,8 @@ def main(argv=None):
             recipe = replace(detector.recipe, eval_size=options.eval_size,
                              lsj_size=options.eval_size)
             detector = detector._replace(recipe=recipe)
+        if options.tile:
+            refuse_masks(getattr(detector.paper, "NEEDS_MASKS", False))
         out = commands.results_folder(options.checkpoint)
         if options.images:
             commands.require(world == 1, "one process with --images", f"{world} processes")
