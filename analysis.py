@@ -24,7 +24,7 @@ import tyro
 from torch.nn.utils.rnn import pad_sequence
 
 import data
-from data import SMALL_AREA
+from data import LARGE_AREA, SMALL_AREA
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locations
 from engine import commands, files
 from engine.cli import registry
@@ -36,7 +36,8 @@ from engine.machine import prepare_cpu
 
 CURVE = {"IoB": [float], "IoF": [float], "area": float}
 FORMS = {"encoder": CURVE, "decoder": CURVE,     # optional parts of analysis.json
-         "conflict": {"heads": [str], "S": [[float]]}}
+         "conflict": {"heads": [str], "S": [[float]]}, "instability": float, "k": int,
+         "ATD": float, "ATD_small": float, "ATD_medium": float, "ATD_large": float}
 SCORE_STEPS = 10_000     # of discriminability: norms of tokens differ little, coarse steps would
                          # hide the curve
 MATCHED_IMAGES = 200     # validation images on which matching instability is measured
@@ -51,9 +52,10 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
     hold `memory`: how well encoder and decoder tell objects from background (`iof_iob`), and where
     the model has several heads (`confidences`), their conflict.
 
-    -> {"ATD", "ATD_small", "k", "objects", "small_objects", "coordinates": "xywh" or "xy",
-    "encoder" and "decoder": see `iof_iob`, "conflict": see `conflict`}; small: a box of less than
-    32^2 px in the original image. UserError for a model without `outputs["anchors"]`."""
+    -> {"ATD", "ATD_small", "ATD_medium", "ATD_large", "k", "objects", "small_objects",
+    "coordinates": "xywh" or "xy", "encoder" and "decoder": see `iof_iob`, "conflict": see
+    `conflict`}; small: a box of less than 32^2 px in the original image, large: of more than 96^2.
+    UserError for a model without `outputs["anchors"]`."""
     distances = []
     areas = []
     heads = []
@@ -82,9 +84,13 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
             records.clear()
 
     distances = torch.cat(distances)
-    small = torch.cat(areas) < SMALL_AREA
+    areas = torch.cat(areas)
+    small = areas < SMALL_AREA
+    large = areas > LARGE_AREA
     figures = {"ATD": atd(distances, k),
                "ATD_small": atd(distances[small], k),
+               "ATD_medium": atd(distances[~small & ~large], k),
+               "ATD_large": atd(distances[large], k),
                "k": k,
                "objects": len(distances),
                "small_objects": int(small.sum()),
@@ -319,12 +325,14 @@ def analysis_table(analyses):
     """{name: figures of `analyze`, with "instability" or without} as text: a column for each name,
     then the heads' conflicts."""
     k = next(iter(analyses.values()))["k"]
-    rows = {f"ATD({k})": [], f"ATD({k}) small": [], "IoF-IoB encoder": [], "IoF-IoB decoder": [],
-            "conflict of heads": [], "instability": []}
+    rows = {f"ATD({k})": [], f"ATD({k}) small": [], f"ATD({k}) medium": [], f"ATD({k}) large": [],
+            "IoF-IoB encoder": [], "IoF-IoB decoder": [], "conflict of heads": [],
+            "instability": []}
     for a in analyses.values():
         conflicts = list(a["conflict"]["average"].values()) if "conflict" in a else None
-        small = a["ATD_small"] if a["ATD_small"] >= 0 else None
-        values = (a["ATD"], small, a.get("encoder", {}).get("area"),
+        sizes = [a[f"ATD_{size}"] for size in ("small", "medium", "large")]
+        sizes = [None if value < 0 else value for value in sizes]      # -1: no such object
+        values = (a["ATD"], *sizes, a.get("encoder", {}).get("area"),
                   a.get("decoder", {}).get("area"),
                   None if conflicts is None else float(np.mean(conflicts)), a.get("instability"))
         for row, value in zip(rows.values(), values):

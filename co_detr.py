@@ -42,8 +42,8 @@ Differences from the paper
     the coordinates only (code).
  3. The embedding that distinguishes the heads is one number per head, added to all channels: a
     mistake of the authors' code that the released weights need.
- 4. Eq. 6 has lambda_2 inside the sum over the L layers. So the losses of the heads, which exist
-    once, have the factor lambda_2 L = 2 x 6 = 12, as in the code.
+ 4. Eq. 6 has lambda_2 inside the sum over the L decoder layers. The losses of the heads are the
+    same for each l, so they have the factor lambda_2 L = 2 x 6 = 12, as in the code.
  5. Queries made of anchors keep raw, unclipped coordinates. The sampled regions include the true
     boxes of the objects (code).
  6. With several micro-batches in a step (`--accum`), the numbers of `Criterion.counts`, known only
@@ -61,13 +61,13 @@ Differences from the paper
     sampled, 1 to 5 of 1024, which changes gradients by 1e-3 to 1e-2 of their size.
 13. The authors' sampler puts images of one orientation together on a GPU; ours mixes them.
 14. Precision, classes and skipped steps: as in deformable_detr.py, 10 to 12.
-15. The paper does not say how the adapter connects its convolutions, or gives each level one:
-    here each makes its map from the neighboring one, with group normalization.
-16. With more than three heads the weights of their losses are two K-ths (in GFL one K-th), as in
+15. The paper does not say how the adapter's convolutions are connected. Here each makes its map
+    from the neighboring one and is followed by a group normalization.
+16. With K > 3 heads the losses of each are multiplied by 2 / K, those of GFL by 1 / K, as in
     configurations of the authors; the paper does not say so.
-17. Federated loss: the authors' code has it for the focal loss only. With quality focal loss, its
-    chosen classes are factors of that loss (OUR CHOICE), in decoder, proposals, denoising,
-    customized queries and ATSS; and in the second stage if it has no background (`roi_sigmoid`).
+17. Federated loss: the authors' code has it for the focal loss only. OUR CHOICE for quality focal
+    loss: that of a class which was not chosen is multiplied by 0. It reaches decoder, proposals,
+    denoising, customized queries and ATSS, and the second stage without background (`roi_sigmoid`).
 18. Not built: the heads PAA and Mask R-CNN, Conditional- and DAB-DETR as detectors (Table 2), the
     mask branch of the largest model, training on Objects365, test-time augmentation.
 """
@@ -102,7 +102,7 @@ from heads.retinanet import RetinaNet, retinanet_losses
 from matcher import Matches, copy_to_device, copy_to_host, count_boxes, stack_layers
 
 BASES = {"dino": dino, "h_detr": h_detr, "deformable_detr": deformable_detr}
-HEADS = ("rcnn", "atss", "retinanet", "fcos", "gfl")   # they run in this order, whatever is asked
+HEADS = ("rcnn", "atss", "retinanet", "fcos", "gfl")   # in the order in which they run
 ONE_STAGE = {"atss": ATSS, "retinanet": RetinaNet, "fcos": FCOS, "gfl": GFL}
 HEAD_LOSSES = {"rpn": rpn_losses, "rcnn": roi_losses, "atss": atss_losses, "fcos": fcos_losses,
                "retinanet": retinanet_losses, "gfl": gfl_losses}
@@ -363,7 +363,7 @@ def kind_of(head: str) -> str:
 
 
 def loss_share(head: str, heads: list[str]) -> float:
-    """Factor of the losses of `head`, one of K `heads`: 1, with more than three 2 / K, in GFL 1 / K
+    """Factor of the losses of `head`, one of K `heads`: 1; if K > 3, 2 / K, and 1 / K for GFL
     (Difference 16)."""
     if len(heads) <= MOST_FULL_HEADS:
         return 1.0
@@ -439,9 +439,9 @@ class Criterion:
         Co-DINO: denoising                     objects x denoising groups              mean
         customized queries of a head           positive queries of that head           mean
 
-    Where the count is a mean, two ranks compute the loss of one large batch, except for denoising
-    and customized queries: how many there are depends on the micro-batch. Two micro-batches of a
-    rank do so for the detector's layers and proposals alone (Difference 6)."""
+    Where the count is a mean, two ranks compute the loss of one large batch. Not so for denoising
+    and customized queries, whose number depends on the micro-batch. Two micro-batches of one rank
+    do so for the detector's layers and proposals only (Difference 6)."""
 
     def __init__(self, cfg: Config):
         self.cfg = cfg

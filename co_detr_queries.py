@@ -42,7 +42,8 @@ def choose_rows(candidates: list[Candidates], image_sizes: Tensor, num_classes: 
     """Section 3.3: choose at random M candidates of a head in each image, positives first.
 
     M is the number of positives of the image with the most, but LEAST_QUERIES at least and
-    `aux_queries` at most. Images with fewer get negatives, then padding queries (Difference 1).
+    `aux_queries` at most. Images with fewer get negatives (if `aux_negatives`), then padding
+    queries (Difference 1).
     candidates: one for each image; image_sizes (B, 2): heights and widths, pixels."""
     labels = copy_to_host([each.labels for each in candidates])
     positives = [each < num_classes for each in labels]                            # (A,) an image

@@ -43,7 +43,8 @@ VARIANTS = {
     "swin_l_o365": dict(LARGE_IMAGES, backbone="swin_l", drop_path=0.3, dn_number=500,
                         dn_box_noise=0.4, lr=1e-4, lr_backbone=1e-5, batch_size=16, epochs=16,
                         lr_drop=8),
-    # 65.4, starting from weights trained on Objects365; 500 steps of warmup; see Difference 11
+    # 65.4, starting from weights trained on Objects365; 500 steps of warmup; see Difference 11 of
+    # co_detr.py
     "vit_l": dict(LARGE_IMAGES, train_max_size=2400, backbone="vit_l", drop_path=0.4,
                   num_queries=1500, dn_number=300, dn_box_noise=0.4, roi_convs=4, top_k=1000,
                   test_pre_nms=8000, test_proposals=2000, test_proposal_nms=0.9, rcnn_soft_nms=0.5,
@@ -66,7 +67,7 @@ VARIANTS = {
                                  drop_path=0.3, dn_number=500,
                                  dn_box_noise=0.4, lr=1e-4, lr_backbone=1e-5, epochs=16, lr_drop=8,
                                  top_k=1000, fed_loss=50, roi_sigmoid=True),
-    # 68.0, starting from weights trained on Objects365; 500 steps of warmup
+    # 68.0, starting from weights trained on Objects365; about 500 steps of warmup
     "lsj_vit_l_lvis": dict(LVIS, augment="lsj", lsj_size=1536, backbone="vit_l_window16",
                            drop_path=0.3, dn_number=300, dn_box_noise=0.4, top_k=1000, fed_loss=50,
                            test_pre_nms=8000, test_proposals=2000, test_proposal_nms=0.9,

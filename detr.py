@@ -2,8 +2,8 @@
 
 The idea: predict all objects of an image at once, as a set. A transformer turns N learned queries
 into N boxes, the Hungarian algorithm assigns one query to each object, and all other queries learn
-to answer "no object". No anchors, no proposals, no NMS. But it needs 500 epochs, and small objects
-suffer, because attention among all pixels affords only one coarse map.
+to answer "no object". No anchors, no proposals, no NMS. But it needs 500 epochs, and it is weak on
+small objects: attention between all pairs of pixels is affordable on one coarse map only.
 
     paper                                    here
     section 3.1, Eq. 1 matching              Criterion.match, SoftmaxSetLoss (in matcher.py)
@@ -21,7 +21,7 @@ the last one of the class logits, means "no object".
 Differences from the paper
  1. The class loss is a weighted mean over queries (code); the paper divides by the number of
     objects. Over ranks and micro-batches it is the mean of their means (code: over GPUs).
- 2. The first decoder layer attends among queries that are all zero (code; A.3 may skip this).
+ 2. The first self-attention of the decoder runs, though its input is zero (code; A.3 may skip it).
  3. Detections are sorted by score; the authors list them in the order of the queries.
  4. Classes are 0..K-1 of the data, not the 91 columns of COCO's ids.
  5. `train.py` computes in bfloat16 autocast where the hardware supports it (`--amp false` does not;
@@ -141,7 +141,7 @@ class DETR(nn.Module):
         for layer in self.decoder:
             content = layer(content, position, memory)                             # (B, Nq, C)
             states = at_least_float32(self.decoder_norm(content))                  # (B, Nq, C)
-            with torch.autocast(states.device.type, enabled=False):   # bfloat16: 5 pixels of 1333
+            with torch.autocast(states.device.type, enabled=False):   # bfloat16 errs by 5 pixels
                 logits = self.class_embed(states)                                  # (B, Nq, K + 1)
                 boxes = self.bbox_embed(states).sigmoid()                          # (B, Nq, 4)
             layers.append({"pred_logits": logits, "pred_boxes": boxes, "queries": states})
@@ -199,7 +199,7 @@ class DecoderLayer(nn.Module):
 
 def attend(attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
     """Queries (B, Nq, C), keys and values (B, S, C), padding (B, S), whose keys are ignored ->
-    (B, Nq, C). On CPUs the fused attention is slow for small maps; weights come without it."""
+    (B, Nq, C). Fused attention, which gives no weights, is slow for small maps on CPUs."""
     return attention(q, k, v, padding, need_weights=k.shape[1] <= 256 and not k.is_cuda)[0]
 
 

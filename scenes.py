@@ -2,6 +2,8 @@
 
     python scenes.py --write DIR                    writes the scenes as a COCO-layout folder
     python scenes.py --write DIR --layout lvis      the same, annotated as LVIS is
+    python scenes.py --write DIR --crowded          8 to 16 small objects of two classes each, close
+                                                    together: duplicates are hard to tell
 
 A scene depends on (seed, split, index) alone. It has a textured background and 0 to 8 objects,
 which may overlap, reach over the border, and cast shadows.
@@ -40,6 +42,9 @@ MIN_SIDE = 21              # px, longer side of an object before rotation and oc
 MAX_SIDE = 78
 LARGE_SHARE = 0.36         # share of scenes with one object above LARGE_AREA
 LARGE_SIDES = (118, 150)   # px, its longer side
+CROWD_COUNTS = (8, 16)     # objects of a crowded scene
+CROWD_SIDES = (21, 34)     # px
+CROWD_DISTANCE = 1.1       # of an object from an earlier one, in sides
 MAX_ROTATION = 0.45        # rad, either way
 MIN_CONTRAST = 130         # sum over RGB of |object - whatever lies behind it|, at most 765
 MIN_VISIBLE = 0.6          # share of every object that later objects leave visible
@@ -248,8 +253,8 @@ def draw_shadow(canvas, alpha, window):
     canvas[top:bottom, left:right] *= 1 - shadow[:bottom - top, :right - left, None]
 
 
-def draw_scene(rng, size=SCENE_SIZE):
-    """Draw a scene, large objects first.
+def draw_scene(rng, size=SCENE_SIZE, crowded=False):
+    """Draw a scene, large objects first. Crowded: of two classes, most objects beside another one.
 
     An object may cover earlier ones as long as MIN_VISIBLE of each stays visible. Returns
         pixels (size, size, 3) uint8
@@ -258,14 +263,20 @@ def draw_scene(rng, size=SCENE_SIZE):
     """
     canvas, ground_color = draw_background(rng, size)
     owner = np.zeros((size, size), np.uint8)
-    sides = rng.uniform(MIN_SIDE, MAX_SIDE, rng.choice(len(COUNT_SHARES), p=COUNT_SHARES))
-    if len(sides) and rng.random() < LARGE_SHARE / (1 - COUNT_SHARES[0]):
-        sides[0] = rng.uniform(*LARGE_SIDES)
+    classes = np.arange(len(SCENE_CLASSES))
+    if crowded:
+        classes = rng.choice(classes, 2, replace=False)
+        sides = rng.uniform(*CROWD_SIDES, rng.integers(*CROWD_COUNTS, endpoint=True))
+    else:
+        sides = rng.uniform(MIN_SIDE, MAX_SIDE, rng.choice(len(COUNT_SHARES), p=COUNT_SHARES))
+        if len(sides) and rng.random() < LARGE_SHARE / (1 - COUNT_SHARES[0]):
+            sides[0] = rng.uniform(*LARGE_SIDES)
     things = []
+    centers = []
     visible = np.zeros(0, int)                                             # px of each object
     for side in np.sort(sides)[::-1]:
         is_large = side > MAX_SIDE
-        labels = np.arange(len(SCENE_CLASSES))
+        labels = classes
         if is_large:
             # Only shapes that fill enough of their square for COCO's large objects.
             labels = np.flatnonzero(FILL * side ** 2 > 1.08 * LARGE_AREA)
@@ -276,6 +287,11 @@ def draw_scene(rng, size=SCENE_SIZE):
         must_stay = MIN_VISIBLE * np.array([thing.pixels for thing in things])
         for _ in range(ATTEMPTS):
             cx, cy = rng.uniform(min(margin, size / 2), max(size - margin, size / 2), 2)
+            if crowded and centers:
+                direction = rng.uniform(0, 2 * np.pi)
+                beside = polar(np.array([direction]), CROWD_DISTANCE * side)[0]
+                near = centers[rng.integers(len(centers))] + beside
+                cx, cy = near.clip(margin, size - margin)
             alpha, window = draw_silhouette(label, side, angle, cx, cy, size)
             mask = alpha > 0.5
             hidden = np.bincount(owner[window][mask], minlength=len(things) + 1)
@@ -294,6 +310,7 @@ def draw_scene(rng, size=SCENE_SIZE):
         thing = SceneObject(label, side, angle, color, contrast, int(mask.sum()))
         visible = np.append(visible - hidden, thing.pixels)
         things.append(thing)
+        centers.append(np.array([cx, cy]))
         owner[window][mask] = len(things)
         draw_shadow(canvas, alpha, window)
         surface = draw_surface(rng, thing, cx, cy, window)
@@ -331,6 +348,7 @@ class Shapes(DetectionData):
     split: train or val
     num_images: NUM_TRAIN or NUM_VAL if None; scene i depends on (seed, split, i) alone
     size: side of the square images in px
+    crowded: see draw_scene
 
     A scene is drawn when it is first needed, then stored as uint8.
     """
@@ -340,7 +358,7 @@ class Shapes(DetectionData):
     category_ids = list(range(1, len(SCENE_CLASSES) + 1))
 
     def __init__(self, split="train", num_images=None, seed=SCENE_SEED, size=SCENE_SIZE,
-                 transform=None, load_masks=False):
+                 transform=None, load_masks=False, crowded=False):
         if split not in ("train", "val"):
             raise UserError(f"split: expected train or val, got {split!r}")
         if num_images is None:
@@ -349,6 +367,7 @@ class Shapes(DetectionData):
         self.seed = seed
         self.size = size
         self.load_masks = load_masks
+        self.crowded = crowded
         self.image_ids = np.arange(num_images)
         self.transform = transform or Transform()
         self.pixels = np.zeros((len(self), size, size, 3), np.uint8)
@@ -358,7 +377,7 @@ class Shapes(DetectionData):
         """Draw scene `index` anew and return what draw_scene returns."""
         split = ("train", "val").index(self.split)
         rng = random_generator("scene", self.seed, split, int(self.image_ids[index]))
-        return draw_scene(rng, self.size)
+        return draw_scene(rng, self.size, self.crowded)
 
     def objects(self, index):
         if self.drawn[index] is None:
@@ -460,10 +479,11 @@ class Options:
     num_train: int = NUM_TRAIN   # training scenes
     num_val: int = NUM_VAL       # validation scenes
     seed: int = SCENE_SEED       # seed of the scenes
+    crowded: bool = False        # many small objects of two classes a scene, close together
 
 
 def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEED,
-                 layout="coco") -> None:
+                 layout="coco", crowded=False) -> None:
     """Write the generated scenes as a COCO-layout folder, annotated as COCO or LVIS is (layout).
 
     Raises UserError if the folder already has annotations, or if a split would be empty.
@@ -477,7 +497,7 @@ def write_scenes(directory, num_train=NUM_TRAIN, num_val=NUM_VAL, seed=SCENE_SEE
                 f"--write {directory}: expected a new folder, got one with annotations; "
                 "name another or remove it")
     for split, count in (("train", num_train), ("val", num_val)):
-        scenes = Shapes(split, count, seed)
+        scenes = Shapes(split, count, seed, crowded=crowded)
         folder = Path(directory) / f"{split}2017"
         path = json_path(directory, split)
         if layout == "lvis":
@@ -505,7 +525,7 @@ def main(argv: list[str] | None = None) -> None:
             options = tyro.cli(Options, args=argv, prog="scenes.py", use_underscores=True)
         check_ranges(options)
         write_scenes(options.write, options.num_train, options.num_val, options.seed,
-                     options.layout)
+                     options.layout, options.crowded)
 
 
 if __name__ == "__main__":

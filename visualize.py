@@ -44,8 +44,8 @@ from engine.inference import (above, allow_detections, as_rgb, class_thresholds,
                               detect_on_canvas, detect_with, infer, require_finite,
                               require_finite_outputs)
 from engine.mistakes import KINDS, find_mistakes
-from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
-                          save_figure)
+from engine.plots import (analysis_panels, compare_curves, curves, ladder, precision_recall,
+                          read_log, save_figure)
 from engine.ranges import check_values
 from explorer import explore
 from scenes import Shapes
@@ -454,8 +454,8 @@ def draw_anchor(axis, anchor, rgb, linewidth, **style):
 
 def analysis(analysis: str, out: str = "analysis.png", data: str = "", n: int = 3,
              device: str = "cpu"):
-    """What analysis.py measured: the IoF-IoB curves of encoder and decoder, the conflict of heads,
-    and for n validation images, a row each, the discriminability maps of every checkpoint.
+    """What analysis.py measured: ATD by object size, instability, the IoF-IoB curves of encoder and
+    decoder, the conflict of heads, and the discriminability maps of n validation images.
 
     Args:
         analysis: analysis.json that analysis.py wrote.
@@ -466,13 +466,17 @@ def analysis(analysis: str, out: str = "analysis.png", data: str = "", n: int = 
     """
     analyses = read_analyses(analysis)
     conflicts = {name: a["conflict"] for name, a in analyses.items() if "conflict" in a}
-    figure = plt.figure(figsize=(2.2 * max(2 * len(analyses), 5), 3.4 + 2.2 * n))
+    panels = analysis_panels(analyses)
+    width = max(2 * len(analyses), 5, 1.6 * (2 + len(panels) + len(conflicts)))
+    figure = plt.figure(figsize=(2.2 * width, 3.4 + 2.2 * n))
     upper, lower = figure.add_gridspec(2, 1, height_ratios=(3.4, 2.2 * n))
-    upper = upper.subgridspec(1, 2 + len(conflicts))
+    upper = upper.subgridspec(1, 2 + len(panels) + len(conflicts))
     lower = lower.subgridspec(n, 2 * len(analyses))
     for column, part in enumerate(("encoder", "decoder")):
         plot_iof_iob(figure.add_subplot(upper[column]), part, analyses)
-    for column, (name, conflict) in enumerate(conflicts.items(), start=2):
+    for column, panel in enumerate(panels, start=2):
+        panel(figure.add_subplot(upper[column]), analyses)
+    for column, (name, conflict) in enumerate(conflicts.items(), start=2 + len(panels)):
         plot_conflict(figure.add_subplot(upper[column]), name, conflict)
     for number, (name, a) in enumerate(analyses.items()):
         maps = discriminability_maps(a["checkpoint"], data, n, device)

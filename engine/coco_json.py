@@ -48,6 +48,7 @@ FIELDS = {
     "annotations": ("image_id", "category_id", "bbox"),
     "categories": ("id", "name"),
 }
+OR_ELSE = {"file_name": "file_name (in LVIS coco_url)"}    # how messages name a field
 MAX_ID = 2 ** 63            # ids are 64-bit integers
 MAX_COORDINATE = 1e6        # px; a box beyond it is a mistake
 MAX_NAME_BYTES = 255        # of one part of a path, the limit of common file systems
@@ -238,7 +239,8 @@ def entry_problems(content, part):
             continue
         lacking = [field for field in FIELDS[part] if field not in entry]
         if lacking:
-            yield Problem("fatal", f"incomplete {part}", f"{where} lacks {', '.join(lacking)}")
+            names = [OR_ELSE.get(field, field) for field in lacking]
+            yield Problem("fatal", f"incomplete {part}", f"{where} lacks {', '.join(names)}")
             continue
         ids = [entry[field] for field in id_fields]
         if not all(type(number) is int and abs(number) < MAX_ID for number in ids):

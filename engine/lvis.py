@@ -35,16 +35,20 @@ class Federated(NamedTuple):
 
 
 def is_lvis(content: dict) -> bool:
-    """Whether the content of a json is LVIS: an image has lists of classes."""
-    images = content.get("images")
-    images = images if isinstance(images, list) else []
-    return any(isinstance(image, dict) and IMAGE_LISTS[0] in image for image in images)
+    """Whether the content of a json, usable as a COCO json, is LVIS: an image has lists of classes,
+    or there are annotations whose classes have frequencies."""
+    if any(name in image for image in content["images"] for name in IMAGE_LISTS):
+        return True
+    if not content["annotations"]:
+        return False
+    return all(category.get("frequency") in FREQUENCIES for category in content["categories"])
 
 
 def read_federated(content: dict, path) -> Federated:
     """What an LVIS json, usable as a COCO json, says beyond it.
 
-    Raises UserError where classes have no frequency, or where a list names an unknown class.
+    Raises UserError where classes have no frequency, where an image lacks a list, or where a list
+    names an unknown class.
     """
     frequency = {}
     for category in content["categories"]:
@@ -54,16 +58,24 @@ def read_federated(content: dict, path) -> Federated:
                 f"{path}: expected an LVIS json with frequency r, c or f of every category, got "
                 f"{category.get('frequency')!r} for {one_line(str(category['name']))}; use the "
                 "json as it was published")
+    missing = None if content["annotations"] else []     # images of a test set need no lists
     lists = {}
     for image in content["images"]:
-        lists[image["id"]] = {name: list(image.get(name, [])) for name in IMAGE_LISTS}
+        lists[image["id"]] = {name: image.get(name, missing) for name in IMAGE_LISTS}
         for name, ids in lists[image["id"]].items():
-            unknown = [number for number in ids if number not in frequency]
-            if unknown:
+            wrong = ids
+            if isinstance(ids, list):
+                wrong = [number for number in ids if not is_category(number, frequency)]
+            if wrong != []:
                 raise UserError(
                     f"{path}: expected {name} of image {image['id']} to list ids of categories, "
-                    f"got {one_line(unknown, 60)}; use the json as it was published")
+                    f"got {one_line(wrong, 60)}; use the json as it was published")
     return Federated(frequency, lists)
+
+
+def is_category(number, frequency: dict) -> bool:
+    """Whether an entry of a list is the id of a category."""
+    return type(number) is int and number in frequency
 
 
 def add_to_truth(truth: dict, federated: Federated) -> None:

@@ -234,6 +234,70 @@ def convergence(curves, out="convergence.png"):
     return save_figure(figure, out)
 
 
+# ---- inside detectors ----------------------------------------------------------------------------
+
+def analysis_panels(analyses):
+    """Functions (axis, analyses) that draw what analysis.json has: ATD, instability."""
+    panels = []
+    if any("ATD" in a for a in analyses.values()):
+        panels.append(plot_atd)
+    if any("instability" in a for a in analyses.values()):
+        panels.append(plot_instability)
+    return panels
+
+
+def plot_atd(axis, analyses):
+    """ATD of every checkpoint, a group of bars for each object size (DINO, figure 4)."""
+    sizes = {"all": "ATD", "small": "ATD_small", "medium": "ATD_medium", "large": "ATD_large"}
+    width = 0.8 / len(analyses)
+    for number, (name, a) in enumerate(analyses.items()):
+        heights = [max(0.0, a.get(key, 0.0)) for key in sizes.values()]    # -1: no such object
+        places = np.arange(len(sizes)) + (number - (len(analyses) - 1) / 2) * width
+        axis.bar(places, heights, width, color=f"C{number}", label=name)
+    ks = sorted({a["k"] for a in analyses.values() if "k" in a})
+    axis.set_xticks(range(len(sizes)), sizes, fontsize=8)
+    axis.set_title(f"ATD({', '.join(map(str, ks))}): anchors to objects", fontsize=9)
+    axis.set_xlabel("object size; lower is better", fontsize=8)
+    axis.legend(loc="best", frameon=False, fontsize=8)
+
+
+def plot_instability(axis, analyses):
+    """Instability of each checkpoint beside the one before (DN-DETR, Eq. 2)."""
+    found = {name: a["instability"] for name, a in analyses.items() if "instability" in a}
+    axis.plot(range(len(found)), found.values(), "o-", color="C0")
+    axis.set_xticks(range(len(found)), found, fontsize=8, rotation=30, ha="right")
+    axis.set_ylim(0, None)
+    axis.set_title("instability: queries whose object\nchanged since the checkpoint before",
+                   fontsize=9)
+
+
+def layers(measures, out="layers.png"):
+    """What tools/layer_analysis.py measured, {checkpoint: figures}: AP and duplicates over the
+    decoder layers, and recall over the number of proposals where the detector makes any."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
+    for number, (name, figures) in enumerate(measures.items()):
+        color = f"C{number}"
+        places = range(1, len(figures["AP"]) + 1)
+        axes[0].plot(places, figures["AP"], "o-", color=color, label=name)
+        axes[1].plot(places, figures["duplicates"], "o-", color=color, label=name)
+        if "recall" in figures:
+            axes[2].plot(figures["counts"], figures["recall"], "o-", color=color, label=name)
+    axes[0].set(title="AP by decoder layer", xlabel="decoder layer", ylim=(0, 1))
+    axes[1].set(title="duplicates an object, by decoder layer", xlabel="decoder layer",
+                ylim=(0, None))
+    axes[2].set(title="recall of the encoder's proposals, IoU 0.5", xlabel="best proposals",
+                xscale="log", ylim=(0, 1.02))
+    for axis in axes[:2]:
+        axis.xaxis.get_major_locator().set_params(integer=True)
+    for axis in axes:
+        clean_axis(axis)
+        if axis.lines:
+            axis.legend(loc="best", frameon=False, fontsize=9)
+        else:
+            axis.text(0.5, 0.5, "no proposals", ha="center", transform=axis.transAxes)
+    return save_figure(figure, out)
+
+
 # ---- one evaluation ------------------------------------------------------------------------------
 
 def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: str = "bbox"):

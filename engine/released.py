@@ -103,18 +103,20 @@ def detr_family(state: dict) -> str:
     return "deformable_detr"
 
 
-def jitter_of(meta: dict, path: str | Path, backbone: str) -> dict:
+def jitter_of(meta: dict, path: str | Path, found: dict) -> dict:
     """Recipe fields of a detector for which padding is image (large-scale jitter), else {}.
 
     The saved config tells, or the name of the file. The side of its squares is in the config, else
-    the published one.
+    the published one. found: what `recognize` returned.
     """
     text = str(meta.get("config", ""))
     if not re.search(r"with_attn_mask\s*=\s*False", text) and "_lsj_" not in Path(path).name:
         return {}
-    sides = {"swin_l": 1280, "vit_l_window16": 1536}
+    published = 1280 if found.get("backbone") == "swin_l" else 1024
+    size = found.get("lsj_size", published)      # of the detectors on LVIS that shapes tell apart
     side = re.search(r"image_size\s*=\s*\(\s*(\d+)", text)
-    size = int(side.group(1)) if side else sides.get(backbone, 1024)
+    if side:
+        size = int(side.group(1))
     print(f"{path}: trained with large-scale jitter; images fill squares of {size} px")
     return {"augment": "lsj", "lsj_size": size}
 
@@ -283,7 +285,7 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
         family, found = recognize(weights)
         if FAMILIES[family].model_name == "co_detr":
             weights = without_training_heads(weights, path)
-            jitter = jitter_of(meta, path, found.get("backbone", ""))
+            jitter = jitter_of(meta, path, found)
         weights = from_authors(weights, family)
     except (KeyError, IndexError) as error:   # names and shapes of tensors
         raise UserError(f"{path}: expected all tensors of a released model, got none or another "

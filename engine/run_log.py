@@ -20,7 +20,7 @@ from engine.recipe import configure, preset_values
 
 LOG_EVERY = 10     # steps between lines of log.jsonl
 BAD_STEPS = 3      # steps in a row that are not finite before the run stops
-AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+AP_COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "APr", "APc", "APf")   # r, c, f: LVIS
 MASK_COLUMNS = {"segm": "mask AP", "segm_cls": "by class score"}
 
 
@@ -159,7 +159,8 @@ class RunLog:
     def evaluation(self, record: dict) -> None:
         """Write the scores of an evaluation, and print them as a row of a table."""
         self.write(record)
-        cells = [f"{name} {figure(record['bbox'][name])}" for name in AP_COLUMNS]
+        columns = [name for name in AP_COLUMNS if name in record["bbox"]]
+        cells = [f"{name} {figure(record['bbox'][name])}" for name in columns]
         cells += [f"{title} {figure(record[kind]['AP'])}" for kind, title in MASK_COLUMNS.items()
                   if kind in record]
         self.machine.say(f"epoch {record['epoch']:>3}  trained "

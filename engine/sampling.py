@@ -33,7 +33,7 @@ def repeat_factors(dataset, threshold: float) -> np.ndarray:
         least = fraction[counts > 0].min(initial=1)
         raise UserError(
             f"--oversample {threshold:g}: expected a class in a smaller fraction of the images of "
-            f"{dataset.name} than this, got {least:.3g} for the rarest: leave it out, or raise it")
+            f"{dataset.name} than this, got {least:.3g} for the rarest: give a larger one, or 0")
     annotations = dataset.annotations
     result = np.ones(len(dataset))
     for index in range(len(dataset)):

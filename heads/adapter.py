@@ -26,9 +26,9 @@ def multi_scale_adapter(
 ) -> list[Tensor]:
     """Section 3.2: the pyramid that the heads read, finest first, from the encoder's maps.
 
-    maps [(B, C, H_l, W_l)], which stay as they are. `finer` convolves the bilinearly enlarged
-    finest map, `coarser` the coarsest map, each again for the next level. strides: of the result;
-    image_size (H, W): of the padded images, pixels. It gives a finer map its size."""
+    maps [(B, C, H_l, W_l)], which stay as they are. Each of `finer` reads the finest map there is,
+    enlarged bilinearly, each of `coarser` the coarsest one, and adds a map beyond it. strides: of
+    the result; image_size (H, W): of the padded images, pixels. It gives a finer map its size."""
     maps = list(maps)
     finer_strides = reversed(strides[:len(finer)])
     for convolution, stride in zip(finer, finer_strides):

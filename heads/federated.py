@@ -2,7 +2,8 @@
 2103.07461, section 4).
 
 The idea: in a federated data set (LVIS) only some classes are annotated in an image. So each loss
-counts only the classes of its positives and some others, drawn by how many images have them.
+counts only the classes of its positives and some others, drawn at random: the more training images
+a class is in, the more often.
 
     paper                                          here
     section 4, n_c^0.5 as probabilities            FederatedLoss.set_image_counts
@@ -20,7 +21,7 @@ class FederatedLoss:
     """A class loss (logits, labels, boxes, target_boxes) -> (A, ..., N) of `num_classes` classes.
 
     The other classes have no loss. Each of the A layers draws classes of its own. Before
-    `set_image_counts`, all classes are drawn alike."""
+    `set_image_counts`, all classes are equally likely."""
 
     def __init__(self, class_loss, num_classes: int):
         self.class_loss = class_loss

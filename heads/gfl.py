@@ -12,8 +12,8 @@ a side of the box is a distribution, of which the mean is the prediction.
 Letters as in retinanet.py. Distances are in strides, as in FCOS; anchors and assignment are those
 of ATSS.
 
-Differences from the paper: those of atss.py. Positives weigh as much as their highest class
-probability (code).
+Differences from the paper: those of atss.py. In the losses of boxes and distances, a positive has
+its highest class probability as weight (code).
 """
 import torch
 import torch.nn.functional as F
@@ -95,7 +95,8 @@ def distribution_focal_loss(deltas: Tensor, distances: Tensor) -> Tensor:
 def gfl_counts(logits: Tensor, labels: Tensor) -> Tensor:
     """What a batch's losses are divided by: (2,) positive anchors, and the sum of their weights.
 
-    logits (B, A, N), labels (B, A). On several GPUs the authors use the means over the GPUs."""
+    logits (B, A, N), labels (B, A). On several GPUs the authors use the means over the GPUs, at
+    least 1."""
     N = logits.shape[-1]
     weights = logits.detach().sigmoid().amax(-1)                                   # (B, A)
     total = torch.where(labels < N, weights, 0).sum()
@@ -114,8 +115,7 @@ def gfl_losses(
 ) -> dict:
     """Section 3.3; shapes as in `GFL.predict` and `RetinaNet.targets`, counts (2,) as in
     `gfl_counts` -> {"cls", "giou", "dfl"}."""
-    positives = counts[0].clamp(min=1)
-    total_weight = counts[1].clamp(min=1e-6)
+    positives, total_weight = counts.clamp(min=1)
     positive = (labels < logits.shape[-1]).nonzero(as_tuple=True)
     anchors = anchors[positive]                                                    # (P, 4)
     boxes = boxes[positive]                                                        # (P, 4)

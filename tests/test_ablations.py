@@ -192,6 +192,19 @@ def stand_in(words, stdout, stderr):
     return ablations.subprocess.CompletedProcess(words, 0)
 
 
+def test_a_folder_of_scenes_is_trained_on_from_random_weights(tmp_path, monkeypatch):
+    calls = []
+
+    def training(words, stdout, stderr):
+        calls.append(dict(zip(words[2::2], words[3::2])))
+        return stand_in(words, stdout, stderr)
+
+    monkeypatch.setattr(ablations.subprocess, "run", training)
+    Ladder(out=tmp_path, rows=("dino",), seeds=1, steps=500, data="crowd").run()
+    call, = calls
+    assert (call["--data"], call["--preset"], call["--init"]) == ("crowd", "small", "none")
+
+
 def test_curves_are_evaluated_after_every_epoch(tmp_path, monkeypatch):
     calls = []
 

@@ -71,6 +71,7 @@ def test_atd_by_hand_for_anchors_that_are_boxes_and_points():
     figures = analysis.analyze(model, model, OneImage(), "cpu", k=1)
     assert figures["ATD"] == pytest.approx(0.3)           # |.5-.5| + |.6-.5| + |.3-.4| + |.3-.4|
     assert figures["ATD_small"] == pytest.approx(0.15)    # |.2-.2| + |.2-.3| + |.1-.1| + |.1-.15|
+    assert figures["ATD_medium"] == figures["ATD"] and figures["ATD_large"] == -1
     counts = (figures["objects"], figures["small_objects"], figures["coordinates"])
     assert counts == (2, 1, "xywh")
     points = analysis.analyze(Fixed(2), model, OneImage(), "cpu", k=2)
@@ -78,6 +79,7 @@ def test_atd_by_hand_for_anchors_that_are_boxes_and_points():
     assert points["coordinates"] == "xy"
     table = analysis.analysis_table({"box": figures, "point": points})
     assert re.search(r"ATD\(1\) +0.3000 +0.1000\n", table)
+    assert re.search(r"ATD\(1\) medium +0.3000 +0.1000\n", table) and ") large" not in table
     assert "point: |x| + |y| of anchors that are points" in table
     alone = analysis.analysis_table({"box": figures})
     assert "points" not in alone and "IoF-IoB" not in alone
@@ -245,7 +247,8 @@ def test_the_floor_under_the_logarithm_sets_the_size_of_a_conflict():
 def test_the_table_shows_conflicts_and_a_dash_for_the_head_that_has_none():
     conflict = analysis.conflict(["detr", "rcnn", "atss"],
                                  torch.tensor([[0.0, 1, 2], [3, 0, 4], [5, 6, 0]]))
-    figures = {"ATD": 0.1, "ATD_small": -1.0, "k": 9, "coordinates": "xywh", "conflict": conflict}
+    sizes = dict.fromkeys(("ATD_small", "ATD_medium", "ATD_large"), -1.0)
+    figures = {"ATD": 0.1, **sizes, "k": 9, "coordinates": "xywh", "conflict": conflict}
     table = analysis.analysis_table({"run": figures})
     assert re.search(r"conflict of heads +5.0000\n", table)
     assert re.search(r"detr +0.0000 +1.0000 +2.0000 +-\n", table)

@@ -170,7 +170,19 @@ def test_a_page_loads_without_an_error_and_every_view_draws_something_else(shown
 
 def test_click_key_slider_and_switches_change_the_picture(shown):
     assert shown["changes"] == dict.fromkeys(
-        ("click", "key", "arrow", "threshold", "head", "level"), True)
+        ("click", "key", "arrow", "threshold", "object", "fixed", "head", "level"), True)
+
+
+def test_a_query_brings_its_object_and_a_view_of_one_stage_stays_there(shown):
+    assert shown["changes"]["object"] and shown["changes"]["fixed"]
+
+
+def test_marks_and_numbers_of_the_page_stand_out():
+    """Function names have underscores, which an underline close to the text would hide; white
+    figures on pale shades would have too little contrast."""
+    template = explorer.TEMPLATE.read_text()
+    assert "text-underline-offset: 4px" in template
+    assert '"#fff" : "inherit"' not in template
 
 
 def test_boxes_shown_are_those_of_the_anchors_and_of_every_layer(shown, opened):
@@ -284,7 +296,8 @@ def test_the_source_of_every_view_exists_where_its_link_says(model, made):
             assert entry["section"] and (entry["url"] or not entry["paper"]), view
             file, _, fragment = entry["link"].partition("#:~:text=")
             text = (path.parent / file).resolve().read_text()
-            assert urllib.parse.unquote(fragment) in text
+            words = re.escape(urllib.parse.unquote(fragment))
+            assert len(re.findall(rf"^ *{words}\b", text, re.M)) == 1, entry["link"]
 
 
 def test_detections_are_those_of_the_paper_file(opened):

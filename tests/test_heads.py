@@ -375,8 +375,7 @@ def test_distribution_focal_loss_by_hand():
 
 
 def test_gfl_losses_by_hand():
-    """One positive with a perfect box: its class target is 1, its box has no GIoU loss. Its weight
-    is its highest probability, and the only one of the batch, so that it cancels."""
+    """One positive with a perfect box: its class target is 1, its box has no GIoU loss."""
     anchors = torch.tensor([[[0.0, -32.0, 128.0, 96.0], [0.0, 0.0, 8.0, 8.0]]])
     boxes = torch.tensor([[[48.0, 0.0, 112.0, 96.0], [0.0, 0.0, 0.0, 0.0]]])
     logits = torch.tensor([[[0.0, -2.0], [1.0, -3.0]]])
@@ -394,6 +393,20 @@ def test_gfl_losses_by_hand():
     assert losses["cls"].item() == pytest.approx(cls, rel=1e-5)
     assert losses["giou"].item() == pytest.approx(0, abs=1e-6)
     assert losses["dfl"].item() == pytest.approx(0, abs=1e-6)
+
+
+def test_weights_of_gfl_that_sum_to_less_than_one_do_not_magnify_its_box_losses():
+    """As in mmdetection. One positive of probability 1/2. Its object ends 2 strides to the right,
+    its box 3: the GIoU is 3/4, and the true bin of one side of four has the logit -100."""
+    anchors = torch.tensor([[[-64.0, -64.0, 64.0, 64.0]]])
+    boxes = torch.tensor([[[-16.0, -16.0, 32.0, 16.0]]])
+    logits = torch.tensor([[[0.0]]])
+    labels = torch.tensor([[0]])
+    deltas = certain([[[1, 1, 3, 1]]])
+    counts = gfl_counts(logits, labels)
+    losses = gfl_losses(logits, deltas, labels, boxes, torch.ones(1, 1), anchors, counts)
+    assert losses["giou"].item() == pytest.approx(2 * (1 - 3 / 4) / 2, rel=1e-5)
+    assert losses["dfl"].item() == pytest.approx(0.25 * (100 / 4) / 2, rel=1e-5)
 
 
 def test_points_in_the_padding_are_background_and_their_boxes_eight_strides_wide():

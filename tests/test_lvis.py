@@ -5,6 +5,7 @@ import copy
 import importlib
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -23,6 +24,7 @@ from matcher import focal_loss
 from recordings import batch
 from small_runs import FLAGS
 from test_co_detr import small
+from tools import check_data
 
 CATEGORIES = [{"id": 3, "name": "cat", "frequency": "f"},
               {"id": 7, "name": "owl", "frequency": "r"},
@@ -85,7 +87,12 @@ def test_an_lvis_json_is_read_as_it_is(tmp_path):
     (lambda c: c["images"][0]["neg_category_ids"].append(99), "neg_category_ids of image 1.*99"),
     (lambda c: c["images"][0]["not_exhaustive_category_ids"].append(4), "not_exhaustive.*image 1"),
     (lambda c: c["annotations"][0].update(category_id=99), "unknown category id"),
-    (lambda c: c["images"][0].pop("coco_url"), "lacks file_name")])
+    (lambda c: c["images"][0].update(neg_category_ids=None), "neg_category_ids of image 1.*None"),
+    (lambda c: c["images"][0].update(neg_category_ids=3), "neg_category_ids of image 1.*got 3"),
+    (lambda c: c["images"][0]["neg_category_ids"].append([3]), r"neg_category_ids.*got \[\[3"),
+    (lambda c: c["images"][0].pop("not_exhaustive_category_ids"), "not_exhaustive.*got None"),
+    (lambda c: [c["images"][0].pop(name) for name in lvis.IMAGE_LISTS], "neg_category_ids.*None"),
+    (lambda c: c["images"][0].pop("coco_url"), r"lacks file_name \(in LVIS coco_url\)")])
 def test_what_is_wrong_with_an_lvis_json_is_named(tmp_path, change, message):
     content = lvis_json([(1, 7, (10, 10, 30, 30))])
     write(tmp_path, content)
@@ -93,6 +100,26 @@ def test_what_is_wrong_with_an_lvis_json_is_named(tmp_path, change, message):
     (tmp_path / "annotations/lvis_v1_train.json").write_text(json.dumps(content))
     with pytest.raises(UserError, match=message):
         data.CocoFolder(tmp_path, "train")
+
+
+def test_the_data_check_names_what_is_wrong_with_an_lvis_json(tmp_path, capsys):
+    content = lvis_json([(1, 7, (10, 10, 30, 30))], [(1, 99)])
+    write(tmp_path, content)
+    write(tmp_path, lvis_json([(1, 7, (10, 10, 30, 30))]), "val")
+    assert check_data.check(tmp_path) == 1
+    assert "neg_category_ids of image 1" in capsys.readouterr().out
+
+
+def test_a_test_set_of_lvis_needs_no_lists(tmp_path):
+    content = lvis_json([])
+    for name in lvis.IMAGE_LISTS:
+        del content["images"][0][name]
+    write(tmp_path, content, "test")
+    assert data.CocoFolder(tmp_path, "test").federated is None
+    content["images"][0]["neg_category_ids"] = [3]
+    write(tmp_path, content, "test")
+    lists = data.CocoFolder(tmp_path, "test").federated.lists[1]
+    assert lists == {"neg_category_ids": [3], "not_exhaustive_category_ids": []}
 
 
 # ---- repeat-factor sampling
@@ -367,6 +394,7 @@ def test_scenes_in_the_layout_of_lvis_train_end_to_end(scene_folder, tmp_path, c
                 str(out), "--preset", "small", "--epochs", "1", "--batch_size", "8",
                 "--oversample", "0.3", "--fed_loss", "3", "--augment", "lsj", "--lsj_size", "64",
                 "--aux_heads", "atss"])
+    assert re.search("epoch   1 .* APr .* APc .* APf -", capsys.readouterr().out)
     record = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()][-1]
     box = record["bbox"]
     assert record["kind"] == "eval" and box["max_dets"] == 300

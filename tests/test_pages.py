@@ -23,7 +23,7 @@ from engine.recipe import configure
 from source_files import MODULES, PAPERS, ROOT
 from test_repo import GRAPH, parts_of
 from tools import (ablations, bench, check_data, convert, exercises, export, follow_image,
-                   predict_memory, reduce_log, ship)
+                   layer_analysis, predict_memory, reduce_log, ship)
 
 PAGES = {path.name: path.read_text() for path in sorted(ROOT.glob("*.md"))}
 README = PAGES["README.md"]
@@ -128,6 +128,7 @@ PROGRAMS = {
     "tools.ablations": parse_ablations,
     "tools.convert": parse_convert,
     "tools.follow_image": functools.partial(parse_options, follow_image.Options),
+    "tools.layer_analysis": functools.partial(parse_options, layer_analysis.Options),
     "tools.ship": functools.partial(parse_options, ship.Options),
     "tools.exercises": parse_exercises,
     "tools.check_data": functools.partial(parse_function, check_data.main),

@@ -240,6 +240,21 @@ def read_back(state, path, **meta):
 JITTER = "image_size = (1280, 1280)\nmodel = dict(query_head=dict(with_attn_mask=False))"
 
 
+@pytest.mark.parametrize("variant, configuration, classes, side, top_k", [
+    ("lsj_36_epochs", "co_dino_5scale_lsj_r50_3x_coco", 80, 1024, 300),
+    ("lsj_9_encoder_layers_36_epochs", "co_dino_5scale_9encoder_lsj_r50_3x_coco", 80, 1024, 300),
+    ("lsj_swin_l_24_epochs", "co_dino_5scale_lsj_swin_large_2x_coco", 80, 1280, 300),
+    ("lsj_lvis", "co_dino_5scale_lsj_r50_1x_lvis", 1203, 1024, 300),
+    ("lsj_swin_l_lvis", "co_dino_5scale_lsj_swin_large_3x_lvis", 1203, 1280, 300),
+    ("lsj_swin_l_o365_lvis", "co_dino_5scale_lsj_swin_large_16e_o365tolvis", 1203, 1536, 1000),
+    ("lsj_vit_l_lvis", "co_dino_5scale_lsj_vit_large_lvis", 1203, 1536, 1000)])
+def test_a_name_with_large_scale_jitter_gives_the_published_square(tmp_path, variant, configuration,
+                                                                  classes, side, top_k):
+    state = co_detr_file(variant, classes)
+    cfg, recipe, _ = read_back(state, tmp_path / f"{configuration}.pth")
+    assert (recipe.augment, recipe.lsj_size, cfg.top_k) == ("lsj", side, top_k)
+
+
 @pytest.mark.parametrize("variant, layers", [("lsj", 6), ("lsj_9_encoder_layers", 9)])
 def test_large_scale_jitter_is_read_from_the_saved_config(tmp_path, variant, layers):
     """The tensors are those of plain Co-DINO; the text, the name or --variant tells."""

@@ -126,3 +126,25 @@ def test_the_command_writes_into_a_new_folder_only(tmp_path, monkeypatch, capsys
             scenes.main()
         assert end.value.code.startswith("scenes.py: error: ")
     capsys.readouterr()
+
+
+def test_crowded_scenes_have_many_small_objects_of_two_classes_close_together():
+    crowded = scenes.Shapes("val", 12, crowded=True)
+    counts = []
+    for index in range(12):
+        objects = crowded.objects(index)
+        counts.append(len(objects.labels))
+        assert len(set(objects.labels.tolist())) <= 2
+        assert objects.boxes[:, 2:].max() < 1.5 * scenes.CROWD_SIDES[1]
+        centers = objects.boxes[:, :2] + objects.boxes[:, 2:] / 2
+        distances = np.linalg.norm(centers[:, None] - centers, axis=-1)
+        distances[np.diag_indices(len(centers))] = np.inf
+        assert np.median(distances.min(1)) < 1.3 * scenes.CROWD_SIDES[1]
+    assert max(counts) <= scenes.CROWD_COUNTS[1] and np.mean(counts) > scenes.CROWD_COUNTS[0]
+
+
+def test_crowded_scenes_are_written_by_a_flag(tmp_path):
+    scenes.main(["--write", str(tmp_path), "--num_train", "2", "--num_val", "1", "--crowded"])
+    content = json.loads((tmp_path / "annotations/instances_train2017.json").read_text())
+    expected = scenes.Shapes("train", 2, crowded=True).coco().dataset["annotations"]
+    assert len(content["annotations"]) == len(expected) > 10

@@ -515,13 +515,28 @@ def test_what_was_analyzed_is_drawn_for_two_checkpoints(tmp_path):
     conflict = {"heads": ["detr", "atss"], "S": [[0.0, 1.0], [2.0, 0.0]],
                 "average": {"detr": 1.5, "atss": 1.5}}
     figures = {"encoder": curve, "decoder": curve}
+    sizes = {"ATD": 0.4, "ATD_small": 0.2, "ATD_medium": 0.5, "ATD_large": -1.0, "k": 100}
     (tmp_path / "analysis.json").write_text(json.dumps({
-        "a": {"checkpoint": str(first), **figures, "conflict": conflict},
-        "b": {"checkpoint": str(second), **figures}}))
+        "a": {"checkpoint": str(first), **figures, **sizes, "conflict": conflict},
+        "b": {"checkpoint": str(second), **figures, "instability": 2.5}}))
     out = tmp_path / "analysis.png"
     visualize.main(["analysis", "--analysis", str(tmp_path / "analysis.json"), "--out", str(out),
                     "--n", "2"])
     assert Image.open(out).width > 500
+
+
+def test_atd_has_a_bar_for_every_size_and_checkpoint_and_instability_a_point():
+    _, (left, right) = plots.plt.subplots(1, 2)
+    analyses = {"a": {"ATD": 0.4, "ATD_small": 0.2, "ATD_medium": 0.5, "ATD_large": -1.0, "k": 9},
+                "b": {"ATD": 0.3, "ATD_small": 0.1, "k": 9, "instability": 2.5}}
+    assert plots.analysis_panels(analyses) == [plots.plot_atd, plots.plot_instability]
+    assert plots.analysis_panels({"c": {}}) == []
+    plots.plot_atd(left, analyses)
+    bars = [[bar.get_height() for bar in group] for group in left.containers]
+    assert bars == [[0.4, 0.2, 0.5, 0], [0.3, 0.1, 0, 0]]
+    plots.plot_instability(right, analyses)
+    assert list(right.lines[0].get_ydata()) == [2.5]
+    plots.plt.close()
 
 
 # ---- commands ------------------------------------------------------------------------------------

@@ -5,11 +5,11 @@
     python -m tools.ablations convergence     AP along the training of DETR and its children
     python -m tools.ablations --models dino mine --seeds 3 --steps 1000     your model beside DINO
 
-All runs of a table train the small preset on generated scenes for the same number of steps, with
-seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the smallest. The last word
-of a row says whether its difference exceeds the spreads of both rows that it compares. Runs that
-are in the folder already are read, those that were broken off are continued. Every run leaves a
-reduced log (tools/reduce_log.py).
+All runs of a table train the small preset on generated scenes, or on those of --data, for the same
+number of steps, with seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the
+smallest. The last word of a row says whether its difference exceeds the spreads of both rows that
+it compares. Runs that are in the folder already are read, those that were broken off are continued.
+Every run leaves a reduced log (tools/reduce_log.py).
 """
 import json
 import statistics
@@ -54,7 +54,11 @@ TWO_STAGE = {"with_box_refine": True, "two_stage": True}
 CO_DEFORMABLE = {"variant": "co_deformable_small"}
 
 LADDER = {
-    "deformable_detr": Row("Deformable DETR", "deformable_detr"),
+    "detr": Row("DETR", "detr"),
+    "deformable_detr": Row("Deformable DETR", "deformable_detr", baseline="detr"),
+    "one_scale": Row(
+        "Deformable DETR, one scale", "deformable_detr", {"num_feature_levels": 1},
+        "deformable_detr"),
     "iterative_refinement": Row(
         "+ iterative refinement", "deformable_detr", REFINED, "deformable_detr"),
     "two_stage": Row("+ two-stage", "deformable_detr", TWO_STAGE, "iterative_refinement"),
@@ -206,6 +210,7 @@ class Training:
     seeds: int = 3           # runs of every row
     jobs: int = 1            # runs at the same time
     threads: int = 1         # CPU threads of each run
+    data: str = ""           # 4000 scenes of `scenes.py --write`, as crowded ones; none: the usual
     logs: str = ""           # folder for the reduced logs; default: logs/ in --out
 
     def check(self) -> None:
@@ -335,7 +340,11 @@ def train_one(name: str, row: Row, seed: int, epochs: int, options: Training) ->
 
     -> the record of its last evaluation, with `step_ms`, the median time of a step"""
     out = options.out / f"{name}_{seed}"
-    flags = {"model": row.model, "seed": seed, "epochs": epochs, **row.flags}
+    flags = {"model": row.model, "seed": seed, "epochs": epochs}
+    if options.data:
+        # as for generated scenes: small, from random weights unless the row says otherwise
+        flags |= {"data": str(options.data), "preset": "small", "init": "none"}
+    flags |= row.flags
     check_settings(out, flags)
     if not is_complete(out, epochs):
         words = {"out": out, "threads": options.threads}
@@ -374,7 +383,10 @@ def is_complete(out: Path, epochs: int) -> bool:
 
 def run_train(out: Path, flags: dict) -> None:
     """Run train.py; what it prints goes to output.txt in the run folder."""
-    words = [word for name, value in flags.items() for word in (f"--{name}", str(value))]
+    words = []
+    for name, value in flags.items():
+        values = value if isinstance(value, list) else [value]
+        words += [f"--{name}", *map(str, values)]
     out.mkdir(parents=True, exist_ok=True)
     with open(out / "output.txt", "a") as output:
         done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words], stdout=output,

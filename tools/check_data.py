@@ -16,7 +16,7 @@ import tyro
 
 from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_counts,
                   objects_per_image)
-from engine import coco_json
+from engine import coco_json, lvis
 from engine.class_labels import match_classes
 from engine.coco_json import Problem, plural
 from engine.errors import UserError, printable, user_errors
@@ -115,6 +115,8 @@ def check_split(directory: Path, split: str, decode: bool) -> list[Problem]:
     problems = coco_json.json_problems(content)
     if any(problem.level == "fatal" for problem in problems):
         return problems
+    if lvis.is_lvis(content):
+        lvis.read_federated(content, path)   # names what is wrong
     print(*(f"  {len(content[part])} {part}" for part in coco_json.FIELDS))
     print_table(content)
     problems += coco_json.segmentation_problems(content).values()
