@@ -43,18 +43,17 @@ from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import SUFFIXES, UnreadableImage, read_image
-from engine.inference import (allow_detections, detect_image, detect_on_canvas, predict,
-                              require_finite)
+from engine.inference import (above, allow_detections, class_thresholds, detect_image,
+                              detect_on_canvas, predict, reaches, require_finite)
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
 from engine.scoring import gather, score
-from engine.tiles import detect_tiled
+from engine.tiles import detect_tiled, refuse_masks
 
 __all__ = ["detect_image", "evaluate", "open_detector", "score"]
 COLUMNS = ("AP", "AP50", "AP75", "APs", "APm", "APl")
 # the kinds of figures and their names in short; segm_cls: masks ranked without their own score
 KINDS = {"bbox": "AP", "segm": "mask AP", "segm_cls": "by class score"}
-DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint has none
 # data set -> its ground truth for pycocotools, made once: training evaluates after every epoch
 _TRUTHS = weakref.WeakKeyDictionary()
 
@@ -350,14 +349,13 @@ def detect_images(paths, ids, detect, class_names, category_ids, out, thresholds
             continue
         detection = detect(image)
         labels = detection["labels"].tolist()
-        least = torch.tensor([thresholds[label] for label in labels])
-        drawn = detection["scores"].cpu() >= least                             # (k,)
-        shown = {key: value[drawn.to(value.device)] for key, value in detection.items()}
+        drawn = reaches(detection, thresholds).tolist()                        # k bool
+        shown = above(detection, thresholds)
         names = [class_names[label] for label in shown["labels"].tolist()]
         counts[path] = Counter(names)
 
         rows = coco_results([detection], [image_id], category_ids)
-        for row, label, is_drawn in zip(rows, labels, drawn.tolist(), strict=True):
+        for row, label, is_drawn in zip(rows, labels, drawn, strict=True):
             results.append({**row, "file_name": path.name, "category_name": class_names[label]})
             if is_drawn:
                 x, y, w, h = (round(value, 1) for value in row["bbox"])
@@ -454,14 +452,6 @@ def settings(cfg, recipe):
     return (f"in: RGB, short side {recipe.eval_size} px but long side at most {recipe.max_size} px "
             f"(bilinear), ImageNet mean and deviation, zeros to the right and below{multiple}\n"
             f"out: the {cfg.top_k} best (query, class) pairs{nms}")
-
-
-def class_thresholds(meta, given):
-    """The minimum score of each class: the given one, else that of the checkpoint, else 0.3."""
-    if given is not None:
-        return [given] * len(meta["class_names"])
-    stored = meta.get("thresholds", {})
-    return [stored.get(name, DEFAULT_THRESHOLD) for name in meta["class_names"]]
 
 
 def run_on_images(options, detector, out):
@@ -562,6 +552,8 @@ def main(argv=None):
             recipe = replace(detector.recipe, eval_size=options.eval_size,
                              lsj_size=options.eval_size)
             detector = detector._replace(recipe=recipe)
+        if options.tile:
+            refuse_masks(getattr(detector.paper, "NEEDS_MASKS", False))
         out = commands.results_folder(options.checkpoint)
         if options.images:
             commands.require(world == 1, "one process with --images", f"{world} processes")

@@ -40,8 +40,9 @@ from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage
-from engine.inference import (above, allow_detections, as_rgb, detect_image, detect_on_canvas,
-                              detect_with, infer, require_finite, require_finite_outputs)
+from engine.inference import (above, allow_detections, as_rgb, class_thresholds, detect_image,
+                              detect_on_canvas, detect_with, infer, require_finite,
+                              require_finite_outputs)
 from engine.mistakes import KINDS, find_mistakes
 from engine.plots import (analysis_panels, compare_curves, curves, ladder, precision_recall,
                           read_log, save_figure)
@@ -184,7 +185,7 @@ def strip(checkpoint: list[str], out: str = "strip.jpg", data: str = "", n: int 
 
 
 def mistakes(checkpoint: str, out: str = "mistakes.jpg", data: str = "", n: int = 6,
-             score_threshold: float = 0.3, device: str = "cpu"):
+             score_threshold: float | None = None, device: str = "cpu"):
     """The worst mistakes on the validation set, a row each: false alarms and wrong classes with the
     highest scores, the largest missed objects. White: ground truth; red: the mistake.
 
@@ -193,15 +194,17 @@ def mistakes(checkpoint: str, out: str = "mistakes.jpg", data: str = "", n: int 
         out: Picture to write, .png or .jpg.
         data: COCO-layout folder; default: the checkpoint's own data.
         n: Number of mistakes of each kind.
-        score_threshold: Minimum score of detections.
+        score_threshold: Minimum score of detections; default: for each class the one that the
+            checkpoint has stored, else 0.3.
         device: cpu, cuda or mps.
     """
     detector, dataset = with_data(open_detector(checkpoint, device), data)
+    thresholds = class_thresholds(detector.meta, score_threshold)
     found = []
     for index in range(len(dataset)):
         image = open_picture(dataset, index)
         if image is not None:
-            shown = above(detect_image(detector, image), score_threshold)
+            shown = above(detect_image(detector, image), thresholds)
             truth = ground_truth(dataset, index, image)
             found += [(mistake, index) for mistake in find_mistakes(shown, truth)]
     pictures = []
@@ -218,7 +221,7 @@ def mistakes(checkpoint: str, out: str = "mistakes.jpg", data: str = "", n: int 
             else:
                 pictures.append(Image.new("RGB", (MISTAKE_SIDE, MISTAKE_SIDE), "white"))
                 titles.append(f"{kind}: none" if count == 0 and place == 0 else "")
-    return tile(pictures, out, n, titles)
+    return tile(pictures, out, n, titles, note="white: ground truth; red: the mistake")
 
 
 def mistake_title(mistake, class_names):
@@ -228,7 +231,7 @@ def mistake_title(mistake, class_names):
         return f"missed: {name}"
     if mistake.kind == "wrong class":
         return f"{name} {mistake.rank:.2f}, is {class_names[mistake.true_label]}"
-    return f"false: {name} {mistake.rank:.2f}"
+    return f"false alarm: {name} {mistake.rank:.2f}"
 
 
 def draw_mistake(dataset, index, mistake):
@@ -663,7 +666,8 @@ def delayed(function):
     @functools.wraps(function)
     def prepare(*args, **kwargs):
         given = inspect.signature(function).bind(*args, **kwargs).arguments
-        check_values(given, {"n": 1, "side": 16, "rank": 0, "score_threshold": 0.3})
+        numbers = {name: value for name, value in given.items() if value is not None}
+        check_values(numbers, {"n": 1, "side": 16, "rank": 0, "score_threshold": 0.3})
         return functools.partial(function, **given)
     return prepare
 

@@ -31,12 +31,16 @@ JSON_PLACES = (
 IMAGE_PLACES = ("{split}2017", "images/{split}2017", "{split}", "images/{split}", "images", "")
 SPLIT_NAMES = {"val": ("val", "valid")}    # where files and folders have several names for a split
 
-# Files that show another layout, relative to the data folder.
-FOREIGN_LAYOUTS = {
-    "yolo": ("data.yaml", "labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "classes.txt"),
-    "voc": ("Annotations/*.xml", "*/Annotations/*.xml", "*.xml", "*/*.xml"),
-    "csv": ("*.csv", "*/*.csv"),
-}
+# Files that show another layout, relative to the data folder. The first that exists decides.
+FOREIGN_LAYOUTS = (
+    ("yolo", ("data.yaml", "labels/*.txt", "labels/*/*.txt", "*/labels/*.txt", "obj.names",
+              "obj.data", "*/_darknet.labels")),
+    ("voc", ("*.xml", "*/*.xml", "*/*/*.xml", "*/*/*/*.xml")),
+    ("csv", ("*.csv", "*/*.csv")),
+    ("yolo", ("classes.txt",)),
+)
+# Where a json of all images may be, not divided into train and val.
+UNDIVIDED_PLACES = ("annotations/*.json", "*.json")
 
 # The lists of a json, and the fields that every entry must have.
 FIELDS = {
@@ -132,10 +136,11 @@ def missing_json(path: Path, root: Path, split: str) -> str:
     if layout:
         return (f"{root}: expected a COCO json, got a folder in {layout.upper()} layout; convert "
                 f"it: python -m tools.convert --from {layout} {root} OUT")
-    other = {"train": "val", "val": "train"}.get(split)
-    if other and os.path.isfile(json_path(root, other)):
-        return (f"{path}: expected a COCO json there, got no such file, though "
-                f"{json_path(root, other)} exists; divide the images into train and val")
+    undivided = [file for place in UNDIVIDED_PLACES for file in sorted(root.glob(place))]
+    if split in ("train", "val") and undivided:
+        return (f"{path}: expected a COCO json there, got no such file, though {undivided[0]} "
+                "exists; divide the images into train and val: python -m tools.convert --from coco "
+                f"{root} OUT")
     return (f"{path}: expected a COCO json there, got no such file; a data folder holds "
             "annotations/instances_{train,val}2017.json, train2017/ and val2017/, or train/ and "
             "valid/ with _annotations.coco.json as Roboflow exports them "
@@ -144,7 +149,7 @@ def missing_json(path: Path, root: Path, split: str) -> str:
 
 def foreign_layout(root: Path) -> str | None:
     """Return "yolo", "voc" or "csv" if a folder looks like one, else None."""
-    for layout, patterns in FOREIGN_LAYOUTS.items():
+    for layout, patterns in FOREIGN_LAYOUTS:
         for pattern in patterns:
             if next(root.glob(pattern), None):
                 return layout

@@ -112,7 +112,7 @@ def blocks(url: str, name: str) -> Iterator[bytes]:
                       disable=hidden) as bar:
                 while block := response.read(BLOCK):
                     if not received:
-                        refuse_web_page(url, block)
+                        refuse_other_files(url, name, block)
                     received += len(block)
                     bar.update(len(block))
                     yield block
@@ -131,11 +131,19 @@ def blocks(url: str, name: str) -> Iterator[bytes]:
                         "address")
 
 
-def refuse_web_page(url: str, block: bytes) -> None:
-    """Raise UserError for a page: an address that a browser shows is often not that of the file."""
+def refuse_other_files(url: str, name: str, block: bytes) -> None:
+    """Raise UserError for what does not begin as weights do, so that it is not kept.
+
+    It is often a page: an address that a browser shows is not that of the file.
+    """
     if block.lstrip()[:1] == b"<":
         raise UserError(f"{one_line(url, 300)}: expected a file of weights, got a web page: give "
                         "the address behind its download button")
+    # an archive of torch.save, a pickle, or safetensors, whose header follows 8 bytes of length
+    is_weights = block[:2] == b"PK" or block[:1] == b"\x80" or block[8:9] == b"{"
+    if not is_weights and name != "config.json":
+        raise UserError(f"{one_line(url, 300)}: expected a file of weights, got another kind of "
+                        "file; correct the address")
 
 
 def file_hash(path: Path) -> str:

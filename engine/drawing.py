@@ -138,15 +138,16 @@ def add_key(picture, labels, class_names, font):
     return sheet
 
 
-def tile(pictures, path, columns, titles=None, gap=GAP):
+def tile(pictures, path, columns, titles=None, gap=GAP, note=""):
     """Write pictures of similar size as one sheet, each centered in its cell, with a line of text
-    above it. -> path"""
+    above it, and a note below all of them. -> path"""
     width = max(picture.width for picture in pictures)
     height = max(picture.height for picture in pictures)
     head = 20 if titles else 0
+    foot = 20 if note else 0
     font = get_font(13)
     rows = math.ceil(len(pictures) / columns)
-    size = (columns * (width + gap) + gap, rows * (height + head + gap) + gap)
+    size = (columns * (width + gap) + gap, rows * (height + head + gap) + gap + foot)
     sheet = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(sheet)
     for number, picture in enumerate(pictures):
@@ -158,6 +159,7 @@ def tile(pictures, path, columns, titles=None, gap=GAP):
         left = x + (width - picture.width) // 2
         upper = y + head + (height - picture.height) // 2
         sheet.paste(picture, (left, upper))
+    draw.text((gap + 2, size[1] - foot), note, fill="#333333", font=font)
     return save_picture(sheet, path)
 
 

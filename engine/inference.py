@@ -16,6 +16,7 @@ from engine.errors import UserError
 from engine.images import read_image, to_rgb
 from engine.processes import own_place
 
+DEFAULT_THRESHOLD = 0.3      # minimum score to draw where the checkpoint has none
 ARRAYS = "a NumPy array (h, w) of uint8 or uint16, or (h, w, 3) RGB or (h, w, 4) RGBA of uint8"
 ARRAY_KINDS = (((), "uint8"), ((), "uint16"), ((3,), "uint8"), ((4,), "uint8"))
 
@@ -155,7 +156,26 @@ def require_finite_outputs(outputs, name):
                             "checkpoint")
 
 
+def class_thresholds(meta, given=None):
+    """The minimum score of each class: the given one, else that of the checkpoint, else 0.3.
+
+    meta: of a `Loaded`; a run stores the threshold with the best F1 of each class"""
+    if given is not None:
+        return [given] * len(meta["class_names"])
+    stored = meta.get("thresholds", {})
+    return [stored.get(name, DEFAULT_THRESHOLD) for name in meta["class_names"]]
+
+
+def reaches(detection, thresholds):
+    """Which detections have at least the score thresholds[label] -> (k,) bool."""
+    least = torch.tensor([thresholds[label] for label in detection["labels"].tolist()])
+    return detection["scores"] >= least.to(detection["scores"].device)
+
+
 def above(detection, threshold):
-    """The detections with at least this score."""
-    keep = detection["scores"] >= threshold
+    """The detections with at least this score; threshold: one, or a list with one of each class."""
+    if isinstance(threshold, list):
+        keep = reaches(detection, threshold)
+    else:
+        keep = detection["scores"] >= threshold
     return {key: value[keep] for key, value in detection.items()}

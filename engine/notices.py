@@ -3,7 +3,7 @@ import mmap
 import reprlib
 import sys
 
-KINDS = ("16-bit", "16-bit color", "pages", "shared memory", "temporary files", "mps")
+KINDS = ("16-bit", "16-bit color", "pages", "shared memory", "temporary files", "mps", "tiles")
 printed = mmap.mmap(-1, len(KINDS))   # one byte a kind, shared with forked workers
 
 

@@ -319,7 +319,7 @@ def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: s
     figure, axis = plt.subplots(figsize=(7, 5))
     recall = np.linspace(0, 1, 101)
     for number, (name, row) in enumerate(rows[:MAX_CLASSES]):
-        text = f"{name}: never detected"
+        text = f"{name}: never detected" if row["objects"] else f"{name}: no objects"
         if row["threshold"] >= 0:
             text = (f"{name}: AP50 {row['AP50']:.3f}, best F1 {row['F1']:.2f} at "
                     f"{row['threshold']:.2f}")

@@ -9,7 +9,8 @@ import torch
 
 from heads.regions import nms
 from engine.errors import UserError
-from engine.inference import as_rgb, detect_image
+from engine.inference import above, as_rgb, class_thresholds, detect_image
+from engine.notices import notice_once
 
 BORDER = 2             # px: a detection that comes this close to an inner border is cut
 SAME_OBJECT = 0.5      # IoU from which two detections of a class are one object
@@ -38,17 +39,18 @@ def starts(length, tile, overlap):
 
 
 def detect_tiled(detector, image, tile, overlap=0.2, amp=False):
-    """Detections of one image from overlapping tiles, best first, in its pixels.
+    """Detections of one image from overlapping tiles, best first, in its pixels. A notice says once
+    if objects are larger than a tile.
 
     detector, image: as in `detect_image`. Detections of the same class with an IoU of SAME_OBJECT
     or more become one, the best. -> {scores (k,), labels (k,), boxes (k, 4) xyxy}. UserError for
     models that make masks."""
     image = as_rgb(image)
     parts = []
-    for region in tile_regions(*image.size, tile, overlap):
+    regions = tile_regions(*image.size, tile, overlap)
+    for region in regions:
         found = detect_image(detector, image.crop(region), amp)
-        if "masks" in found:
-            raise UserError("--tile: expected a model of boxes, got one of masks; leave it out")
+        refuse_masks("masks" in found)
         corner = torch.tensor(region[:2] * 2, device=found["boxes"].device)    # (4,)
         boxes = found["boxes"] + corner
         complete = ~is_cut(boxes, region, image.size)
@@ -58,7 +60,26 @@ def detect_tiled(detector, image, tile, overlap=0.2, amp=False):
     best = merged["scores"].argsort(descending=True, stable=True)[:MAX_MERGED]
     merged = {key: value[best] for key, value in merged.items()}
     remains = nms(merged["boxes"], SAME_OBJECT, merged["labels"])              # (k,)
-    return {key: value[remains] for key, value in merged.items()}
+    detection = {key: value[remains] for key, value in merged.items()}
+    if len(regions) > 1:
+        notice_large_objects(detector, detection, tile)
+    return detection
+
+
+def refuse_masks(has_masks):
+    """UserError for models that make masks, which are not merged."""
+    if has_masks:
+        raise UserError("--tile: expected a model of boxes, got one of masks; leave it out")
+
+
+def notice_large_objects(detector, detection, tile):
+    """Say once that a detected object does not fit into a tile."""
+    shown = above(detection, class_thresholds(detector.meta))
+    sides = shown["boxes"][:, 2:] - shown["boxes"][:, :2]                      # (k, 2)
+    if (sides > tile).any():
+        notice_once("tiles", f"an object of {sides.max():.0f} px is larger than --tile {tile}: "
+                             "tiles show only parts of it, which may count as objects; give a "
+                             "larger --tile")
 
 
 def is_cut(boxes, region, size):

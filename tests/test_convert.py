@@ -78,13 +78,31 @@ def test_a_flat_yolo_folder_with_classes_txt_is_divided_always_alike(tmp_path, c
         assert content_of(first, split) == content_of(second, split)
 
 
-def test_images_of_a_list_file_are_read(tmp_path):
+@pytest.mark.parametrize("start", ["", "./", "data/", "/content/data/"])
+def test_images_of_a_list_file_are_read(start, tmp_path):
     root = yolo_folder(tmp_path / "in")
     for split in ("train", "val"):
-        write_text(root / f"{split}.txt", f"images/{split}/0.png\n")
+        write_text(root / f"{split}.txt", f"{start}images/{split}/0.png\n")
     write_text(root / "data.yaml", "train: train.txt\nval: val.txt\nnames: [cat, dog]\n")
     out = convert_folder("yolo", root, tmp_path / "out")
     assert [image["file_name"] for image in content_of(out)["images"]] == ["0.png"]
+
+
+def test_images_of_a_list_that_are_not_there_are_named(tmp_path):
+    root = yolo_folder(tmp_path / "in")
+    write_text(root / "data.yaml", "train: train.txt\nnames: [cat, dog]\n")
+    write_text(root / "train.txt", "images/nowhere/8.png\n")
+    with pytest.raises(UserError, match="train.txt:1: expected an image file, got .*8.png"):
+        convert_folder("yolo", root, tmp_path / "out")
+
+
+def test_class_names_of_a_darknet_export_are_read(tmp_path):
+    root = tmp_path / "in"
+    for split in ("train", "valid"):
+        write_image(root / split / "a.png")
+        write_text(root / split / "a.txt", f"1 {YOLO_BOX}\n")
+        write_text(root / split / "_darknet.labels", "cat\ndog\n")
+    assert class_of(convert_folder("yolo", root, tmp_path / "out")) == "dog"
 
 
 def test_yolo_images_without_labels_stay_as_images_without_objects(tmp_path, capsys):
@@ -146,6 +164,65 @@ def test_a_table_may_name_splits_and_images_without_objects(tmp_path):
     out = convert_folder("csv", csv_folder(tmp_path / "in", text, 3), tmp_path / "out")
     assert len(content_of(out)["images"]) == 2 and boxes_of(out) == [XYWH]
     assert boxes_of(out, "val") == [XYWH]
+
+
+def coco_export(root, place="annotations/instances_default.json"):
+    """A COCO json of three images that are not divided, the first with a crowd and a mask."""
+    files = ["0.png", "images/1.png", "C:\\\\upload\\\\2.png"]
+    for k in range(3):
+        write_image(root / "images" / f"{k}.png")
+    entries = [{"id": k, "file_name": file.replace("\\\\", "\\"), "width": WIDTH,
+                "height": HEIGHT} for k, file in enumerate(files)]
+    mask = {"area": 7, "segmentation": [[4, 6, 14, 6, 14, 15]]}
+    rows = [{"id": k, "image_id": k, "category_id": 3, "bbox": XYWH, "iscrowd": int(k == 0)} | mask
+            for k in range(3)]
+    content = {"images": entries, "annotations": rows,
+               "categories": [{"id": 3, "name": "dog"}, {"id": 1, "name": "cat"}]}
+    write_text(root / place, json.dumps(content))
+    return root
+
+
+@pytest.mark.parametrize("place", ["annotations/instances_default.json", "result.json"])
+def test_a_coco_json_of_all_images_is_divided_and_keeps_masks_and_crowds(place, tmp_path):
+    root = coco_export(tmp_path / "in", place)
+    write_text(root / "notes.json", '{"categories": []}')        # of Label Studio
+    out = convert_folder("coco", root, tmp_path / "out")
+    assert len(boxes_of(out)) == 2 and boxes_of(out, "val") == [XYWH]
+    rows = content_of(out)["annotations"] + content_of(out, "val")["annotations"]
+    assert {row["area"] for row in rows} == {7} and sum(row["iscrowd"] for row in rows) == 1
+    assert all(row["segmentation"] == [[4, 6, 14, 6, 14, 15]] for row in rows)
+    names = [category["name"] for category in content_of(out)["categories"]]
+    assert names == ["cat", "dog"] and class_of(out) == "dog"
+    assert check_data.check(out) == 0
+
+
+def test_a_json_whose_name_is_a_split_gives_its_images_to_it(tmp_path):
+    root = coco_export(tmp_path / "in", "annotations/instances_Train.json")
+    out = convert_folder("coco", root, tmp_path / "out", val_share=0.4)
+    assert len(boxes_of(out)) == 2 and len(boxes_of(out, "val")) == 1
+
+
+COCO_FAULTS = {
+    "image missing": (lambda root: (root / "images/1.png").unlink(),
+                      "expected an image file, got 'images/1.png', which is not there"),
+    "other size": (lambda root: write_image(root / "images/1.png", (20, 20)),
+                   "expected the size of 1.png, 20 x 20 px, got 40 x 30"),
+    "listed twice": (lambda root: shutil.copy(root / "annotations/instances_default.json",
+                                              root / "again.json"),
+                     "expected every image in one json and once, got 3 images listed again"),
+    "no json": (lambda root: shutil.rmtree(root / "annotations"), "expected a COCO json with"),
+    "unknown class": (lambda root: write_text(root / "a.json", json.dumps(
+        {"images": [{"id": 1, "file_name": "0.png"}], "categories": [{"id": 1, "name": "a"}],
+         "annotations": [{"image_id": 1, "category_id": 2, "bbox": XYWH}]})), "unknown category")}
+
+
+@pytest.mark.parametrize("change, message", COCO_FAULTS.values(), ids=COCO_FAULTS)
+def test_a_coco_json_that_does_not_fit_its_images_is_refused(change, message, tmp_path):
+    root = coco_export(tmp_path / "in")
+    change(root)
+    with pytest.raises(UserError, match=message):
+        convert_folder("coco", root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_images_are_links_to_the_same_bytes_and_copies_on_another_disk(tmp_path, monkeypatch):
@@ -265,6 +342,21 @@ def test_a_wrong_row_is_named_by_table_and_line(row, message, tmp_path):
     with pytest.raises(UserError, match=message):
         convert_folder("csv", csv_folder(tmp_path / "in", text), tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in"]
+
+
+def test_boxes_that_are_shares_of_the_image_are_refused_where_pixels_are_read(tmp_path):
+    row = "{}.png,0.1,0.2,0.35,0.5,dog\n"
+    text = "file,xmin,ymin,xmax,ymax,class\n" + row.format(0) + row.format(1)
+    with pytest.raises(UserError, match=r"expected boxes in pixels, got 2 of 2 within \[0, 1\]"):
+        convert_folder("csv", csv_folder(tmp_path / "in", text), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("given, made, layout", [("voc", yolo_folder, "yolo"),
+                                                 ("yolo", voc_folder, "voc")])
+def test_a_folder_in_another_format_than_the_given_one_is_recognized(given, made, layout, tmp_path):
+    with pytest.raises(UserError, match=f"the folder looks like {layout.upper()}: --from {layout}"):
+        convert_folder(given, made(tmp_path / "in"), tmp_path / "out")
 
 
 def test_a_table_without_the_columns_says_which_are_accepted(tmp_path):
@@ -388,8 +480,8 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 def test_an_unknown_format_or_share_is_refused(tmp_path):
     root = yolo_folder(tmp_path / "in")
-    with pytest.raises(UserError, match="expected --from yolo, voc, csv, got 'coco'"):
-        convert_folder("coco", root, tmp_path / "out")
+    with pytest.raises(UserError, match="expected --from yolo, voc, csv, coco, got 'kitti'"):
+        convert_folder("kitti", root, tmp_path / "out")
     with pytest.raises(UserError, match="--val_share"):
         convert_folder("yolo", root, tmp_path / "out", val_share=1.0)
     with pytest.raises(UserError, match="expected a folder of images and labels"):

@@ -640,7 +640,10 @@ def test_a_json_in_another_usual_place_is_read(place, tmp_path):
 
 @pytest.mark.parametrize("layout, file", [("yolo", "data.yaml"), ("yolo", "labels/train/a.txt"),
                                           ("yolo", "train/labels/a.txt"),
+                                          ("yolo", "obj.names"), ("yolo", "classes.txt"),
+                                          ("yolo", "train/_darknet.labels"),
                                           ("voc", "Annotations/a.xml"), ("voc", "train/a.xml"),
+                                          ("voc", "VOCdevkit/VOC2012/Annotations/a.xml"),
                                           ("csv", "labels.csv")])
 def test_folders_in_other_layouts_are_recognized_and_the_converter_named(layout, file, tmp_path):
     path = tmp_path / "mine" / file
@@ -648,6 +651,15 @@ def test_folders_in_other_layouts_are_recognized_and_the_converter_named(layout,
     path.write_text("")
     command = f"python -m tools.convert --from {layout} .*mine OUT"
     with pytest.raises(UserError, match=f"{layout.upper()} layout.*{command}"):
+        data.CocoFolder(tmp_path / "mine")
+
+
+@pytest.mark.parametrize("place", ["annotations/instances_default.json", "result.json"])
+def test_a_json_that_is_not_divided_is_named_with_the_command_that_divides_it(place, tmp_path):
+    path = tmp_path / "mine" / place
+    path.parent.mkdir(parents=True)
+    path.write_text("{}")
+    with pytest.raises(UserError, match=f"though .*{place} exists; .*--from coco .*mine OUT"):
         data.CocoFolder(tmp_path / "mine")
 
 

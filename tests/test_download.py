@@ -45,7 +45,7 @@ def site(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("no_proxy", "*")
     Handler.files = {"a.pt": CONTENT, "cut.pt": CONTENT, "slow.pt": CONTENT, "empty.pt": b"",
-                     "page.pt": b"\n<!DOCTYPE html><html>"}
+                     "page.pt": b"\n<!DOCTYPE html><html>", "text.pt": b"Quota exceeded."}
     Handler.requests = []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.stopped = threading.Event()
@@ -85,6 +85,7 @@ FAULTS = {
     "missing": ("b.pt", "b.pt: expected a file, got HTTP 404"),
     "cut short": ("cut.pt", "expected 15010 bytes, got 15000|IncompleteRead"),
     "a web page": ("page.pt", "expected a file of weights, got a web page"),
+    "another kind of file": ("text.pt", "expected a file of weights, got another kind of file"),
     "empty": ("empty.pt", "got an empty answer"),
     "no checksum": ("a.pt#md5=0", "expected #sha256= and 64 hexadecimal digits"),
     "another checksum": (f"a.pt#sha256={'0' * 64}", "expected sha256 0000.* nothing was kept")}

@@ -1,4 +1,5 @@
 """engine/tiles.py: tiles cover the image, cut objects are found once, small ones are found."""
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -12,6 +13,7 @@ import eval as evaluation
 from engine import tiles
 from engine.commands import open_detector
 from engine.inference import detect_image
+from engine.notices import forget_notices
 
 
 @pytest.mark.parametrize("size", [(100, 100), (640, 480), (641, 640), (2000, 1500), (5000, 300)])
@@ -84,6 +86,17 @@ def test_small_objects_of_a_mosaic_are_found_once_and_large_ones_too(detector):
     assert (distance.min(0) <= 3).all() and (distance.min(1) <= 3).all()
 
 
+def test_an_object_larger_than_a_tile_is_noticed_once(detector, capfd):
+    image = Image.new("RGB", (400, 300))
+    image.paste((255, 255, 255), (100, 60, 300, 260))
+    forget_notices()
+    for tile, count in ((400, 0), (220, 0), (120, 1)):
+        for _ in range(2):
+            tiles.detect_tiled(detector, image, tile)
+        text = capfd.readouterr().err
+        assert len(re.findall("an object of 20[01] px is larger than --tile 120", text)) == count
+
+
 def test_detections_at_an_inner_border_are_cut_and_at_the_images_own_are_not():
     boxes = torch.tensor([[100.0, 0, 120, 20], [150, 50, 170, 70], [101, 141, 120, 159],
                           [130, 130, 150, 150]])
@@ -120,3 +133,10 @@ def test_models_of_masks_have_no_tiles(detector):
 
     with pytest.raises(ValueError, match="--tile.*masks"):
         tiles.detect_tiled(detector._replace(paper=Masks), mosaic()[0], 160)
+
+
+def test_tiles_of_a_mask_network_are_refused_before_anything_is_written(tmp_path):
+    with pytest.raises(SystemExit, match="--tile: expected a model of boxes, got one of masks"):
+        evaluation.main(["--checkpoint", "mask_frozen_detr_small", "--tile", "160", "--device",
+                         "cpu", "--out", str(tmp_path / "out")])
+    assert not list(tmp_path.iterdir())

@@ -391,13 +391,39 @@ def test_mistakes_by_hand():
     assert find_mistakes(found([], [], scores=torch.zeros(0)), found([], [])) == []
     names = ["cat", "dog"]
     titles = [visualize.mistake_title(m, names) for m in find_mistakes(det, truth)]
-    assert titles == ["false: cat 0.80", "dog 0.70, is cat", "false: dog 0.60", "missed: dog"]
+    assert titles == ["false alarm: cat 0.80", "dog 0.70, is cat", "false alarm: dog 0.60",
+                      "missed: dog"]
 
 
 def test_the_worst_mistakes_are_one_sheet(checkpoint, tmp_path):
     out = tmp_path / "mistakes.png"
     visualize.main(["mistakes", "--checkpoint", str(checkpoint), "--out", str(out), "--n", "2"])
-    assert Image.open(out).size == (2 * 168 + 8, 3 * 188 + 8)
+    assert Image.open(out).size == (2 * 168 + 8, 3 * 188 + 8 + 20)       # 20 px for the colors
+
+
+def test_mistakes_are_those_at_the_thresholds_of_the_checkpoint(checkpoint, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(visualize, "find_mistakes", lambda det, truth: seen.append(det) or [])
+    state = checkpoints.load(checkpoint)
+    for stored, words, expected in ((0.0, [], True), (1.0, [], False),
+                                    (1.0, ["--score_threshold", "0"], True)):
+        state["thresholds"] = dict.fromkeys(state["class_names"], stored)
+        checkpoints.save(tmp_path / "best.pt", state)
+        visualize.main(["mistakes", "--checkpoint", str(tmp_path), "--out",
+                        str(tmp_path / "mistakes.png"), *words])
+        assert (len(seen.pop()["scores"]) > 0) == expected
+
+
+def test_the_legend_of_precision_and_recall_tells_why_a_class_has_no_curve(tmp_path, monkeypatch):
+    none = dict.fromkeys(("threshold", "AP50", "F1", "recall", "precision"), -1.0)
+    figures = {"per_class": {"cat": {**none, "objects": 3}, "dog": {**none, "objects": 0}},
+               "curves": {name: {"precision": [0.0] * 101} for name in ("cat", "dog")}}
+    path = tmp_path / "eval.json"
+    path.write_text(json.dumps({"bbox": figures}))
+    monkeypatch.setattr(plots, "save_figure", lambda figure, *args, **more: figure)
+    legend = plots.precision_recall(str(path)).axes[0].get_legend()
+    assert [text.get_text() for text in legend.get_texts()] == ["cat: never detected",
+                                                                "dog: no objects"]
 
 
 def test_scenes_are_a_sheet_of_generated_images(tmp_path):

@@ -1,18 +1,19 @@
-"""Convert labels in YOLO, Pascal VOC or CSV format into a COCO-layout folder, and check it.
+"""Convert labels in another format or layout into a COCO-layout folder, and check it.
 
     python -m tools.convert --from yolo DIR OUT
     python -m tools.convert --from voc DIR OUT
     python -m tools.convert --from csv DIR OUT      DIR: a folder with tables, or one table
+    python -m tools.convert --from coco DIR OUT     divides a COCO json that has all images
 
 OUT gets annotations/instances_{train,val,test}2017.json and train2017/, val2017/, test2017/ with
 the images, as hard links: they need no disk space and stay when DIR is removed. Where links are
 impossible, between two disks for example, images are copied. OUT appears when it is complete.
 
 What is read, and how splits and classes are found, is at the top of tools/labels_yolo.py,
-labels_voc.py and labels_csv.py. A folder without val images is divided: --val_share of its images,
-chosen at random but always the same, are for validation. Every fault in the labels is printed with
-its file and line, and then nothing is written (--skip_faulty leaves the faulty labels and files
-out). Boxes without width or height are left out, as training would do.
+labels_voc.py, labels_csv.py and labels_coco.py. A folder without val images is divided: --val_share
+of its images, chosen at random but always the same, are for validation. Every fault in the labels
+is printed with its file and line, and then nothing is written (--skip_faulty leaves the faulty
+labels and files out). Boxes without width or height are left out, as training would do.
 """
 import json
 import os
@@ -25,21 +26,23 @@ from typing import Annotated
 import numpy as np
 import tyro
 
+from engine import coco_json
 from engine.coco_json import plural
 from engine.commands import require
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
-from tools import check_data, labels_csv, labels_voc, labels_yolo
+from tools import check_data, labels_coco, labels_csv, labels_voc, labels_yolo
 from tools.labels import UNDIVIDED, LabeledImage, Labels, print_some
 
-READERS = {"yolo": labels_yolo.read, "voc": labels_voc.read, "csv": labels_csv.read}
+READERS = {"yolo": labels_yolo.read, "voc": labels_voc.read, "csv": labels_csv.read,
+           "coco": labels_coco.read}
 
 
 def convert(source: str, directory: str, out: str, val_share: float = 0.2,
             skip_faulty: bool = False) -> None:
     """Write a COCO-layout folder from labels in another format.
 
-    source: yolo, voc or csv
+    source: yolo, voc, csv or coco
     directory: what to read; out: the folder to write, which may not exist
     val_share: fraction of the images for validation where the folder has no val images
     skip_faulty: leave out what is faulty instead of refusing the folder
@@ -58,14 +61,37 @@ def convert(source: str, directory: str, out: str, val_share: float = 0.2,
     if target.resolve().is_relative_to(root.resolve()):
         raise UserError(f"{target}: expected a folder outside of {root}, got one inside: its "
                         "images would be read twice; name another one")
-    labels = READERS[source](root)
+    labels = read(source, root)
     labels.refuse_faults(skip_faulty)
+    refuse_normalized(labels)
     print_some([f"note: {note}" for note in labels.notes])
     divide(labels, val_share)
     write_folder(labels, target)
     for split, images in labels.splits.items():
         objects = sum(len(image.objects) for image in images)
         print(f"{split}: {plural(len(images), 'image')}, {plural(objects, 'object')}")
+
+
+def read(source: str, root: Path) -> Labels:
+    """Read a folder in one of the formats. The error names another one if the folder looks so."""
+    try:
+        return READERS[source](root)
+    except UserError as error:
+        layout = coco_json.foreign_layout(root)
+        if layout in (None, source):
+            raise
+        raise UserError(f"{error}; the folder looks like {layout.upper()}: --from {layout}"
+                        ) from error
+
+
+def refuse_normalized(labels: Labels) -> None:
+    """Raise UserError if most boxes lie within a single pixel: they were shares of the image."""
+    images = [image for split in labels.splits.values() for image in split]
+    boxes = [item.box for image in images for item in image.objects]
+    tiny = [box for box in boxes if max(box[0] + box[2], box[1] + box[3]) <= 1]
+    if len(tiny) > coco_json.NORMALIZED_SHARE * len(boxes):
+        raise UserError(f"expected boxes in pixels, got {len(tiny)} of {len(boxes)} within [0, 1]; "
+                        "multiply them by the width and height of their image; nothing was written")
 
 
 def divide(labels: Labels, val_share: float) -> None:
@@ -105,7 +131,7 @@ def write_folder(labels: Labels, target: Path) -> None:
             for image, name in zip(images, files):
                 link_or_copy(image.path, folder / name)
             path = temporary / "annotations" / f"instances_{split}2017.json"
-            path.write_text(json.dumps(coco_json(images, files, labels.names)))
+            path.write_text(json.dumps(json_content(images, files, labels.names)))
         os.replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -140,7 +166,7 @@ def link_or_copy(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def coco_json(images: list[LabeledImage], files: list[str], names: list[str]) -> dict:
+def json_content(images: list[LabeledImage], files: list[str], names: list[str]) -> dict:
     """Return the content of a COCO json. Ids count from 1."""
     category_ids = {name: place for place, name in enumerate(names, 1)}
     entries = []
@@ -157,6 +183,7 @@ def coco_json(images: list[LabeledImage], files: list[str], names: list[str]) ->
             if item.polygon:
                 row["area"] = round(polygon_area(item.polygon), 3)
                 row["segmentation"] = [[round(value, 3) for value in item.polygon]]
+            row |= item.fields or {}
             rows.append(row)
     categories = [{"id": number, "name": name} for name, number in category_ids.items()]
     return {"images": entries, "annotations": rows, "categories": categories}
@@ -174,13 +201,14 @@ def polygon_area(polygon: list[float]) -> float:
 
 @dataclass
 class Options:
-    """Convert labels in YOLO, Pascal VOC or CSV format into a COCO-layout folder, and check it.
+    """Convert labels in YOLO, Pascal VOC or CSV format, or a COCO json that is not divided into
+    train and val, into a COCO-layout folder, and check it.
 
     Images are hard links where the disk allows it, copies elsewhere. Ends with exit code 1 if the
     check finds errors."""
     directory: tyro.conf.Positional[str]   # folder of images and labels; for csv also one table
     out: tyro.conf.Positional[str]         # COCO-layout folder to write, which may not exist
-    source: Annotated[str, tyro.conf.arg(name="from")]   # format of the labels: yolo, voc or csv
+    source: Annotated[str, tyro.conf.arg(name="from")]   # yolo, voc, csv or coco
     # fraction of the images for validation, where the folder has no val images
     val_share: float = 0.2
     skip_faulty: bool = False    # leave out what is faulty, instead of writing nothing

@@ -34,6 +34,7 @@ class Object(NamedTuple):
     box: tuple                         # x, y, width, height in px
     polygon: list | None = None        # x, y, x, y, ... in px
     ignored: bool = False              # neither learned nor counted
+    fields: dict | None = None         # area and segmentation, where they come from a COCO json
 
 
 @dataclass

@@ -42,7 +42,8 @@ class Columns:
         self.size = self.places_of(("width", "height")) if self.is_corners else None
         if self.file is None or self.label is None or self.box is None:
             raise UserError(f"{path}: expected a first row with the columns {EXPECTED}, got "
-                            f"{one_line(', '.join(names), 200)}; rename the columns")
+                            f"{one_line(', '.join(names), 200)}; rename the columns, or add such a "
+                            "row")
 
     def place_of(self, names: tuple[str, ...]) -> int | None:
         """The column that has one of these names."""

@@ -4,10 +4,10 @@
     class x1 y1 x2 y2 x3 y3 ...         a polygon, which becomes a segmentation and its box
 
 The class is a number from 0. Class names come from data.yaml (any .yaml file of the folder with
-`names`), or from classes.txt, obj.names, labels.txt: a name a line. The images of a split are where
-data.yaml says, else in folders called train, val or valid, test. Labels lie beside their image, or
-in a folder `labels` beside its folder `images`. An image without a label file, or with an empty
-one, has no objects, as YOLO trainers read it.
+`names`), or from classes.txt, obj.names, labels.txt, _darknet.labels: a name a line. The images of
+a split are where data.yaml says, else in folders called train, val or valid, test. Labels lie
+beside their image, or in a folder `labels` beside its folder `images`. An image without a label
+file, or with an empty one, has no objects, as YOLO trainers read it.
 """
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from engine.notices import one_line
 from tools.labels import (OUTSIDE, SPLITS, UNDIVIDED, LabeledImage, Labels, NoArea, Object,
                           image_files, image_size, listed_names, number, read_text, split_of)
 
-NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "labels/classes.txt")
+NAME_FILES = ("classes.txt", "obj.names", "labels.txt", "labels/classes.txt", "_darknet.labels",
+              "train/_darknet.labels")
 
 
 def read(root: Path) -> Labels:
@@ -44,7 +45,7 @@ def read(root: Path) -> Labels:
             else:
                 without.append(image)
             labels.add(split, LabeledImage(image, size, objects))
-    if not with_labels:
+    if not with_labels and not labels.faults:      # else the faults say more
         raise UserError(f"{root}: expected label files (.txt) beside the images, or in `labels` "
                         f"beside `images`, got none for {plural(len(without), 'image')}")
     if without:
@@ -143,14 +144,24 @@ def images_at(place: Path, labels: Labels) -> list[Path]:
         text = line.strip()
         if not text:
             continue
-        path = Path(text)
-        if not path.is_file():
-            path = place.parent / text
-        if path.is_file():
-            found.append(path)
-        else:
+        path = listed_file(text, place.parent)
+        if path is None:
             labels.fault(place, count, f"expected an image file, got {one_line(text, 100)!r}")
+        else:
+            found.append(path)
     return found
+
+
+def listed_file(text: str, folder: Path) -> Path | None:
+    """Return the image that a line of a list file names, None if there is none.
+
+    Lines often begin with folders of the machine that wrote them (data/images/train/1.jpg): then
+    the last parts of the path decide.
+    """
+    inner = [part for part in Path(text).parts if part not in ("..", ".")]
+    endings = [folder.joinpath(*inner[first:]) for first in range(len(inner))]
+    places = [Path(text), folder / text, *endings]
+    return next((place for place in places if place.is_file()), None)
 
 
 def images_by_folder(root: Path, labels: Labels) -> dict[str, list[Path]]:
