@@ -102,9 +102,9 @@ def test_the_ladder_reads_finished_runs_and_compares_means_over_seeds(
     Ladder(out=tmp_path, rows=rows, seeds=2, jobs=2).run()
     head, dino, static, once = rows_of(capsys.readouterr().out)
     assert head[0] == "1000 steps, 2 seeds"
-    assert dino == ["DINO", "0.600", "0.200", "", "", "", "0.600", "0.600", "0.600", "100"]
-    assert static[1:6] == ["0.350", "0.100", "DINO", "-0.250", "yes"]
-    assert once[1:6] == ["0.550", "0.000", "DINO", "-0.050", "no"]
+    assert dino == ["DINO", "0.600", "0.200", "", "", "", "", "0.600", "0.600", "0.600", "100"]
+    assert static[1:7] == ["0.350", "0.100", "DINO", "-0.250", "yes", "-0.200 -0.300"]
+    assert once[1:7] == ["0.550", "0.000", "DINO", "-0.050", "no", "+0.050 -0.150"]
     assert (tmp_path / "ladder.png").stat().st_size > 5000
 
 
@@ -125,7 +125,7 @@ def test_the_mask_table_reads_finished_runs(tmp_path, capsys):
     Masks(out=tmp_path, rows=("default", "roi_8"), detector="d").run()
     _, default, roi_8 = rows_of(capsys.readouterr().out)
     assert default[:3] == ["default", "0.500", "0.000"]
-    assert default[6:] == ["0.500", "0.500", "0.500", "0.400", "0.800", "0.03", "100"]
+    assert default[7:] == ["0.500", "0.500", "0.500", "0.400", "0.800", "0.03", "100"]
     assert roi_8[:5] == ["region of 8 cells", "0.400", "0.000", "default", "-0.100"]
 
 

@@ -416,22 +416,26 @@ def mean(records, kind, name) -> str:
 
 
 def comparison(rows, runs, name) -> list[str]:
-    """Cells: AP, spread, baseline, difference to it, whether it is larger than the spread."""
+    """Cells: AP, spread, baseline, difference to it, whether it is larger than the spread, and the
+    difference of each seed. Runs of a seed have the same data and mostly the same initial weights,
+    so these may agree where the spread of the seeds is large."""
     mine = [ap(record) for record in runs[name]]
     cells = [f"{statistics.mean(mine):.3f}", f"{max(mine) - min(mine):.3f}"]
     baseline = rows[name].baseline
     if baseline not in runs:
-        return [*cells, "", "", ""]
+        return [*cells, "", "", "", ""]
     other = [ap(record) for record in runs[baseline]]
     difference = statistics.mean(mine) - statistics.mean(other)
     spread = max(max(mine) - min(mine), max(other) - min(other))
     verdict = "yes" if abs(difference) > spread else "no"
     if len(mine) == 1:
         verdict = "one seed"
-    return [*cells, rows[baseline].title, f"{difference:+.3f}", verdict]
+    each = " ".join(f"{a - b:+.3f}" for a, b in zip(mine, other))
+    return [*cells, rows[baseline].title, f"{difference:+.3f}", verdict, each]
 
 
-COMPARISON = ("AP", "spread", "compared with", "difference", "larger than the spread")
+COMPARISON = ("AP", "spread", "compared with", "difference", "larger than the spread",
+              "of each seed")
 
 
 def box_table(name, rows, runs, options) -> None:

@@ -22,7 +22,7 @@ from engine.datasets import validation_set
 from engine.errors import UserError, user_errors
 from engine.models import load_model
 from eval import evaluate
-from tools.ablations import ROOT, Row, Training, comparison, mean, train_one
+from tools.ablations import COMPARISON, ROOT, Row, Training, comparison, mean, train_one
 from tools.reduce_log import reduce_log
 from tools.timing import DEVICE, write_table
 
@@ -74,9 +74,8 @@ def compare(options: RealData) -> None:
         cells.append([row.title, *comparison(rows, runs, name), *figures, f"{steps:.0f}",
                       f"{minutes:.1f}"])
     seeds = "seed" if options.seeds == 1 else "seeds"
-    columns = (f"{options.data.name}, {options.seeds} {seeds}", "AP", "spread", "compared with",
-               "difference", "larger than the spread", "AP50", "AP small", "AP medium", "steps",
-               "minutes")
+    columns = (f"{options.data.name}, {options.seeds} {seeds}", *COMPARISON, "AP50", "AP small",
+               "AP medium", "steps", "minutes")
     write_table(f"real_data_{options.data.name}", DEVICE, columns, cells)
 
 
