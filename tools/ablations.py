@@ -211,6 +211,9 @@ class Training:
     jobs: int = 1            # runs at the same time
     threads: int = 1         # CPU threads of each run
     data: str = ""           # 4000 scenes of `scenes.py --write`, as crowded ones; none: the usual
+    # learning-rate schedule and warmup of all runs (see engine/recipe.py); none, 0: the preset's
+    schedule: str = ""
+    warmup: float = 0.0
     logs: str = ""           # folder for the reduced logs; default: logs/ in --out
 
     def check(self) -> None:
@@ -344,6 +347,10 @@ def train_one(name: str, row: Row, seed: int, epochs: int, options: Training) ->
     if options.data:
         # as for generated scenes: small, from random weights unless the row says otherwise
         flags |= {"data": str(options.data), "preset": "small", "init": "none"}
+    if options.schedule:
+        flags["schedule"] = options.schedule
+    if options.warmup:
+        flags["warmup"] = options.warmup
     flags |= row.flags
     check_settings(out, flags)
     if not is_complete(out, epochs):
