@@ -228,9 +228,10 @@ def convergence(curves, out="convergence.png"):
             axis.plot(epochs, mean, marker="o", markersize=3, color=f"C{number}", label=text)
             axis.fill_between(epochs, values.min(0), values.max(0), color=f"C{number}", alpha=0.2)
         axis.set(title=title, xlabel="epochs", xlim=(0, None), ylim=(0, 1))
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.legend(loc="best", frameon=False, fontsize=9)
         clean_axis(axis)
-    axes[0].set_ylabel("AP on held-out generated scenes; areas: seeds")
+    axes[0].set_ylabel("AP on held-out scenes; areas: seeds")
     return save_figure(figure, out)
 
 
