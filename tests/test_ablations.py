@@ -192,40 +192,39 @@ def stand_in(words, stdout, stderr):
     return ablations.subprocess.CompletedProcess(words, 0)
 
 
-def test_a_folder_of_scenes_is_trained_on_from_random_weights(tmp_path, monkeypatch):
-    calls = []
+@pytest.fixture
+def calls(monkeypatch):
+    """The flags of every training that begins, in place of it."""
+    flags = []
 
     def training(words, stdout, stderr):
-        calls.append(dict(zip(words[2::2], words[3::2])))
+        flags.append(dict(zip(words[2::2], words[3::2])))
         return stand_in(words, stdout, stderr)
 
     monkeypatch.setattr(ablations.subprocess, "run", training)
+    return flags
+
+
+def test_a_folder_of_scenes_is_trained_on_from_random_weights(tmp_path, calls):
     Ladder(out=tmp_path, rows=("dino",), seeds=1, steps=500, data="crowd").run()
     call, = calls
     assert (call["--data"], call["--preset"], call["--init"]) == ("crowd", "small", "none")
 
 
-def test_curves_are_evaluated_after_every_epoch(tmp_path, monkeypatch):
-    calls = []
+def test_all_runs_get_the_schedule_of_the_table(tmp_path, calls):
+    Ladder(out=tmp_path / "flat", rows=("dino",), seeds=1, schedule="flat", warmup=0.24).run()
+    Ladder(out=tmp_path / "preset", rows=("dino",), seeds=1).run()
+    assert (calls[0]["--schedule"], calls[0]["--warmup"]) == ("flat", "0.24")
+    assert "--schedule" not in calls[1] and "--warmup" not in calls[1]
 
-    def training(words, stdout, stderr):
-        calls.append(dict(zip(words[2::2], words[3::2])))
-        return stand_in(words, stdout, stderr)
 
-    monkeypatch.setattr(ablations.subprocess, "run", training)
+def test_curves_are_evaluated_after_every_epoch(tmp_path, calls):
     Convergence(out=tmp_path, rows=("detr",), seeds=1, steps=1000).run()
     assert calls[0]["--eval_every"] == "1" and calls[0]["--epochs"] == "2"
 
 
-def test_the_mask_table_trains_the_detectors_of_its_rows_once(tmp_path, monkeypatch):
+def test_the_mask_table_trains_the_detectors_of_its_rows_once(tmp_path, calls):
     """Two rows on DINO with two encoder layers, in two seeds; a row of twice the epochs."""
-    calls = []
-
-    def training(words, stdout, stderr):
-        calls.append(dict(zip(words[2::2], words[3::2])))
-        return stand_in(words, stdout, stderr)
-
-    monkeypatch.setattr(ablations.subprocess, "run", training)
     rows = ("layer_2_of_2", "epochs_2")
     Masks(out=tmp_path, rows=rows, detector="d.pt", seeds=2, detector_steps=1000).run()
     detector = tmp_path / "detector_dino_2_layers_0"

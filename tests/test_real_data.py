@@ -42,6 +42,7 @@ def test_the_table_compares_three_ways_and_gives_the_package_the_same_time(
     flags = {"model": "dino", "epochs": 3, "data": str(data), "preset": "small", "seed": 0,
              "num_queries": 100, "top_k": 100, "train_sizes": [64], "eval_size": 176,
              "max_size": 260}
+    # runs with other settings would be refused: each row has its own initial weights
     write_record(tmp_path / "runs/scratch_0", 0.4, 120, init="none", **flags)
     write_record(tmp_path / "runs/scenes_0", 0.5, 130, init="dino_small", **flags)
     monkeypatch.setattr(real_data, "evaluate_run", figures_of_the_log)
