@@ -3,7 +3,7 @@ layers, AdamW for all other parameters.
 
 The idea: the gradient of a matrix is dominated by a few directions. Muon replaces it by the nearest
 matrix with equal singular values, so that a step changes all directions alike. A small detector
-needs a third of the steps with it (RESULTS.md, "The default job against the clock").
+needs a third of the steps with it (RESULTS.md, "Time to AP 0.80").
 
     M <- mu M + (1 - mu) G                           momentum; G: gradient of W, (m, n)
     U = (1 - mu) G + mu M                            Nesterov
