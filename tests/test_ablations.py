@@ -131,21 +131,22 @@ def test_the_mask_table_reads_finished_runs(tmp_path, capsys):
 
 def test_the_curves_of_convergence_are_read_from_finished_runs(tmp_path, capsys):
     """Two seeds; the second run evaluated its first epoch twice, after a kill."""
-    for model in ("detr", "dino"):
+    for name, flags in (("dino", {}), ("dino_with_pure_queries", {"query_selection": "pure"})):
         for seed, ap in enumerate((0.5, 0.7)):
-            write_run(tmp_path / f"{model}_{seed}", ap, model=model)
-            log = tmp_path / f"{model}_{seed}" / "log.jsonl"
+            write_run(tmp_path / f"{name}_{seed}", ap, model="dino", **flags)
+            log = tmp_path / f"{name}_{seed}" / "log.jsonl"
             *steps, last = log.read_text().splitlines()
             record = json.loads(last)
             for first in (0.9, 0.1):
                 box = {**record["bbox"], "AP": first, "APs": first / 2}
                 steps.append(json.dumps({**record, "epoch": 1, "bbox": box}))
             log.write_text("\n".join([*steps, last, ""]))
-    Convergence(out=tmp_path, rows=("detr", "dino"), seeds=2, steps=1000).run()
-    head, every, small, *_ = rows_of(capsys.readouterr().out)
+    Convergence(out=tmp_path, rows=("dino", "dino_with_pure_queries"), seeds=2, steps=1000).run()
+    head, every, small, pure, _ = rows_of(capsys.readouterr().out)
     assert head[:4] == ["1000 steps, 2 seeds", "objects", "epoch 1", "epoch 2"]
-    assert every == ["DETR", "all", "0.100", "0.600", "0.200", "100"]
-    assert small == ["DETR", "small", "0.050", "0.600", "0.200", "100"]
+    assert every == ["DINO", "all", "0.100", "0.600", "0.200", "", "", "", "", "100"]
+    assert small == ["DINO", "small", "0.050", "0.600", "0.200", "", "", "", "", "100"]
+    assert pure[4:9] == ["0.200", "DINO", "+0.000", "no", "+0.000 +0.000"]
     assert (tmp_path / "convergence.png").stat().st_size > 5000
 
 
@@ -209,13 +210,6 @@ def test_a_folder_of_scenes_is_trained_on_from_random_weights(tmp_path, calls):
     Ladder(out=tmp_path, rows=("dino",), seeds=1, steps=500, data="crowd").run()
     call, = calls
     assert (call["--data"], call["--preset"], call["--init"]) == ("crowd", "small", "none")
-
-
-def test_all_runs_get_the_schedule_of_the_table(tmp_path, calls):
-    Ladder(out=tmp_path / "flat", rows=("dino",), seeds=1, schedule="flat", warmup=0.24).run()
-    Ladder(out=tmp_path / "preset", rows=("dino",), seeds=1).run()
-    assert (calls[0]["--schedule"], calls[0]["--warmup"]) == ("flat", "0.24")
-    assert "--schedule" not in calls[1] and "--warmup" not in calls[1]
 
 
 def test_curves_are_evaluated_after_every_epoch(tmp_path, calls):

@@ -194,10 +194,7 @@ MASKS = {
                                train_detector=True)}
 
 # The claim that opens Deformable DETR (its Figure 3): ten times fewer epochs than DETR.
-CONVERGENCE = {
-    "detr": Row("DETR", "detr"),
-    "deformable_detr": Row("Deformable DETR", "deformable_detr", baseline="detr"),
-    "dino": Row("DINO", "dino", baseline="deformable_detr")}
+CONVERGENCE = ("detr", "deformable_detr", "dino")
 
 
 # ---- commands ------------------------------------------------------------------------------------
@@ -211,9 +208,6 @@ class Training:
     jobs: int = 1            # runs at the same time
     threads: int = 1         # CPU threads of each run
     data: str = ""           # 4000 scenes of `scenes.py --write`, as crowded ones; none: the usual
-    # learning-rate schedule and warmup of all runs (see engine/recipe.py); none, 0: the preset's
-    schedule: str = ""
-    warmup: float = 0.0
     logs: str = ""           # folder for the reduced logs; default: logs/ in --out
 
     def check(self) -> None:
@@ -271,17 +265,18 @@ class Masks(Training):
 
 @dataclass
 class Convergence(Training):
-    """Compare AP along the training of DETR, Deformable DETR and DINO, and draw the curves."""
+    """Compare AP along the training of DETR and its children, or of other rows of the ladder, and
+    draw the curves."""
     out: Path = Path("runs/convergence")   # folder of the runs, one folder each
     steps: int = 6000                 # optimizer steps of every run
     eval_every: int = 1               # epochs between evaluations
-    rows: tuple[Literal[tuple(CONVERGENCE)], ...] = tuple(CONVERGENCE)   # rows of the table
+    rows: tuple[Literal[tuple(LADDER)], ...] = CONVERGENCE   # rows of the table, as of the ladder
 
     def epochs_between_evaluations(self, epochs: int) -> int:
         return self.eval_every
 
     def run(self) -> None:
-        rows = {name: CONVERGENCE[name] for name in self.rows}
+        rows = {name: LADDER[name] for name in self.rows}
         runs = train_rows(rows, self)
         curves = {}
         for name, row in rows.items():
@@ -347,10 +342,6 @@ def train_one(name: str, row: Row, seed: int, epochs: int, options: Training) ->
     if options.data:
         # as for generated scenes: small, from random weights unless the row says otherwise
         flags |= {"data": str(options.data), "preset": "small", "init": "none"}
-    if options.schedule:
-        flags["schedule"] = options.schedule
-    if options.warmup:
-        flags["warmup"] = options.warmup
     flags |= row.flags
     check_settings(out, flags)
     if not is_complete(out, epochs):
@@ -479,7 +470,8 @@ def ap_by_epoch(out: Path) -> dict[int, dict]:
 
 
 def convergence_table(rows, curves, runs, options) -> None:
-    """AP after each epoch that all runs evaluated, over all and over small objects."""
+    """AP after each epoch that all runs evaluated, over all and over small objects; the comparison
+    is that of the last epoch."""
     runs_of_all = [run for seeds in curves.values() for run in seeds]
     epochs = sorted(set.intersection(*[set(run) for run in runs_of_all]))
     cells = []
@@ -490,10 +482,11 @@ def convergence_table(rows, curves, runs, options) -> None:
             for epoch in epochs:
                 values = [run[epoch][name] for run in curves[row.title]]
                 means.append(f"{statistics.mean(values):.3f}")
+            compared = comparison(rows, runs, key)[2:] if name == "AP" else [""] * 4
             cells.append([row.title, objects, *means, f"{max(values) - min(values):.3f}",
-                          f"{ms:.0f}"])
+                          *compared, f"{ms:.0f}"])
     columns = (heading(options), "objects", *[f"epoch {epoch}" for epoch in epochs],
-               "spread of the last", "ms a step")
+               *COMPARISON[1:], "ms a step")
     write_table("convergence", DEVICE, columns, cells)
 
 
