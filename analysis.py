@@ -20,17 +20,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-import tyro
 from torch.nn.utils.rnn import pad_sequence
 
 import data
 from data import LARGE_AREA, SMALL_AREA
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locations
 from engine import commands, files
-from engine.cli import registry
 from engine.errors import UserError, user_errors
 from engine.inference import predict, require_finite_outputs
-from engine.flags import one_line_usage
 from engine.forms import mismatch, read_results
 from engine.machine import prepare_cpu
 
@@ -455,14 +452,9 @@ def analyze_files(options):
 
 def main(argv=None):
     with user_errors("analysis.py"):
-        with one_line_usage("analysis.py", argv):
-            options = tyro.cli(Options, args=argv, prog="analysis.py", use_underscores=True,
-                               description=commands.summary(__doc__), registry=registry,
-                               config=(tyro.conf.FlagCreatePairsOff,))
-        commands.require(options.checkpoint, "--checkpoint FILE", "none")
+        options = commands.parse(Options, "analysis.py", __doc__, argv)
+        commands.check_measuring(options)
         commands.require(options.k >= 1, "--k of at least 1", options.k)
-        commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)
-        commands.require(0 <= options.workers <= 256, "--workers in 0..256", options.workers)
         folder = commands.results_folder(options.checkpoint[0])
         out = files.prepare_folder(options.out or folder)
         analyses = analyze_files(options)

@@ -37,11 +37,9 @@ from tqdm import tqdm
 
 import visualize
 from engine import commands, files, lvis
-from engine.cli import registry
 from engine.commands import open_detector
 from engine.coco_json import json_problems, read_json, refuse_fatal
 from engine.errors import UserError, user_errors
-from engine.flags import one_line_usage
 from engine.images import SUFFIXES, UnreadableImage, read_image
 from engine.inference import (above, allow_detections, class_thresholds, detect_image,
                               detect_on_canvas, predict, reaches, require_finite)
@@ -538,10 +536,7 @@ def write_results(path, results, boxes_only=False, rank=0, world=1):
 
 def main(argv=None):
     with user_errors("eval.py"):
-        with one_line_usage("eval.py", argv):
-            options = tyro.cli(Options, args=argv, prog="eval.py", use_underscores=True,
-                               description=commands.summary(__doc__), registry=registry,
-                               config=(tyro.conf.FlagCreatePairsOff,))
+        options = commands.parse(Options, "eval.py", __doc__, argv)
         options.check()
         device, rank, world = commands.join_processes(options.device)
         prepare_attention(options.impl, device)

@@ -3,17 +3,37 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import tyro
 
 import data
 from engine.assets import is_name
 from engine.class_rows import fit_classes, without_unused
+from engine.cli import registry
 from engine.coco_json import read_json
 from engine.datasets import read_once, validation_set
 from engine.download import cache_path, is_url, split_address
 from engine.errors import UserError
+from engine.flags import one_line_usage
 from engine.machine import choose_device, cores, node_processes
 from engine.models import load_model
 from engine.processes import own_place
+
+
+def parse(options, program, doc, argv):
+    """Read a command line into a dataclass of options.
+
+    program: its name for --help; doc: the docstring of its file"""
+    with one_line_usage(program, argv):
+        return tyro.cli(options, args=argv, prog=program, use_underscores=True,
+                        description=summary(doc), registry=registry,
+                        config=(tyro.conf.FlagCreatePairsOff,))
+
+
+def check_measuring(options):
+    """UserError unless `checkpoint`, `batch_size` and `workers` can be used."""
+    require(options.checkpoint, "--checkpoint FILE", "none")
+    require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)
+    require(0 <= options.workers <= 256, "--workers in 0..256", options.workers)
 
 
 def open_detector(checkpoint, device="cpu", variant="", detector=""):

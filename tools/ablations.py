@@ -7,9 +7,9 @@
 
 All runs of a table train the small preset on generated scenes, or on those of --data, for the same
 number of steps, with seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the
-smallest. The last word of a row says whether its difference exceeds the spreads of both rows that
-it compares. Runs that are in the folder already are read, those that were broken off are continued.
-Every run leaves a reduced log (tools/reduce_log.py).
+smallest. A row says whether its difference exceeds the spreads of both rows that it compares, and
+gives the difference of each seed. Runs that are in the folder already are read; those that were
+broken off are continued. Every run leaves a reduced log (tools/reduce_log.py).
 """
 import json
 import statistics
@@ -18,11 +18,12 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 import tyro
 
 from engine import checkpoints
+from engine.coco_json import plural
 from engine.errors import UserError, user_errors
 from engine.models import load_paper
 from engine.plots import convergence as plot_convergence
@@ -200,18 +201,18 @@ CONVERGENCE = ("detr", "deformable_detr", "dino")
 # ---- commands ------------------------------------------------------------------------------------
 
 @dataclass
-class Training:
-    """What all commands share."""
+class Runs:
+    """Trainings of the same rows with several seeds; tools/real_data.py has such, too."""
     out: Path                # folder of the runs, one folder each
-    steps: int = 1000        # optimizer steps of every run
     seeds: int = 3           # runs of every row
-    jobs: int = 1            # runs at the same time
     threads: int = 1         # CPU threads of each run
     data: str = ""           # 4000 scenes of `scenes.py --write`, as crowded ones; none: the usual
     logs: str = ""           # folder for the reduced logs; default: logs/ in --out
 
+    counts: ClassVar = ("seeds", "threads")     # fields that are at least 1
+
     def check(self) -> None:
-        for name in ("steps", "seeds", "jobs", "threads"):
+        for name in self.counts:
             value = getattr(self, name)
             if value < 1:
                 raise UserError(f"expected --{name} of at least 1, got {value}")
@@ -219,6 +220,15 @@ class Training:
     def epochs_between_evaluations(self, epochs: int) -> int:
         """For a run of that many epochs: evaluate at its end only."""
         return epochs
+
+
+@dataclass
+class Training(Runs):
+    """What the commands of this file share."""
+    steps: int = 1000        # optimizer steps of every run
+    jobs: int = 1            # runs at the same time
+
+    counts: ClassVar = ("steps", "seeds", "jobs", "threads")
 
 
 @dataclass
@@ -333,7 +343,7 @@ def count_epochs(row: Row, steps: int) -> int:
     return steps // steps_per_epoch
 
 
-def train_one(name: str, row: Row, seed: int, epochs: int, options: Training) -> dict:
+def train_one(name: str, row: Row, seed: int, epochs: int, options: Runs) -> dict:
     """Train in a process of its own, unless the run is there already, and keep its log.
 
     -> the record of its last evaluation, with `step_ms`, the median time of a step"""
@@ -381,16 +391,21 @@ def is_complete(out: Path, epochs: int) -> bool:
 
 def run_train(out: Path, flags: dict) -> None:
     """Run train.py; what it prints goes to output.txt in the run folder."""
+    command = [sys.executable, str(ROOT / "train.py"), *words_of(flags)]
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / "output.txt", "a") as output:
+        done = subprocess.run(command, stdout=output, stderr=output)
+    if done.returncode:
+        raise UserError(f"train.py ended with exit code {done.returncode}: see {output.name}")
+
+
+def words_of(flags: dict) -> list[str]:
+    """Flags as words of a command line; a list gives a flag several values."""
     words = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [value]
         words += [f"--{name}", *map(str, values)]
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "output.txt", "a") as output:
-        done = subprocess.run([sys.executable, str(ROOT / "train.py"), *words], stdout=output,
-                              stderr=output)
-    if done.returncode:
-        raise UserError(f"train.py ended with exit code {done.returncode}: see {output.name}")
+    return words
 
 
 def step_ms(steps: list[dict]) -> float:
@@ -491,8 +506,7 @@ def convergence_table(rows, curves, runs, options) -> None:
 
 
 def heading(options: Training) -> str:
-    seeds = "seed" if options.seeds == 1 else "seeds"
-    return f"{options.steps} steps, {options.seeds} {seeds}"
+    return f"{options.steps} steps, {plural(options.seeds, 'seed')}"
 
 
 def count_parameters(path: Path) -> int:

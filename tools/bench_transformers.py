@@ -29,9 +29,7 @@ def transformers(device: Device = DEVICE, repeats: int = 5,
         size: Height and width of the images in pixels.
         as_it_comes: On a CPU, time the package without our settings of a CPU too.
     """
-    if not installed():
-        raise UserError("expected the package transformers, got none: "
-                        "pip install -r tests/requirements.txt")
+    require_installed()
     theirs, ours = make_models()
     inputs = random_batch(size, batch)
     difference = compare_logits(theirs, ours, inputs)
@@ -63,6 +61,12 @@ def transformers(device: Device = DEVICE, repeats: int = 5,
 
 def installed() -> bool:
     return importlib.util.find_spec("transformers") is not None
+
+
+def require_installed() -> None:
+    if not installed():
+        raise UserError("expected the package transformers, got none: "
+                        "pip install -r tests/requirements.txt")
 
 
 def time_calls(calls, repeats, first, kind) -> dict[str, list[str]]:

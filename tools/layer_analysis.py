@@ -13,14 +13,11 @@ Symbols: Nq queries, n objects, k detections.
 from dataclasses import dataclass
 
 import torch
-import tyro
 
 from analysis import run_names
 from boxes import box_cxcywh_to_xyxy, box_iou
 from engine import commands, files
-from engine.cli import registry
 from engine.errors import user_errors
-from engine.flags import one_line_usage
 from engine.inference import (allow_detections, detect_on_canvas, predict,
                               require_finite_outputs)
 from engine.machine import prepare_cpu
@@ -163,13 +160,8 @@ def measure_checkpoints(options: Options) -> dict:
 
 def main(argv=None) -> None:
     with user_errors("tools.layer_analysis"):
-        with one_line_usage("python -m tools.layer_analysis", argv):
-            options = tyro.cli(Options, args=argv, prog="python -m tools.layer_analysis",
-                               use_underscores=True, description=commands.summary(__doc__),
-                               registry=registry, config=(tyro.conf.FlagCreatePairsOff,))
-        commands.require(options.checkpoint, "--checkpoint FILE", "none")
-        commands.require(options.batch_size >= 1, "--batch_size of at least 1", options.batch_size)
-        commands.require(0 <= options.workers <= 256, "--workers in 0..256", options.workers)
+        options = commands.parse(Options, "python -m tools.layer_analysis", __doc__, argv)
+        commands.check_measuring(options)
         folder = commands.results_folder(options.checkpoint[0])
         out = files.prepare_folder(options.out or folder)
         measures = measure_checkpoints(options)

@@ -18,17 +18,18 @@ from pathlib import Path
 
 import tyro
 
+from engine.coco_json import plural
 from engine.datasets import validation_set
 from engine.errors import UserError, user_errors
 from engine.models import load_model
 from eval import evaluate
-from tools.ablations import COMPARISON, ROOT, Row, Training, comparison, mean, train_one
+from tools.ablations import COMPARISON, ROOT, Row, Runs, comparison, mean, train_one, words_of
 from tools.reduce_log import reduce_log
 from tools.timing import DEVICE, write_table
 
 
 @dataclass
-class RealData(Training):
+class RealData(Runs):
     """What to train on, and how."""
     data: Path = tyro.MISSING             # COCO-layout folder
     out: Path = Path("runs/real_data")    # folder of the runs, one folder each
@@ -73,9 +74,8 @@ def compare(options: RealData) -> None:
         figures = [mean(runs[name], "bbox", column) for column in ("AP50", "APs", "APm")]
         cells.append([row.title, *comparison(rows, runs, name), *figures, f"{steps:.0f}",
                       f"{minutes:.1f}"])
-    seeds = "seed" if options.seeds == 1 else "seeds"
-    columns = (f"{options.data.name}, {options.seeds} {seeds}", *COMPARISON, "AP50", "AP small",
-               "AP medium", "steps", "minutes")
+    columns = (f"{options.data.name}, {plural(options.seeds, 'seed')}", *COMPARISON, "AP50",
+               "AP small", "AP medium", "steps", "minutes")
     write_table(f"real_data_{options.data.name}", DEVICE, columns, cells)
 
 
@@ -93,12 +93,10 @@ def train_theirs(seed: int, minutes: float, options: RealData) -> dict:
     out = options.out / f"transformers_{seed}"
     log = out / "log.jsonl"
     if not log.exists():
-        words = {"data": options.data, "out": out, "minutes": minutes, "seed": seed,
+        flags = {"data": options.data, "out": out, "minutes": minutes, "seed": seed,
                  "threads": options.threads, "num_queries": options.num_queries,
-                 "max_dets": options.max_dets}
-        command = [sys.executable, "-m", "tools.train_transformers", "--size",
-                   *map(str, options.their_size)]
-        command += [word for name, value in words.items() for word in (f"--{name}", str(value))]
+                 "max_dets": options.max_dets, "size": list(options.their_size)}
+        command = [sys.executable, "-m", "tools.train_transformers", *words_of(flags)]
         done = subprocess.run(command, cwd=ROOT)
         if done.returncode:
             raise UserError(f"tools.train_transformers ended with exit code {done.returncode}")

@@ -16,11 +16,13 @@ from pathlib import Path
 import torch
 import tyro
 
+from boxes import box_xyxy_to_cxcywh
 from data import CocoFolder
-from engine.errors import UserError, user_errors
+from engine.errors import user_errors
 from engine.machine import prepare_cpu
 from engine.scoring import score
 from eval import coco_results
+from tools.bench_transformers import require_installed
 
 
 @dataclass
@@ -78,11 +80,8 @@ def train(settings: Settings) -> dict:
 
 def make_model(settings: Settings, num_classes: int) -> tuple:
     """Their image processor; their RT-DETR at about the size of our small DINO."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise UserError("expected the package transformers, got none: "
-                        "pip install -r tests/requirements.txt") from error
+    require_installed()
+    import transformers
     height, width = settings.size
     processor = transformers.RTDetrImageProcessorPil(size={"height": height, "width": width})
     backbone = transformers.RTDetrResNetConfig(
@@ -104,9 +103,7 @@ def read(dataset: CocoFolder, processor) -> tuple:
         _, image, target = dataset.pixel_sample(i)
         pixels.append(processor(image, return_tensors="pt")["pixel_values"])       # (1, 3, h, w)
         corners = torch.from_numpy(target["boxes"]).float()                        # (n, 4) px
-        corners = corners / torch.tensor([*image.size, *image.size])
-        centers = (corners[:, :2] + corners[:, 2:]) / 2
-        boxes = torch.cat([centers, corners[:, 2:] - corners[:, :2]], 1)           # (n, 4) cxcywh
+        boxes = box_xyxy_to_cxcywh(corners / torch.tensor([*image.size, *image.size]))
         labels.append({"class_labels": torch.from_numpy(target["labels"]).long(), "boxes": boxes})
     return torch.cat(pixels), labels
 
