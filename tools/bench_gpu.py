@@ -312,7 +312,7 @@ class Part(NamedTuple):
 def all_parts() -> dict[str, Part]:
     """Name -> part, in the order in which they run."""
     parts = {"machine": Part(machine, 30), "correctness": Part(correctness, 150),
-             "tests": Part(run_tests, 90)}
+             "tests": Part(run_tests, 120)}
     for name, implementation in IMPLEMENTATIONS.items():
         limit = 60 if implementation.module else 40       # others may tune themselves first
         parts[f"kernel: {name}"] = Part(partial(kernel, name), limit)
