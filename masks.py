@@ -36,9 +36,27 @@ def grid_points(n: int, height: int, width: int, device) -> Tensor:
 def sample_maps(maps: Tensor, points: Tensor) -> Tensor:
     """Bilinear values of maps (n, h, w) at points (n, P, 2) -> (n, P). Beyond the centers of the
     outermost cells, values fall to 0."""
+    if maps.requires_grad and torch.are_deterministic_algorithms_enabled():
+        return gather_maps(maps, points)   # a GPU has no deterministic gradient of grid_sample
     grid = 2 * points[:, None] - 1                                       # (n, 1, P, 2) in [-1, 1]
     values = F.grid_sample(maps[:, None], grid, align_corners=False)     # (n, 1, 1, P)
     return values[:, 0, 0]
+
+
+def gather_maps(maps: Tensor, points: Tensor) -> Tensor:
+    """`sample_maps`, cell by cell: the four cells around each point, with their weights."""
+    h, w = maps.shape[1:]
+    position = points * points.new_tensor([w, h]) - 0.5                  # (n, P, 2) in cells
+    first = position.floor()                                             # (n, P, 2)
+    values = 0
+    for offset in ((0, 0), (1, 0), (0, 1), (1, 1)):
+        cell = first + first.new_tensor(offset)                          # (n, P, 2)
+        weight = (1 - (position - cell).abs()).prod(-1)                  # (n, P)
+        x, y = cell.unbind(-1)                                           # (n, P) each
+        inside = (x >= 0) & (x < w) & (y >= 0) & (y < h)                 # (n, P)
+        index = y.clamp(0, h - 1) * w + x.clamp(0, w - 1)                # (n, P)
+        values = values + weight * inside * maps.flatten(1).gather(1, index.long())
+    return values
 
 
 @torch.no_grad()

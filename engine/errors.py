@@ -7,6 +7,7 @@ import torch
 
 
 LONGEST_MESSAGE = 1200   # characters
+NOT_DETERMINISTIC = "does not have a deterministic implementation"   # PyTorch's words
 
 
 class UserError(ValueError):
@@ -31,6 +32,10 @@ def user_errors(program: str):
     except (UserError, FloatingPointError) as error:
         sys.exit(f"{program}: error: {one_line(error)}")
     except (MemoryError, RuntimeError) as error:
+        if NOT_DETERMINISTIC in str(error):
+            operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
+            sys.exit(f"{program}: error: expected operations with deterministic results, got "
+                     f"{operation}, which has none on this device: leave out --deterministic")
         if not is_out_of_memory(error):
             raise
         sys.exit(f"{program}: error: out of memory ({one_line(error) or 'MemoryError'}): try "

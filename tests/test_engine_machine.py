@@ -287,6 +287,17 @@ def test_every_program_ends_in_one_line_where_memory_is_used_up(error):
         raise error
 
 
+def test_an_operation_without_deterministic_results_is_named_with_the_flag():
+    """Fill a tensor at places of which some may be equal: PyTorch refuses it on a CPU, too."""
+    torch.use_deterministic_algorithms(True)
+    try:
+        with pytest.raises(SystemExit, match=r"got put_, which has none .* --deterministic$"):
+            with user_errors("train.py"):
+                torch.zeros(3).put_(torch.tensor([0]), torch.ones(1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_other_errors_of_the_program_keep_their_traceback():
     with pytest.raises(RuntimeError, match="a bug"), user_errors("eval.py"):
         raise RuntimeError("a bug")

@@ -3,10 +3,41 @@ import pytest
 import torch
 
 from heads.regions import roi_align
-from masks import (interpolation_weights, mask_iou, paste, sample_maps, sample_true_masks,
-                   select_masks, uncertain_points)
+from masks import (gather_maps, interpolation_weights, mask_iou, paste, sample_maps,
+                   sample_true_masks, select_masks, uncertain_points)
 
 WHOLE = torch.tensor([[0.0, 0.0, 1.0, 1.0]])
+
+
+# ---- Sampling
+
+def test_sampling_cell_by_cell_equals_grid_sample_with_its_gradients():
+    """Also at points outside the map, where both fall to 0."""
+    torch.manual_seed(0)
+    points = torch.rand(3, 200, 2) * 1.4 - 0.2
+    upstream = torch.randn(3, 200)
+    results = []
+    for sample in (sample_maps, gather_maps):
+        maps = torch.linspace(-2, 3, 3 * 5 * 7).reshape(3, 5, 7).sin().requires_grad_()
+        values = sample(maps, points)
+        values.backward(upstream)
+        results.append((values.detach(), maps.grad))
+    for a, b in zip(*results):
+        assert torch.allclose(a, b, atol=2e-6)
+
+
+def test_no_operation_without_a_deterministic_gradient_is_used_where_it_is_demanded(monkeypatch):
+    maps = torch.rand(1, 4, 4, requires_grad=True)
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    names = []
+    node = sample_maps(maps, torch.rand(1, 9, 2)).grad_fn
+    nodes = [node]
+    while nodes:
+        node = nodes.pop()
+        names.append(node.name())
+        nodes += [following for following, _ in node.next_functions if following is not None]
+    assert not any("GridSampler" in name for name in names)
+    assert any("Gather" in name for name in names)
 
 
 # ---- Pasting
