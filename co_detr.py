@@ -73,6 +73,7 @@ Differences from the paper
 """
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -233,7 +234,8 @@ class CoDETR(nn.Module):
         {"rpn": {...}, "rcnn": {...}, "atss": {...}, "rcnn.queries": {...}, ...}."""
         pyramid = self.pyramid(memory)
         objects = pixel_objects(targets, pyramid.image_sizes)
-        co_outputs, candidates = {}, []
+        co_outputs = {}
+        candidates = []
         for head in self.heads:
             outputs, head_candidates = self.run_head(head, pyramid, objects)
             co_outputs |= outputs
@@ -262,7 +264,8 @@ class CoDETR(nn.Module):
             self.rpn, self.roi, pyramid, objects, cfg.rpn_samples, cfg.rpn_pre_nms,
             cfg.rpn_proposals, cfg.roi_samples)
         fewest = min(counts)   # the code cuts every image's list to the shortest
-        candidates, start = [], 0
+        candidates = []
+        start = 0
         for count in counts:
             rows = slice(start, start + fewest)
             features = pooled[rows].mean((1, 2))                           # (A, C)
@@ -282,7 +285,8 @@ class CoDETR(nn.Module):
             queries.append(made)
         weights = [rows.weights for rows in chosen]
         layers, _ = self.detector.decode(memory, join(queries), customized_mask(weights))
-        layers_of_heads, start = [], 0
+        layers_of_heads = []
+        start = 0
         for weight in weights:
             end = start + weight.shape[1]
             layers_of_heads.append([{name: x[:, start:end] for name, x in layer.items()}

@@ -405,17 +405,20 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """x (B, Nq, C), position (B, Nq, C), added to queries and keys but not to values,
-        attn_mask (Nq, Nq) True = blocked -> (B, Nq, C)."""
+        """x (B, Nq, C), position (B, Nq, C), added to queries and keys but not to values, attn_mask
+        (Nq, Nq), or (B, 1, Nq, Nq) for each image, True = blocked -> (B, Nq, C)."""
         C = x.shape[-1]
         qk = F.linear(x + position, self.in_proj_weight[:2 * C], self.in_proj_bias[:2 * C])
         v = F.linear(x, self.in_proj_weight[2 * C:], self.in_proj_bias[2 * C:])
         q, k = qk.chunk(2, -1)
-        q, k, v = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
+        heads = (self.num_heads, -1)
+        q = q.unflatten(-1, heads).transpose(1, 2)                       # (B, M, Nq, D)
+        k = k.unflatten(-1, heads).transpose(1, 2)                       # (B, M, Nq, D)
+        v = v.unflatten(-1, heads).transpose(1, 2)                       # (B, M, Nq, D)
         dropout = self.dropout if self.training else 0.0
-        if x.is_cuda:                                                    # q, k, v: (B, M, Nq, D)
+        if x.is_cuda:
             allowed = None if attn_mask is None else ~attn_mask
-            x = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
+            x = F.scaled_dot_product_attention(q, k, v, allowed, dropout)   # (B, M, Nq, D)
         else:
             scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)    # (B, M, Nq, Nq)
             if attn_mask is not None:
@@ -433,8 +436,9 @@ def in_float32(head: nn.Module, x: Tensor) -> Tensor:
 
 
 def offset_boxes(offsets: Tensor, reference: Tensor, eps: float = 1e-5) -> Tensor:
-    """A.3 and A.4: add offsets (..., 4) to a reference (..., 2 or 4), both before the sigmoid, and
-    return boxes (..., 4). With a point as reference, width and height are predicted directly."""
+    """A.3 and A.4: sigmoid(offsets + logit(reference)): offsets (..., 4) and a reference (..., 2 or
+    4) in [0, 1] -> boxes (..., 4). With a point as reference, width and height are predicted
+    directly."""
     base = inverse_sigmoid(reference, eps)
     if base.shape[-1] == 2:
         base = F.pad(base, (0, 2))                                       # (..., 4)
@@ -486,8 +490,8 @@ def init_transformer(model: nn.Module):
 
 def prediction_heads(cfg: Config, num_classes: int) -> tuple[nn.ModuleList, nn.ModuleList]:
     """Make the class heads and box heads of the layers: one pair for all without refinement, else
-    one pair each, and in two-stage one more for the tokens. At the start every box is its reference
-    (with a point as reference, its sides are sigmoid(-2) = 0.119)."""
+    one pair each, and in two-stage one more for the tokens. At the start every box is its
+    reference; with a point as reference, its sides are sigmoid(-2) = 0.119."""
     classes = class_head(cfg.dim, num_classes)
     boxes = box_head(cfg.dim)
     if not cfg.two_stage:
@@ -498,7 +502,7 @@ def prediction_heads(cfg: Config, num_classes: int) -> tuple[nn.ModuleList, nn.M
     count = cfg.decoder_layers + cfg.two_stage
     class_heads = nn.ModuleList(deepcopy(classes) for _ in range(count))
     box_heads = nn.ModuleList(deepcopy(boxes) for _ in range(count))
-    for head in box_heads[1:]:
+    for head in box_heads[1:]:   # their references are boxes: no bias of -2
         nn.init.zeros_(head.layers[-1].bias)
     return class_heads, box_heads
 

@@ -118,9 +118,11 @@ VARIANTS = {
     "5scale": dict(num_feature_levels=5),                           # 49.4 AP
     "24_epochs": dict(epochs=24, lr_drop=20),                       # 50.4 AP
     "36_epochs": dict(epochs=36, lr_drop=30),                       # 50.9 AP
-    # 56.8, 57.3 and 57.5 AP; with 36 epochs 58.0, 58.5 and 58.3
+    # 56.8 AP; 58.0 with 36 epochs
     "swin_l": dict(backbone="swin_l", drop_path=0.2),
+    # 57.3 AP; 58.5 with 36 epochs
     "swin_l_5scale": dict(backbone="swin_l", drop_path=0.2, num_feature_levels=5),
+    # 57.5 AP; 58.3 with 36 epochs
     "focalnet_l": dict(backbone="focalnet_l_3level", drop_path=0.3),
     # detrex's detectors, 58.0 AP and 58.5 AP: no normalized modulator
     "focalnet_l_4level": dict(backbone="focalnet_l_4level_sum", drop_path=0.3),
@@ -184,7 +186,9 @@ class DINO(nn.Module):
         queries, proposals = self.propose(memory)
 
         # In training, P denoising queries stand before the others.
-        denoising, attn_mask, P = None, None, 0
+        denoising = None
+        attn_mask = None
+        P = 0
         if self.training and self.cfg.denoising != "none":
             num_classes = self.class_embed[0].out_features
             Nq = queries.content.shape[1]
@@ -301,8 +305,8 @@ def draw_noise(copies: int, objects: int, num_classes: int, device) -> Noise:
 
 def denoising_groups(number: int, most: int, per_object: int) -> int:
     """Appendix D.1: as many groups as fit `number` pairs into the image with the `most` objects, at
-    least 1; 2 `number` if that is below 50 pairs (code); never more than MAX_DENOISING_QUERIES
-    allows. per_object: queries of an object in each group."""
+    least 1. If `number` is below 50: 2 `number` groups (code). Never more than
+    MAX_DENOISING_QUERIES allows. per_object: queries of an object in each group."""
     if most == 0:
         return 1
     groups = number // most if number >= 50 else 2 * number
@@ -310,7 +314,7 @@ def denoising_groups(number: int, most: int, per_object: int) -> int:
     return max(1, min(groups, limit))
 
 
-def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes: int, cfg: Config,
+def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes: int, cfg,
                       num_queries: int, draw=None) -> Denoising:
     """Section 3.3: copy every object into G groups, as a positive query (noise below the scale)
     and, if contrastive, as a negative query (noise of one to two scales).
@@ -415,7 +419,7 @@ class Criterion(deformable_detr.Criterion):
 
     def denoising(self, outputs: dict, targets: list[dict], num_boxes) -> dict[str, Tensor]:
         """Section 3.3: positives recover their object, all others are background. No matching."""
-        layers = {f"dn.{name}".rstrip("."): x for name, x in named_layers(outputs).items()}
+        layers = named_layers(outputs, "dn")
         matches = [outputs["matches"]] * len(layers)
         divisor = num_boxes * outputs["groups"]
         return self.set_loss.compute_losses(layers, targets, matches, divisor)

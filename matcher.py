@@ -17,7 +17,7 @@ a cost only when the GPU has finished all the work before it:
 
     set_loss = SetLoss(cost=Weights(2, 5, 2), loss=Weights(2, 5, 2))
     layers = {"": last, "aux0": first}                 # each {"pred_logits", "pred_boxes"}
-    matches, = set_loss.match_groups([Group(layers, targets)])
+    [matches] = set_loss.match_groups([Group(layers, targets)])
     losses = set_loss.compute_losses(layers, targets, matches, count_boxes(targets))
 
 A layers, B images, Nq queries, K classes, n objects in one image, n_max in the image with the most
@@ -249,9 +249,15 @@ def focal_loss(logits: Tensor, labels: Tensor, boxes=None, target_boxes=None) ->
     return alpha * (1 - p_true) ** GAMMA * cross_entropy
 
 
-def named_layers(outputs: dict) -> dict[str, dict]:
-    """Name the layers of `outputs` as their losses are logged: {"": last, "aux0": first, ...}."""
-    return {"": outputs} | {f"aux{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
+def named_layers(outputs: dict, prefix: str = "") -> dict[str, dict]:
+    """Name the layers of `outputs` as their losses are logged: {"": last, "aux0": first, ...}.
+
+    With the prefix "dn" the names are "dn", "dn.aux0", ...
+    """
+    layers = {prefix: outputs}
+    for i, layer in enumerate(outputs["aux_outputs"]):
+        layers[f"{prefix}.aux{i}".lstrip(".")] = layer
+    return layers
 
 
 def stack_layers(layers: list[dict]) -> tuple[Tensor, Tensor]:
