@@ -45,7 +45,8 @@ from engine.inference import (above, allow_detections, class_thresholds, detect_
                               detect_on_canvas, predict, reaches, require_finite)
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
-from engine.scoring import gather, score
+from engine.processes import gather
+from engine.scoring import score
 from engine.tiles import detect_tiled, refuse_masks
 
 __all__ = ["detect_image", "evaluate", "open_detector", "score"]
@@ -541,8 +542,6 @@ def main(argv=None):
         device, rank, world = commands.join_processes(options.device)
         prepare_attention(options.impl, device)
         detector = open_detector(options.checkpoint, device, options.variant, options.detector)
-        cfg = allow_detections(detector.model, detector.cfg, options.max_dets)
-        detector = detector._replace(cfg=cfg)
         if options.eval_size:
             recipe = replace(detector.recipe, eval_size=options.eval_size,
                              lsj_size=options.eval_size)
@@ -552,6 +551,8 @@ def main(argv=None):
         out = commands.results_folder(options.checkpoint)
         if options.images:
             commands.require(world == 1, "one process with --images", f"{world} processes")
+            cfg = allow_detections(detector.model, detector.cfg, options.max_dets)
+            detector = detector._replace(cfg=cfg)
             print(settings(detector.cfg, detector.recipe))
             run_on_images(options, detector, out)
         else:
