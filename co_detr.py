@@ -254,8 +254,11 @@ class CoDETR(nn.Module):
             return self.run_rcnn(pyramid, objects)
         module = getattr(self, head)
         outputs = module(pyramid.maps) | module.targets(pyramid, objects)
-        rows = zip(outputs["anchors"], outputs["labels"], outputs["boxes"], pyramid.tokens())
-        return {head: outputs}, [Candidates(*image) for image in rows]
+        candidates = []
+        for b, features in enumerate(pyramid.tokens()):                    # (S, C) of each image
+            candidates.append(Candidates(outputs["anchors"][b], outputs["labels"][b],
+                                         outputs["boxes"][b], features))
+        return {head: outputs}, candidates
 
     def run_rcnn(self, pyramid: Pyramid, objects: list[Objects]) -> tuple[dict, list]:
         """`run_head` for the two stages of Faster R-CNN."""
@@ -301,8 +304,12 @@ class CoDETR(nn.Module):
         if cfg.eval_head != "rcnn":
             head = getattr(self, cfg.eval_head)
             return head.detect(pyramid, cfg.top_k, cfg.dense_soft_nms)
-        images = zip(*self.classify_regions(pyramid), pyramid.image_sizes)
-        return [detect_regions(*image, cfg.top_k, cfg.rcnn_soft_nms) for image in images]
+        logits, deltas, proposals = self.classify_regions(pyramid)
+        detections = []
+        for b, size in enumerate(pyramid.image_sizes):
+            detections.append(detect_regions(logits[b], deltas[b], proposals[b], size, cfg.top_k,
+                                             cfg.rcnn_soft_nms))
+        return detections
 
     def classify_regions(self, pyramid: Pyramid) -> tuple:
         """Faster R-CNN at test time, before NMS; results as in `classify_proposals`."""
@@ -487,11 +494,14 @@ class Criterion:
             else:
                 factor = self.cfg.lambda_heads * self.cfg.decoder_layers
                 factor *= loss_share(name, self.heads)
-                given = {"counts": counts[name]} if name in counts else {}
+                arguments = dict(part)
+                if name in counts:
+                    arguments["counts"] = counts[name]
                 if self.federated and kind_of(name) in self.federated_heads:
                     N = part["logits"].shape[-1]
-                    given["classes"] = self.federated.chosen_classes(part["labels"][None], N)[0]
-                terms = HEAD_LOSSES[kind_of(name)](**part, **given)
+                    classes = self.federated.chosen_classes(part["labels"][None], N)   # (1, N)
+                    arguments["classes"] = classes[0]
+                terms = HEAD_LOSSES[kind_of(name)](**arguments)
             for term, value in terms.items():
                 losses[f"{name}.{term}"] = factor * value
         return losses
@@ -587,7 +597,9 @@ def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
         if cfg.soft_nms:
             rows, scores = soft_nms(image["boxes"], image["scores"], image["labels"], cfg.soft_nms,
                                     LOWEST_SCORE, cfg.top_k)
-            image.update({name: x[rows] for name, x in image.items()}, scores=scores)
+            for name in image:
+                image[name] = image[name][rows]
+            image["scores"] = scores   # those that soft-NMS lowered
     return detections
 
 

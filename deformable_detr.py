@@ -289,10 +289,12 @@ def flatten_pyramid(pyramid: list[Tensor], padding: Tensor, level_embed: Tensor,
         width = (~mask[:, 0]).to(dtype).mean(1)
         height = (~mask[:, :, 0]).to(dtype).mean(1)
         ratios.append(torch.stack((width, height), -1))                  # (B, 2)
-    image_sizes = torch.stack(((~padding[:, :, 0]).sum(1), (~padding[:, 0]).sum(1)), -1)
-    return Memory(torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(paddings, 1),
-                  [tuple(x.shape[-2:]) for x in pyramid], torch.stack(ratios, 1), features,
-                  image_sizes, tuple(padding.shape[-2:]))
+    heights = (~padding[:, :, 0]).sum(1)                                 # (B,)
+    widths = (~padding[:, 0]).sum(1)                                     # (B,)
+    image_sizes = torch.stack((heights, widths), -1)                     # (B, 2)
+    shapes = [tuple(x.shape[-2:]) for x in pyramid]
+    return Memory(torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(paddings, 1), shapes,
+                  torch.stack(ratios, 1), features, image_sizes, tuple(padding.shape[-2:]))
 
 
 def sine_positions(padding: Tensor, dim: int, temperature: float = 10000.0, shift: float = 0.5,
@@ -321,7 +323,7 @@ def cell_centers(memory: Memory) -> list[Tensor]:
 
 
 def level_sizes(memory: Memory) -> Tensor:
-    """Width and height of each level in cells, (L, 2), written on the device without a copy."""
+    """Width and height of each level in cells, (L, 2), without a copy that the host waits for."""
     sizes = [memory.valid_ratios.new_full((), n) for H, W in memory.shapes for n in (W, H)]
     return torch.stack(sizes).view(-1, 2)
 
@@ -412,9 +414,7 @@ class SelfAttention(nn.Module):
         v = F.linear(x, self.in_proj_weight[2 * C:], self.in_proj_bias[2 * C:])
         q, k = qk.chunk(2, -1)
         heads = (self.num_heads, -1)
-        q = q.unflatten(-1, heads).transpose(1, 2)                       # (B, M, Nq, D)
-        k = k.unflatten(-1, heads).transpose(1, 2)                       # (B, M, Nq, D)
-        v = v.unflatten(-1, heads).transpose(1, 2)                       # (B, M, Nq, D)
+        q, k, v = [y.unflatten(-1, heads).transpose(1, 2) for y in (q, k, v)]    # (B, M, Nq, D)
         dropout = self.dropout if self.training else 0.0
         if x.is_cuda:
             allowed = None if attn_mask is None else ~attn_mask

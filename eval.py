@@ -137,7 +137,9 @@ def score_results(dataset, results, max_dets=100, rank=0, world=1):
         return federated_results(dataset, results, max_dets, rank, world)
     truth = ground_truth(dataset, rank, world)
     metrics = {"bbox": score(truth, results, "bbox", max_dets, rank, world)}
-    keys = set().union(*gather({key for row in results for key in row}, world))
+    keys = set()    # of all ranks: one may have no detections
+    for own in gather({key for row in results for key in row}, world):
+        keys |= own
     if dataset.has_masks and "segmentation" in keys:
         ranked = [{**row, "score": row.get("mask_score", row["score"])} for row in results]
         metrics["segm"] = score(truth, ranked, "segm", max_dets, rank, world)

@@ -95,10 +95,8 @@ def match_cost(logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weig
 
 
 def focal_cost(logits: Tensor, column: Tensor) -> Tensor:
-    """Focal loss of "this class" minus focal loss of "not this class".
-
-    logits (..., Nq, K), class of each object (..., Nq, n_max) -> (..., Nq, n_max).
-    """
+    """Focal loss of "this class" minus focal loss of "not this class": logits (..., Nq, K), class
+    of each object (..., Nq, n_max) -> (..., Nq, n_max)."""
     p = logits.gather(-1, column).sigmoid()
     positive = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
     negative = (1 - ALPHA) * p ** GAMMA * -(1 - p + 1e-8).log()
@@ -126,7 +124,8 @@ def assign(cost: Tensor, targets: list[dict], copies: int = 1) -> Matches:
         columns = image_cost[:, :n].nan_to_num(BAD_COST, BAD_COST, BAD_COST)     # (Nq, n)
         columns = columns.repeat(1, copies)                                      # (Nq, copies n)
         query, column = linear_sum_assignment(columns.numpy())
-        matches.append((torch.as_tensor(query), torch.as_tensor(column % max(1, n))))
+        index = column % max(1, n)   # of the object; without objects both are empty
+        matches.append((torch.as_tensor(query), torch.as_tensor(index)))
     return matches
 
 
@@ -158,14 +157,12 @@ class SetLoss:
         costs = []
         for group in groups:
             logits, boxes = stack_layers(list(group.layers.values()))
-            cost = match_cost(
-                logits, boxes, group.targets, self.cost, self.eps, self.class_cost
-            )
-            costs.append(cost)
-        return [
-            [assign(layer_cost, group.targets, group.copies) for layer_cost in cost]
-            for group, cost in zip(groups, copy_to_host(costs))
-        ]
+            costs.append(match_cost(
+                logits, boxes, group.targets, self.cost, self.eps, self.class_cost))
+        matches = []
+        for group, cost in zip(groups, copy_to_host(costs)):                     # (A, B, Nq, n_max)
+            matches.append([assign(layer, group.targets, group.copies) for layer in cost])
+        return matches
 
     def compute_losses(self, layers: dict[str, dict], targets: list[dict],
                        matches: list[Matches], num_boxes) -> dict[str, Tensor]:
@@ -250,10 +247,8 @@ def focal_loss(logits: Tensor, labels: Tensor, boxes=None, target_boxes=None) ->
 
 
 def named_layers(outputs: dict, prefix: str = "") -> dict[str, dict]:
-    """Name the layers of `outputs` as their losses are logged: {"": last, "aux0": first, ...}.
-
-    With the prefix "dn" the names are "dn", "dn.aux0", ...
-    """
+    """Name the layers of `outputs` as their losses are logged: {"": last, "aux0": first, ...}; with
+    the prefix "dn", {"dn": last, "dn.aux0": first, ...}."""
     layers = {prefix: outputs}
     for i, layer in enumerate(outputs["aux_outputs"]):
         layers[f"{prefix}.aux{i}".lstrip(".")] = layer

@@ -24,7 +24,7 @@ Written to the run folder: config.json, log.jsonl, curves.png, predictions.png, 
 #   model(images, padding, targets) -> {pred_logits (B, N, classes), pred_boxes (B, N, 4), ...}, for
 #                        analysis also `anchors`, `memory`; images (B, 3, H, W), padding (B, H, W)
 #                        True outside, targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1], ...}
-#                        If it has `top_k`, evaluation sets it to that of the Config for `detect`
+#                        If the model has a `top_k`, evaluation sets it to that of `detect`'s cfg
 #   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}; if it has
 #                        set_image_counts(counts (N,)), it learns how many images have each class
 #   detect(outputs, sizes, cfg)     -> B x {scores (k,), labels (k,), boxes (k, 4) xyxy px, ...};

@@ -185,8 +185,9 @@ def remove_later_lines(path: Path, step: int) -> None:
         try:
             record = json.loads(line)
             last = record["step"]
-            if record.get("kind") == "eval":    # comes after its step: a run resumed from this
-                last += 1                       # step evaluates again
+            # An evaluation comes after its step: a run resumed from this step evaluates again.
+            if record.get("kind") == "eval":
+                last += 1
             if line.endswith("\n") and last <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):

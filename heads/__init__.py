@@ -15,7 +15,7 @@ To use them elsewhere, copy this folder with boxes.py and matcher.py. A one-stag
 and at test time (other heads have their own `_counts` and `_losses`, RetinaNet no counts):
 
     maps = [torch.randn(1, 64, 32, 32), torch.randn(1, 64, 16, 16)]      # (B, C, H_l, W_l)
-    sizes = torch.tensor([[256, 256]])                                   # heights and widths, pixels
+    sizes = torch.tensor([[256, 256]])                                   # height, width in pixels
     pyramid = Pyramid(maps, strides=[8, 16], image_sizes=sizes)
     boxes = torch.tensor([[10.0, 20.0, 90.0, 120.0]])                    # corners, pixels
     objects = [Objects(torch.tensor([1]), boxes, valid_size=sizes[0])]   # one for each image
