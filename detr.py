@@ -171,9 +171,9 @@ class EncoderLayer(nn.Module):
         x = memory.tokens
         q = x + memory.positions                                                   # (B, S, C)
         attended = attend(self.self_attn, q, q, x, memory.padding)                 # (B, S, C)
-        x = self.norm1(x + self.dropout(attended))
+        x = self.norm1(x + self.dropout(attended))                                 # (B, S, C)
         hidden = self.dropout(F.relu(self.linear1(x), inplace=True))         # (B, S, ffn_dim)
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        return self.norm2(x + self.dropout(self.linear2(hidden)))                  # (B, S, C)
 
 
 class DecoderLayer(nn.Module):
@@ -194,13 +194,13 @@ class DecoderLayer(nn.Module):
         """x and position (B, Nq, C) -> (B, Nq, C)."""
         q = x + position                                                           # (B, Nq, C)
         attended = attend(self.self_attn, q, q, x)                                 # (B, Nq, C)
-        x = self.norm1(x + self.dropout(attended))
+        x = self.norm1(x + self.dropout(attended))                                 # (B, Nq, C)
         q = x + position                                                           # (B, Nq, C)
         k = memory.tokens + memory.positions                                       # (B, S, C)
         attended = attend(self.cross_attn, q, k, memory.tokens, memory.padding)    # (B, Nq, C)
-        x = self.norm2(x + self.dropout(attended))
+        x = self.norm2(x + self.dropout(attended))                                 # (B, Nq, C)
         hidden = self.dropout(F.relu(self.linear1(x), inplace=True))         # (B, Nq, ffn_dim)
-        return self.norm3(x + self.dropout(self.linear2(hidden)))
+        return self.norm3(x + self.dropout(self.linear2(hidden)))                  # (B, Nq, C)
 
 
 def attend(attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
@@ -233,6 +233,7 @@ def pad_to_multiple(images: Tensor, padding: Tensor, divisor: int) -> tuple[Tens
     valid cells of a small image would depend on the other images of its batch."""
     if divisor == 1:
         return images, padding
+    # -n % divisor is what n lacks: left and right, then top and bottom
     fill = (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor)
     return F.pad(images, fill), F.pad(padding, fill, value=True)
 

@@ -249,13 +249,13 @@ class DINO(nn.Module):
         layers, states = [], []
         for layer, class_embed, bbox_embed in zip(self.decoder, self.class_embed, self.bbox_embed):
             position = self.query_position(reference, memory)            # (B, Nq, C)
-            content = layer(content, position, reference, memory, attn_mask)
+            content = layer(content, position, reference, memory, attn_mask)     # (B, Nq, C)
             state = self.decoder_norm(content)                           # (B, Nq, C)
             logits = in_float32(class_embed, state)                      # (B, Nq, num_classes)
             boxes = offset_boxes(in_float32(bbox_embed, state), previous, EPS)   # (B, Nq, 4)
             layers.append({"pred_logits": logits, "pred_boxes": boxes})
             states.append(state)
-            updated = offset_boxes(in_float32(bbox_embed, content), reference, EPS)
+            updated = offset_boxes(in_float32(bbox_embed, content), reference, EPS)   # (B, Nq, 4)
             reference = updated.detach()
             previous = updated if self.cfg.look_forward_twice else reference
         return layers, states
@@ -267,7 +267,7 @@ class DINO(nn.Module):
         x, y, w, h = boxes.unbind(-1)
         boxes = torch.stack((y, x, w, h), -1)
         embedding = sine_embedding(boxes, memory.tokens.shape[-1] // 2).flatten(2)   # (B, Nq, 2 C)
-        return self.ref_point_head(embedding.to(memory.tokens.dtype))
+        return self.ref_point_head(embedding.to(memory.tokens.dtype))    # (B, Nq, C)
 
 
 def num_maps(levels: int) -> int:
