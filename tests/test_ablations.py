@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import train
+from coco_folders import write_folder
 from engine import checkpoints
 from engine.errors import UserError
 from tools import ablations
@@ -207,9 +208,11 @@ def calls(monkeypatch):
 
 
 def test_a_folder_of_scenes_is_trained_on_from_random_weights(tmp_path, calls):
-    Ladder(out=tmp_path, rows=("dino",), seeds=1, steps=500, data="crowd").run()
+    data = write_folder(tmp_path / "crowd", images=[(8, 8)] * 16)
+    Ladder(out=tmp_path, rows=("dino",), seeds=1, steps=6, data=str(data)).run()
     call, = calls
-    assert (call["--data"], call["--preset"], call["--init"]) == ("crowd", "small", "none")
+    assert (call["--data"], call["--preset"], call["--init"]) == (str(data), "small", "none")
+    assert call["--epochs"] == "3"   # of 16 images in batches of 8
 
 
 def test_curves_are_evaluated_after_every_epoch(tmp_path, calls):
@@ -265,6 +268,12 @@ def test_a_run_with_other_settings_is_refused(tmp_path):
 def test_steps_that_are_no_complete_epochs_are_refused(tmp_path):
     with pytest.raises(UserError, match="divisible by the 500 steps of an epoch"):
         Compare(out=tmp_path, models=("dino",), steps=700).run()
+
+
+def test_a_folder_with_less_images_than_a_batch_is_refused(tmp_path):
+    data = write_folder(tmp_path / "data", images=[(8, 8)] * 7)
+    with pytest.raises(UserError, match="at least 8 training images, got 7"):
+        Compare(out=tmp_path, models=("dino",), data=str(data)).run()
 
 
 def test_models_are_compared_without_the_name_of_the_command(monkeypatch, capsys):

@@ -23,7 +23,7 @@ from typing import ClassVar, Literal
 import tyro
 
 from engine import checkpoints
-from engine.coco_json import plural
+from engine.coco_json import json_path, plural, read_json
 from engine.errors import UserError, user_errors
 from engine.models import load_paper
 from engine.plots import convergence as plot_convergence
@@ -206,7 +206,7 @@ class Runs:
     out: Path                # folder of the runs, one folder each
     seeds: int = 3           # runs of every row
     threads: int = 1         # CPU threads of each run
-    data: str = ""           # 4000 scenes of `scenes.py --write`, as crowded ones; none: the usual
+    data: str = ""           # COCO-layout folder, as crowded scenes are; none: the usual scenes
     logs: str = ""           # folder for the reduced logs; default: logs/ in --out
 
     counts: ClassVar = ("seeds", "threads")     # fields that are at least 1
@@ -314,9 +314,13 @@ class Compare(Training):
 def train_rows(rows: dict[str, Row], options: Training) -> dict[str, list[dict]]:
     """Train every row with every seed -> {row: [record of the last evaluation of each seed]}"""
     options.check()
+    images = NUM_TRAIN
+    if options.data:
+        path = json_path(options.data, "train")
+        images = len(read_json(path, options.data, "train")["images"])
     epochs = {}
     for name, row in rows.items():
-        epochs[name] = row.length * count_epochs(row, options.steps)
+        epochs[name] = row.length * count_epochs(row, options.steps, images)
     jobs = [(name, seed) for seed in range(options.seeds) for name in rows]
 
     def run(job):
@@ -331,12 +335,14 @@ def train_rows(rows: dict[str, Row], options: Training) -> dict[str, list[dict]]
     return {name: [records[name, seed] for seed in range(options.seeds)] for name in rows}
 
 
-def count_epochs(row: Row, steps: int) -> int:
+def count_epochs(row: Row, steps: int, images: int) -> int:
     """Epochs of a run of that many steps, with the batches of the preset whatever those of the row
-    are. UserError unless they are complete."""
+    are; images: those of an epoch. UserError unless the epochs are complete."""
     paper = load_paper(row.model)
     _, recipe = configure(paper, preset_values(paper, "small", row.flags.get("variant", "")))
-    steps_per_epoch = NUM_TRAIN // recipe.batch_size
+    steps_per_epoch = images // recipe.batch_size
+    if steps_per_epoch == 0:
+        raise UserError(f"expected at least {recipe.batch_size} training images, got {images}")
     if steps % steps_per_epoch:
         raise UserError(f"expected --steps divisible by the {steps_per_epoch} steps of an epoch of "
                         f"{row.model}, got {steps}")

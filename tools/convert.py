@@ -206,8 +206,10 @@ class Options:
 
     Images are hard links where the disk allows it, copies elsewhere. Ends with exit code 1 if the
     check finds errors."""
-    directory: tyro.conf.Positional[str]   # folder of images and labels; for csv also one table
-    out: tyro.conf.Positional[str]         # COCO-layout folder to write, which may not exist
+    # folder of images and labels; for csv also one table
+    directory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
+    # COCO-layout folder to write, which may not exist
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
     source: Annotated[str, tyro.conf.arg(name="from")]   # yolo, voc, csv or coco
     # fraction of the images for validation, where the folder has no val images
     val_share: float = 0.2
