@@ -85,7 +85,7 @@ from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, paired_giou
 from co_detr_queries import (Candidates, Chosen, CustomizedQueries, choose_rows, customized_mask,
                              join)
-from co_detr_variants import VARIANTS  # noqa: F401
+from co_detr_variants import VARIANTS  # noqa: F401  (train.py looks for it here)
 from deformable_detr import Memory
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe

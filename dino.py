@@ -61,7 +61,7 @@ from torch import Tensor, nn
 import deformable_detr
 from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
-from deformable_detr import (  # noqa: F401
+from deformable_detr import (  # noqa: F401  (train.py looks for detect here)
     MLP, DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head, detect,
     encoder_proposals, gather_rows, in_float32, init_transformer, input_projections, named_layers,
     offset_boxes, sine_embedding, slice_queries)

@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 import deformable_detr
 from backbones import build_backbone
-from deformable_detr import (  # noqa: F401
+from deformable_detr import (  # noqa: F401  (train.py looks for detect and param_groups here)
     DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head, detect,
     encoder_proposals, gather_rows, in_float32, init_transformer, input_projections, named_layers,
     num_maps, offset_boxes, param_groups, sine_embedding, slice_queries)

@@ -88,7 +88,8 @@ def match_cost(logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weig
     objects = pad_sequence([t["boxes"] for t in targets], batch_first=True)      # (B, n_max, 4)
     objects = objects.to(boxes.dtype)
     column = labels[:, None].expand(*logits.shape[:-1], -1)                      # (..., Nq, n_max)
-    cls = (class_cost or focal_cost)(logits, column)                             # (..., Nq, n_max)
+    class_cost = class_cost or focal_cost
+    cls = class_cost(logits, column)                                             # (..., Nq, n_max)
     l1 = (boxes[..., :, None, :] - objects[:, None, :, :]).abs().sum(-1)         # (..., Nq, n_max)
     giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects), eps)
     return weights.cls * cls + weights.l1 * l1 - weights.giou * giou
