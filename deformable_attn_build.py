@@ -213,9 +213,7 @@ def _cache_path(source, suffix, facts):
 
 def _is_intact(path):
     """Whether a library ends with the SHA-256 of what stands before it. Loaders ignore the end."""
-    if not path.exists():
-        return False
-    content = path.read_bytes()
+    content = path.read_bytes() if path.exists() else b""
     return hashlib.sha256(content[:-32]).digest() == content[-32:]
 
 
@@ -260,6 +258,7 @@ def load_cuda(architecture):
             # Not at the top: this import searches for compilers, and needs setuptools.
             from torch.utils import cpp_extension
             cpp_extension.load("deformable_attn_kernel", [str(source)], extra_cuda_cflags=flags,
+                               extra_ldflags=_link_cuda_runtime(scratch / "link"),
                                build_directory=str(scratch), is_python_module=False)
         except ImportError as error:
             raise BuildError(f"the CUDA build failed: {error}; pip install setuptools") from error
@@ -271,6 +270,24 @@ def load_cuda(architecture):
         return libraries[0]
 
     return load_library("cu", [str(torch.version.cuda), architecture], compile)
+
+
+def _link_cuda_runtime(folder):
+    """Linker flags by which -lcudart is the CUDA runtime of PyTorch: beside nvcc there may be none,
+    where nvcc is a script on the PATH, or comes from pip's packages."""
+    loaded = _loaded_library("libcudart.so")
+    if loaded:
+        folder.mkdir()
+        (folder / "libcudart.so").symlink_to(loaded)
+    return [f"-L{folder}"]      # linkers skip a folder that does not exist
+
+
+def _loaded_library(name):
+    """Path of a library of this process, or None."""
+    maps = Path("/proc/self/maps")
+    text = maps.read_text() if maps.exists() else ""
+    found = re.search(rf"/.*/{re.escape(name)}[.\d]*", text)
+    return found and found[0]
 
 
 def _first_error(log):
@@ -315,9 +332,7 @@ def _prepare_inputs(kernels, value, points, weights, reference, **more):
     """
     T = value.dtype if value.dtype in kernels.dtypes else torch.float32
     C = coordinate_dtype(value)
-    dtypes = dict(reference=C)
-    if reference is None:
-        dtypes = dict(points=C, weights=C)
+    dtypes = dict(points=C, weights=C) if reference is None else dict(reference=C)
     tensors = dict(value=value, points=points, weights=weights, reference=reference, **more)
     inputs = {}
     for name, tensor in tensors.items():

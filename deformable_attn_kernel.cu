@@ -615,10 +615,12 @@ template <typename T> static int64_t count_tiles(const Problem& p, int threads) 
   return tiles;
 }
 
-// A grid has at most 2^31 - 1 blocks, and a larger number would be cut to its lower 32 bits.
+// A grid has at most 2^31 - 1 blocks, and a larger number would be cut to its lower 32 bits. The
+// first cudaGetLastError forgets an error that somebody else's call has left.
 #define LAUNCH(kernel, blocks, threads, ...)                                              \
   if (blocks == 0) return 0;                                                              \
   if (blocks > 0x7fffffff) return cudaErrorInvalidConfiguration;                          \
+  (void)cudaGetLastError();                                                               \
   if (p.D % (G<T> * V<T>) == 0)                                                           \
     kernel<T, STEPS><<<blocks, threads, 0, stream>>>(__VA_ARGS__);                        \
   else if (p.D % V<T> == 0)                                                               \

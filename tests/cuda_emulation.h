@@ -68,6 +68,9 @@ using cudaError_t = int;
 namespace emulation { inline int launch_error = 0; }
 constexpr int cudaErrorInvalidConfiguration = 9;
 inline int cudaGetLastError() { return std::exchange(emulation::launch_error, 0); }
+extern "C" inline __attribute__((used)) void leave_error(int code) {
+  emulation::launch_error = code;
+}
 inline const char* cudaGetErrorString(cudaError_t code) {
   return code == cudaErrorInvalidConfiguration ? "invalid configuration argument" : "no error";
 }

@@ -1,6 +1,9 @@
 """tools/bench*.py: bounds computed by hand, and small tables from end to end."""
+import json
+import subprocess
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from engine.errors import UserError
 from engine.muon import Muon
 from engine.recipe import configure, override
 from tools import bench, bench_data, bench_kernel, bench_masks, bench_models, bench_transformers
-from tools import bench_onnx, timing
+from tools import bench_load, bench_onnx, timing
 from tools.bench_kernel import Case, Inputs
 
 
@@ -277,6 +280,38 @@ def test_the_box_encoder_stays_within_its_budget():
         mask_frozen_detr.encode(layers, mask_frozen_detr.region_memory(region))
     points = cfg.box_layers * 100 * cfg.roi_size ** 2 * cfg.num_points * 4 * cfg.channel_dim
     assert counter.get_total_flops() / 2 + points == pytest.approx(63.3e9, rel=1e-3)
+
+
+def test_a_run_beside_busy_programs_is_compared_with_one_alone(monkeypatch, capsys):
+    running = []
+
+    class Loop:
+        def __init__(self, command):
+            running.append(self)
+
+        def kill(self):
+            running.remove(self)
+
+        def wait(self):
+            assert self not in running
+
+    def train(command, env, **options):
+        assert "OMP_NUM_THREADS" not in env and "--threads" not in command
+        folder = Path(command[command.index("--out") + 1])
+        folder.mkdir()
+        config = {"recipe": {"batch_size": 8}, "run": {"threads": 2 - len(running)}}
+        (folder / "config.json").write_text(json.dumps(config))
+        last = {"step": 10, "train_seconds": 4.0 + len(running)}
+        (folder / "log.jsonl").write_text("{}\n" + json.dumps(last) + "\n")
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "2")
+    stand_in = types.SimpleNamespace(Popen=Loop, run=train)
+    monkeypatch.setattr(bench_load, "subprocess", stand_in)
+    bench.load(busy=(0, 1), steps=10)
+    assert not running
+    text = capsys.readouterr().out
+    assert "| 0 | 2 | 20.0 | 1.00 |" in text and "| 1 | 1 | 16.0 | 0.80 |" in text
 
 
 # ---- command line --------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """tools/bench_gpu.py, bench_peers.py and gpu_tables.py: a rehearsal on the CPU, what failing parts
 leave behind, other implementations (stand-ins with their interfaces), and the tables."""
 import json
+import os
 import sys
 import types
 
@@ -73,6 +74,16 @@ def test_a_wrong_kernel_is_reported_as_wrong(float32_only, monkeypatch):
     assert gpu_tables.tables(results).count("**no**") == 2
 
 
+@pytest.mark.parametrize("dtype", bench_gpu.LIMITS)
+def test_correct_kernels_pass_the_check_at_sizes_of_a_gpu(dtype, monkeypatch):
+    """In an encoder of half precision many points would lie at centers of pixels, where rounding
+    chooses between two gradients of a location."""
+    monkeypatch.setitem(bench_gpu.CHECKED, "cpu", bench_gpu.CHECKED["cuda"][:2])
+    monkeypatch.setattr(bench_gpu, "LIMITS", {dtype: bench_gpu.LIMITS[dtype]})
+    rows = list(bench_gpu.correctness("cpu"))
+    assert [row["what"] for row in rows if not row["ok"]] == []
+
+
 def test_an_element_that_nobody_writes_is_an_error():
     inputs = make_inputs(CASE, "cpu", torch.float32, False, 0)
     call = bench_peers.plain(CASE, inputs)
@@ -115,7 +126,7 @@ ROW = '{"what": "copy", "unit": "TB/s", "value": 1.0}'
 SCRIPTS = {
     "machine": f"import sys; open(sys.argv[1], 'w').write('{ROW}\\n' '{{\"what'); sys.exit('so')",
     "timing": "import time; time.sleep(60)",
-    "memory": "import os; os.kill(os.getpid(), 9)"}
+    "memory": "import os; os.write(2, b'last words\\n'); os.kill(os.getpid(), 9)"}
 
 
 def test_parts_that_crash_hang_or_are_missing_are_one_line_each(monkeypatch, capsys, tmp_path):
@@ -129,11 +140,45 @@ def test_parts_that_crash_hang_or_are_missing_are_one_line_each(monkeypatch, cap
     results = json.loads((tmp_path / "a.json").read_text())["parts"]
     assert {name: part["failed"] for name, part in results.items()} == {
         "machine": "so", "kernel: mmcv": "not installed",
-        "timing": "ended after its limit of 1 s", "memory": "exit code -9"}
+        "timing": "ended after its limit of 1 s", "memory": "ended by signal 9"}
+    assert results["memory"]["log"] == "last words\n"
     assert results["machine"]["rows"] == [json.loads(ROW)]   # the complete line that it wrote
     table = (tmp_path / "a.md").read_text()
     assert "| timing | ended after its limit of 1 s |" in table
     assert table in capsys.readouterr().out
+
+
+def test_of_a_failed_test_its_name_is_kept(monkeypatch):
+    monkeypatch.setitem(bench_gpu.TESTS, "cpu", [["tests/missing.py"]])
+    row, = bench_gpu.run_tests("cpu")
+    assert not row["ok"] and "not found: " in row["log"] and "tests/missing.py" in row["log"]
+
+
+def test_a_step_without_enough_memory_is_one_row_and_the_next_is_measured(monkeypatch):
+    def step_cost(setting):
+        if not setting.recompute:
+            raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+        return 10.0, 1.5
+
+    monkeypatch.setattr(bench_gpu, "step_cost", step_cost)
+    results = results_of("memory")
+    text = gpu_tables.tables(results)
+    assert "| dino | 1 | no | CUDA out of memory. Tried to allocate |  |" in text
+    assert "| dino | 1 | yes | 10 | 1.50 |" in text
+
+
+def test_where_the_package_transformers_fails_ours_is_measured(monkeypatch):
+    def broken(amp):
+        raise ValueError("matrix contains NaN")
+
+    package = types.SimpleNamespace(
+        make_models=lambda: (None, None), compare_logits=lambda *arguments: 1e-6,
+        their_passes=lambda *arguments: {"inference": broken},
+        our_passes=lambda *arguments: {"inference": lambda amp: None})
+    monkeypatch.setattr(bench_gpu, "bench_transformers", package)
+    rows = list(bench_gpu.transformers("cpu"))
+    assert [row.get("failed") for row in rows] == ["matrix contains NaN"] * 2 + [None] * 2
+    assert all(row["ms"] > 0 for row in rows[2:])
 
 
 def test_a_child_writes_a_row_a_line(tmp_path):
@@ -221,6 +266,23 @@ def test_other_implementations_get_the_same_problem(name, case, monkeypatch):
     types_given = [x.dtype for x in IMPLEMENTATIONS[name].prepare(case, half).trained]
     locations_stay = name.startswith("deformops")
     assert types_given.count(torch.float16) == len(types_given) - locations_stay
+
+
+def test_deformops_gets_the_options_that_it_would_choose_itself(monkeypatch):
+    monkeypatch.delenv("DEFORMOPS_COMPILE", raising=False)
+    options = {}
+
+    def msda(*arguments, **named):
+        options.update(named)
+        return by_reference(*arguments)
+
+    package = fake(msda=msda, Backend=BACKENDS)
+    monkeypatch.setitem(sys.modules, "deformops.registry", package)
+    inputs = make_inputs(CASE, "cpu", torch.bfloat16, False, 0)
+    IMPLEMENTATIONS["deformops, CUDA"].prepare(CASE, inputs).forward()
+    assert options == {"backend": "cuda"} and os.environ["DEFORMOPS_COMPILE"] == "fallback"
+    IMPLEMENTATIONS["deformops, Triton"].prepare(CASE, inputs).forward()
+    assert options == {"backend": "triton", "fp32acc": False}
 
 
 def test_what_is_not_installed_is_known_without_an_import(monkeypatch):

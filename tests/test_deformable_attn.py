@@ -306,7 +306,8 @@ def test_a_location_that_is_no_number_reaches_only_its_own_query_and_head(
 
 @pytest.mark.parametrize("name", implementations()[:3])
 def test_a_value_that_is_not_finite_does_not_reach_points_outside_the_map(request, name):
-    """Points that read it are not finite; points outside the map give zero in every case."""
+    """Points that read it are not finite; points outside the map give zero in every case, and so
+    does the gradient of their weights."""
     value = torch.ones(1, 12, 1, 8)
     value[0, 0] = math.inf
     value[0, 5, 0, 3] = math.nan
@@ -316,14 +317,20 @@ def test_a_value_that_is_not_finite_does_not_reach_points_outside_the_map(reques
     inputs = (value, locations, weights, None)
     expected = expected_output([(3, 4)], inputs)
     if name == "torch":
+        weights.requires_grad_()
         output = ms_deform_attn_torch(value, [(3, 4)], locations, weights)
+        (gradient,) = torch.autograd.grad(output.sum(), weights)
     else:
         kernels = request.getfixturevalue(name)
         output = build.run_forward(kernels, value, [3, 4], locations, weights, None)
+        gradient = build.run_backward(
+            kernels, torch.ones_like(output), value, [3, 4], locations, weights, None, False, False
+        )[2]
     assert torch.equal(output.isfinite(), expected.isfinite())
     assert 0.5 < output.isfinite().float().mean() < 1
     outside = ((x < -0.13) | (x > 1.13) | (y < -0.17) | (y > 1.17)).flatten()
     assert not output[0, outside].any()
+    assert not gradient.flatten()[outside].any()
 
 
 @pytest.mark.parametrize("dtype", HALVES)

@@ -159,6 +159,36 @@ def test_a_missing_setuptools_falls_back(monkeypatch, pretend_gpu):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_the_cuda_kernel_is_linked_with_the_runtime_that_pytorch_has_loaded(
+        tmp_path, monkeypatch, pretend_gpu):
+    """Where nvcc is a script on the PATH, there is no libcudart beside it."""
+    cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
+    library = tmp_path / "libcudart.so.13"
+    library.write_bytes(b"")
+    names = []
+
+    def loaded(name):
+        names.append(name)
+        return str(library)
+
+    def load(name, sources, extra_ldflags, build_directory, **options):
+        flag, = extra_ldflags
+        folder = Path(flag.removeprefix("-L"))
+        assert (folder / "libcudart.so").samefile(library)
+        assert folder.parent == Path(build_directory)
+
+    monkeypatch.setattr(build, "_loaded_library", loaded)
+    monkeypatch.setattr(cpp_extension, "load", load)
+    assert "left no library" in pretend_gpu()
+    assert names == ["libcudart.so"]
+
+
+def test_a_library_of_this_process_is_found_by_its_name():
+    assert re.fullmatch(r"/.*/libtorch_cpu\.so", build._loaded_library("libtorch_cpu.so"))
+    assert build._loaded_library("libnothing.so") is None
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_a_cuda_build_that_leaves_no_library_falls_back(monkeypatch, pretend_gpu):
     cpp_extension = pytest.importorskip("torch.utils.cpp_extension")
     monkeypatch.setattr(cpp_extension, "load", lambda *args, **options: None)

@@ -215,6 +215,14 @@ def test_launch_error_raises(emulated):
         emulated.launch(emulated.library.forward_float32, too_much, torch.device("cpu"))
 
 
+def test_an_error_that_another_call_has_left_is_not_reported(emulated):
+    emulated.library.leave_error(9)
+    inputs = problem(reference=2, dtype=torch.float32)
+    run((emulated, False), PYRAMID, inputs, torch.ones(2, 6, 15))
+    emulated.library.leave_error(9)
+    run((emulated, True), PYRAMID, inputs, torch.ones(2, 6, 15))
+
+
 # ---- On a GPU ------------------------------------------------------------------------------------
 
 

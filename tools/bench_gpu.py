@@ -66,16 +66,20 @@ CHECKED = {
     "cpu": CASES["cpu"]}
 # Largest relative error, and that of the gradient of locations or offsets in any type: where a
 # point lies within rounding of a pixel's center, its gradient is that of either side.
+# `beside_centers` keeps most points away from there.
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
 PLACE_LIMIT = 1e-2
+SHIFT = 0.3                              # of the checked points, pixels
 
 # precision of float32 matrix products, bfloat16 autocast
 PRECISIONS = {"float32": ("highest", False), "TF32": ("high", False), "bfloat16": ("high", True)}
 IMAGE = {"cuda": (800, 1333), "cpu": (64, 64)}
 MEMORY = {"cuda": [("deformable_detr", 2), ("dino", 2), ("dino", 4), ("co_detr", 2)],
           "cpu": [("dino", 1)]}
-TESTS = {"cuda": ["tests/test_deformable_attn_operator.py", "tests/test_train.py", "-k", "gpu"],
-         "cpu": ["tests/test_boxes.py", "-k", "format"]}
+TESTS = {"cuda": [["tests/test_deformable_attn_operator.py", "-k", "gpu"],
+                  ["tests/test_train.py", "-k", "gpu"]],
+         "cpu": [["tests/test_boxes.py", "-k", "format"]]}
+LOG_CHARACTERS = 3000                    # of a failed part or test, kept in the json
 
 
 # ---- what the parts measure: every function yields rows ------------------------------------------
@@ -104,13 +108,21 @@ def correctness(device):
     for case in CHECKED[device]:
         for dtype, limit in LIMITS.items():
             for name in ("ours", "ours, fused"):
-                inputs = make_inputs(case, device, dtype, False, 0)
+                inputs = beside_centers(case, make_inputs(case, device, dtype, False, 0))
                 found = errors(IMPLEMENTATIONS[name].prepare(case, inputs))
                 limits = [limit, limit, max(limit, PLACE_LIMIT), limit]
                 ok = all(error <= most for error, most in zip(found, limits))
                 yield {"what": f"{name}, {describe(case)}, {str(dtype)[6:]}", "errors": found,
                        "limits": limits, "ok": ok}
     yield repeated_gradients(device)
+
+
+def beside_centers(case, inputs):
+    """The inputs with points moved away from the centers of pixels, where they would often lie: an
+    encoder's references are centers, and many offsets in half precision are integers. The gradient
+    of such a point is that of its left or its right side, as rounding has it."""
+    sizes = torch.tensor([(W, H) for H, W in case.shapes], device=inputs.reference.device)  # (L, 2)
+    return inputs._replace(reference=inputs.reference + SHIFT / sizes)
 
 
 def repeated_gradients(device) -> dict:
@@ -125,12 +137,14 @@ def repeated_gradients(device) -> dict:
 
 
 def run_tests(device):
-    """The tests that need a GPU."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS[device]]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    lines = done.stdout.splitlines() or done.stderr.splitlines() or [""]
-    yield {"what": f"pytest {' '.join(TESTS[device])}: {lines[-1].strip('= ')}",
-           "ok": done.returncode == 0}
+    """The tests that need a GPU; the output of those that fail."""
+    for words in TESTS[device]:
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        lines = done.stdout.splitlines() or done.stderr.splitlines() or [""]
+        ok = done.returncode == 0
+        yield {"what": f"pytest {' '.join(words)}: {lines[-1].strip('= ')}", "ok": ok,
+               "log": "" if ok else (done.stderr + done.stdout)[-LOG_CHARACTERS:]}
 
 
 def kernel(name, device):
@@ -151,7 +165,8 @@ def measure(name, case, dtype, device) -> dict:
     """One row of the kernel tables."""
     prepare = IMPLEMENTATIONS[name].prepare
     small = CHECKED[device][0]
-    found = errors(prepare(small, make_inputs(small, device, dtype, False, 1)))
+    checked = beside_centers(small, make_inputs(small, device, dtype, False, 1))
+    found = errors(prepare(small, checked))
     sets = input_sets(case, device, dtype, uniform=False)
     calls = [prepare(case, inputs) for inputs in sets]
     if case.queries:
@@ -216,8 +231,7 @@ def synchronize(device) -> None:
 def training_step(precision, compiled, device):
     """A training step of DINO with the published sizes; tiny in a rehearsal."""
     products, amp = PRECISIONS[precision]
-    torch.set_float32_matmul_precision(products)
-    torch.backends.cudnn.allow_tf32 = products == "high"
+    allow_tf32(products == "high")
     batch = 2 if device == "cuda" else 1
     cfg, recipe = configure(dino, {} if device == "cuda" else dino.SMALL)
     kernels = verify_kernel(device)
@@ -248,19 +262,27 @@ def memory(device):
                 torch.cuda.reset_peak_memory_stats()
             setting = Setting(model, preset, batch, recompute, True, IMAGE[device], device,
                               STEP_SECONDS[device] / 3)
-            ms, gib = step_cost(setting)
-            yield {"model": model, "batch": batch, "recompute": recompute, "ms": ms, "gib": gib}
+            row = {"model": model, "batch": batch, "recompute": recompute}
+            try:
+                row["ms"], row["gib"] = step_cost(setting)
+            except RuntimeError as error:     # too little memory; the next row may fit
+                row["failed"] = one_line(error)[:100]
+            yield row
 
 
 def transformers(device):
-    """Two-stage Deformable DETR beside the package transformers, float32 products in TF32."""
-    torch.set_float32_matmul_precision("high")
+    """Two-stage Deformable DETR beside the package transformers, float32 products in TF32. Their
+    logits are compared before, in float32."""
     size, batch = ((800, 1199), 2) if device == "cuda" else ((192, 256), 1)
     theirs, ours = bench_transformers.make_models()
     inputs = random_batch(size, batch)
-    difference = bench_transformers.compare_logits(theirs, ours, inputs)
     passes = {"transformers": bench_transformers.their_passes(theirs, inputs, device),
               "ours": bench_transformers.our_passes(ours, inputs, device)}
+    allow_tf32(False)
+    images, padding, targets = inputs
+    on_device = (images.to(device), padding.to(device), targets)
+    difference = bench_transformers.compare_logits(theirs, ours, on_device)
+    allow_tf32(True)
     for name, functions in passes.items():
         for what, function in functions.items():
             for dtype in ("float32", "bfloat16"):
@@ -269,9 +291,15 @@ def transformers(device):
                 try:
                     call = partial(function, dtype == "bfloat16")
                     row["ms"] = median_ms(call, STEP_SECONDS[device] / 2)
-                except RuntimeError as error:     # the package, in half precision
-                    row["failed"] = one_line(error)[:100]
+                except Exception as error:        # the package, in half precision
+                    row["failed"] = one_line(error)[:100] or type(error).__name__
                 yield row
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether float32 products and convolutions on a GPU are rounded to TF32."""
+    torch.set_float32_matmul_precision("high" if allowed else "highest")
+    torch.backends.cudnn.allow_tf32 = allowed
 
 
 # ---- parts ---------------------------------------------------------------------------------------
@@ -284,7 +312,7 @@ class Part(NamedTuple):
 def all_parts() -> dict[str, Part]:
     """Name -> part, in the order in which they run."""
     parts = {"machine": Part(machine, 30), "correctness": Part(correctness, 150),
-             "tests": Part(run_tests, 90)}
+             "tests": Part(run_tests, 120)}
     for name, implementation in IMPLEMENTATIONS.items():
         limit = 60 if implementation.module else 40       # others may tune themselves first
         parts[f"kernel: {name}"] = Part(partial(kernel, name), limit)
@@ -348,12 +376,14 @@ def describe_run(device) -> dict:
 
 
 def run_part(name, device, left) -> dict:
-    """Run a part in a process of its own -> {"rows", "failed": why, or "", "seconds"}"""
+    """Run a part in a process of its own
+    -> {"rows", "failed": why, or "", "seconds", "log": the end of what a failed part wrote}"""
+    nothing = {"rows": [], "seconds": 0.0, "log": ""}
     if not_installed(name):
-        return {"rows": [], "failed": "not installed", "seconds": 0.0}
+        return {**nothing, "failed": "not installed"}
     limit = min(PARTS[name].seconds * SLOWER[device], left)
     if limit < LEAST:
-        return {"rows": [], "failed": "not run: the time was up", "seconds": 0.0}
+        return {**nothing, "failed": "not run: the time was up"}
     begin = time.monotonic()
     with tempfile.TemporaryDirectory() as folder:
         rows = Path(folder) / "rows.jsonl"
@@ -362,10 +392,11 @@ def run_part(name, device, left) -> dict:
             child = subprocess.Popen(child_command(name, device, rows), cwd=ROOT, stdout=output,
                                      stderr=output, start_new_session=True)
             failed = wait_for(child, limit)
+        text = log.read_text(errors="replace") if failed else ""
         if failed.startswith("exit"):
-            failed = last_line(log) or failed
+            failed = last_line(text) or failed
         return {"rows": read_rows(rows), "failed": failed,
-                "seconds": round(time.monotonic() - begin, 1)}
+                "seconds": round(time.monotonic() - begin, 1), "log": text[-LOG_CHARACTERS:]}
 
 
 def child_command(name, device, rows) -> list[str]:
@@ -377,6 +408,8 @@ def wait_for(child, limit) -> str:
     failed, or nothing."""
     try:
         code = child.wait(limit)
+        if code < 0:
+            return f"ended by signal {-code}"
         return f"exit code {code}" if code else ""
     except subprocess.TimeoutExpired:
         return f"ended after its limit of {limit:.0f} s"
@@ -389,8 +422,8 @@ def wait_for(child, limit) -> str:
         child.wait()
 
 
-def last_line(path) -> str:
-    lines = [line for line in path.read_text(errors="replace").splitlines() if line.strip()]
+def last_line(text) -> str:
+    lines = [line for line in text.splitlines() if line.strip()]
     return lines[-1].strip()[:160] if lines else ""
 
 

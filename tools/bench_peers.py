@@ -7,6 +7,7 @@ in another type or order is prepared before the clock starts.
 """
 import importlib
 import importlib.util
+import os
 from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
@@ -130,16 +131,21 @@ def msda_triton(case, inputs) -> Call:
 
 
 def deformops(backend, case, inputs) -> Call:
-    """deformops 3 with one of its backends; locations stay in float32."""
+    """deformops 3 with one of its backends, as it chooses by itself: Triton sums the gradients of
+    values in their type from sm_90 on. Locations stay in float32."""
+    # Compile its CUDA kernels where none are installed.
+    os.environ.setdefault("DEFORMOPS_COMPILE", "fallback")
     registry = importlib.import_module("deformops.registry")
+    options = {"backend": getattr(registry.Backend, backend)}
+    if backend == "TRITON":
+        options["fp32acc"] = inputs.value.is_cuda and torch.cuda.get_device_capability() < (9, 0)
     shapes, starts = on_device(case, inputs)
     value, _, weights = in_one_type(case, inputs)
     locations, _ = operator_inputs(case, inputs)
     trained = [value, locations, weights]
 
     def forward():
-        return registry.msda(value, shapes, starts, locations, weights,
-                             backend=getattr(registry.Backend, backend))
+        return registry.msda(value, shapes, starts, locations, weights, **options)
     return Call(forward, trained, partial(plain_exact, case))
 
 

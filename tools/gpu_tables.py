@@ -227,8 +227,10 @@ def steps(results) -> str:
 def memory(results) -> str:
     rows = []
     for row in rows_of(results, "memory"):
-        rows.append([row["model"], row["batch"], "yes" if row["recompute"] else "no",
-                     f"{row['ms']:.0f}", f"{row['gib']:.2f}"])
+        cells = [row.get("failed"), ""]
+        if "ms" in row:
+            cells = [f"{row['ms']:.0f}", f"{row['gib']:.2f}"]
+        rows.append([row["model"], row["batch"], "yes" if row["recompute"] else "no", *cells])
     columns = ("training step, bfloat16", "images", "--recompute", "ms", "peak GiB")
     return table(columns, rows)
 
@@ -236,6 +238,8 @@ def memory(results) -> str:
 def transformers(results) -> str:
     """Times beside those of the package, with the ratio."""
     rows = rows_of(results, "transformers")
+    if not rows:
+        return ""
     theirs = {(row["what"], row["dtype"]): row.get("ms") for row in rows
               if row["implementation"] == "transformers"}
     cells = []
@@ -244,5 +248,6 @@ def transformers(results) -> str:
         ratio = f"{first / row['ms']:.2f}" if first and "ms" in row else ""
         time = f"{row['ms']:.1f}" if "ms" in row else row["failed"]
         cells.append([row["what"], row["dtype"], row["implementation"], time, ratio])
-    columns = ("two-stage Deformable DETR", "autocast", "implementation", "ms", "times as fast")
+    title = f"two-stage Deformable DETR (logits differ by {rows[0]['difference']:.0e} at most)"
+    columns = (title, "autocast", "implementation", "ms", "times as fast")
     return table(columns, sorted(cells, key=lambda row: row[:2]))
