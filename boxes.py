@@ -51,10 +51,8 @@ def box_area(xyxy: Tensor) -> Tensor:
 
 
 def paired_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
-    """IoU and union (...) of corner boxes (..., 4) that broadcast, at least float32.
-
-    `eps` is added to the union in the denominator (0 in Deformable DETR, 1e-6 in DINO).
-    """
+    """IoU and union (...) of corner boxes (..., 4) that broadcast, at least float32. `eps` is added
+    to the union in the denominator (0 in Deformable DETR, 1e-6 in DINO)."""
     a = at_least_float32(a)
     b = at_least_float32(b)
     top_left = torch.maximum(a[..., :2], b[..., :2])                               # (..., 2)
@@ -67,10 +65,9 @@ def paired_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> tuple[Tensor, Tensor]:
 
 
 def paired_giou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
-    """Generalized IoU (...) of corner boxes (..., 4) that broadcast, at least float32.
-
-    IoU minus the empty fraction of the smallest box that encloses both. `eps` as in `paired_iou`.
-    """
+    """Generalized IoU (...) of corner boxes (..., 4) that broadcast, at least float32: IoU minus
+    the empty fraction of the smallest box that encloses both. `eps` as in `paired_iou`, for both
+    denominators."""
     a = at_least_float32(a)
     b = at_least_float32(b)
     iou, union = paired_iou(a, b, eps)
@@ -98,10 +95,8 @@ def generalized_box_iou(a: Tensor, b: Tensor, eps: float = 0.0) -> Tensor:
 
 
 def inverse_sigmoid(x: Tensor, eps: float = 1e-5) -> Tensor:
-    """Logit of x after clamping x to [0, 1]; x and 1 - x stay at least `eps`.
-
-    `eps` is 1e-5 in Deformable DETR and 1e-3 in DINO. Released weights need their own.
-    """
+    """Logit of x after clamping x to [0, 1]; x and 1 - x stay at least `eps`, which is 1e-5 in
+    Deformable DETR and 1e-3 in DINO. Released weights need their own."""
     x = x.clamp(0, 1)
     numerator = x.clamp(min=eps)
     denominator = (1 - x).clamp(min=eps)

@@ -73,6 +73,7 @@ Differences from the paper
 """
 from copy import deepcopy
 from dataclasses import dataclass, fields, replace
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, paired_giou
 from co_detr_queries import (Candidates, Chosen, CustomizedQueries, choose_rows, customized_mask,
                              join)
-from co_detr_variants import VARIANTS  # noqa: F401
+from co_detr_variants import VARIANTS  # noqa: F401  (train.py looks for it here)
 from deformable_detr import Memory
 from engine.errors import UserError
 from engine.recipe import SMALL_DETECTOR, SMALL_RECIPE, Recipe
@@ -233,7 +234,8 @@ class CoDETR(nn.Module):
         {"rpn": {...}, "rcnn": {...}, "atss": {...}, "rcnn.queries": {...}, ...}."""
         pyramid = self.pyramid(memory)
         objects = pixel_objects(targets, pyramid.image_sizes)
-        co_outputs, candidates = {}, []
+        co_outputs = {}
+        candidates = []
         for head in self.heads:
             outputs, head_candidates = self.run_head(head, pyramid, objects)
             co_outputs |= outputs
@@ -252,8 +254,11 @@ class CoDETR(nn.Module):
             return self.run_rcnn(pyramid, objects)
         module = getattr(self, head)
         outputs = module(pyramid.maps) | module.targets(pyramid, objects)
-        rows = zip(outputs["anchors"], outputs["labels"], outputs["boxes"], pyramid.tokens())
-        return {head: outputs}, [Candidates(*image) for image in rows]
+        candidates = []
+        for b, features in enumerate(pyramid.tokens()):                    # (S, C) of each image
+            candidates.append(Candidates(outputs["anchors"][b], outputs["labels"][b],
+                                         outputs["boxes"][b], features))
+        return {head: outputs}, candidates
 
     def run_rcnn(self, pyramid: Pyramid, objects: list[Objects]) -> tuple[dict, list]:
         """`run_head` for the two stages of Faster R-CNN."""
@@ -262,7 +267,8 @@ class CoDETR(nn.Module):
             self.rpn, self.roi, pyramid, objects, cfg.rpn_samples, cfg.rpn_pre_nms,
             cfg.rpn_proposals, cfg.roi_samples)
         fewest = min(counts)   # the code cuts every image's list to the shortest
-        candidates, start = [], 0
+        candidates = []
+        start = 0
         for count in counts:
             rows = slice(start, start + fewest)
             features = pooled[rows].mean((1, 2))                           # (A, C)
@@ -282,7 +288,8 @@ class CoDETR(nn.Module):
             queries.append(made)
         weights = [rows.weights for rows in chosen]
         layers, _ = self.detector.decode(memory, join(queries), customized_mask(weights))
-        layers_of_heads, start = [], 0
+        layers_of_heads = []
+        start = 0
         for weight in weights:
             end = start + weight.shape[1]
             layers_of_heads.append([{name: x[:, start:end] for name, x in layer.items()}
@@ -297,8 +304,12 @@ class CoDETR(nn.Module):
         if cfg.eval_head != "rcnn":
             head = getattr(self, cfg.eval_head)
             return head.detect(pyramid, cfg.top_k, cfg.dense_soft_nms)
-        images = zip(*self.classify_regions(pyramid), pyramid.image_sizes)
-        return [detect_regions(*image, cfg.top_k, cfg.rcnn_soft_nms) for image in images]
+        logits, deltas, proposals = self.classify_regions(pyramid)
+        detections = []
+        for b, size in enumerate(pyramid.image_sizes):
+            detections.append(detect_regions(logits[b], deltas[b], proposals[b], size, cfg.top_k,
+                                             cfg.rcnn_soft_nms))
+        return detections
 
     def classify_regions(self, pyramid: Pyramid) -> tuple:
         """Faster R-CNN at test time, before NMS; results as in `classify_proposals`."""
@@ -483,11 +494,14 @@ class Criterion:
             else:
                 factor = self.cfg.lambda_heads * self.cfg.decoder_layers
                 factor *= loss_share(name, self.heads)
-                given = {"counts": counts[name]} if name in counts else {}
+                arguments = dict(part)
+                if name in counts:
+                    arguments["counts"] = counts[name]
                 if self.federated and kind_of(name) in self.federated_heads:
                     N = part["logits"].shape[-1]
-                    given["classes"] = self.federated.chosen_classes(part["labels"][None], N)[0]
-                terms = HEAD_LOSSES[kind_of(name)](**part, **given)
+                    classes = self.federated.chosen_classes(part["labels"][None], N)   # (1, N)
+                    arguments["classes"] = classes[0]
+                terms = HEAD_LOSSES[kind_of(name)](**arguments)
             for term, value in terms.items():
                 losses[f"{name}.{term}"] = factor * value
         return losses
@@ -583,7 +597,9 @@ def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
         if cfg.soft_nms:
             rows, scores = soft_nms(image["boxes"], image["scores"], image["labels"], cfg.soft_nms,
                                     LOWEST_SCORE, cfg.top_k)
-            image.update({name: x[rows] for name, x in image.items()}, scores=scores)
+            for name in image:
+                image[name] = image[name][rows]
+            image["scores"] = scores   # those that soft-NMS lowered
     return detections
 
 

@@ -282,17 +282,19 @@ def flatten_pyramid(pyramid: list[Tensor], padding: Tensor, level_embed: Tensor,
     tokens, positions, paddings, ratios = [], [], [], []
     for x, embed in zip(pyramid, level_embed):
         mask = F.interpolate(padding[:, None].float(), x.shape[-2:])[:, 0].bool()    # (B, H_l, W_l)
-        position = sine_positions(mask, x.shape[1], dtype=dtype, **sine)
+        position = sine_positions(mask, x.shape[1], dtype=dtype, **sine)  # (B, H_l W_l, C)
         tokens.append(x.flatten(2).transpose(1, 2))                      # (B, H_l W_l, C)
         positions.append(position + embed)                               # (B, H_l W_l, C)
         paddings.append(mask.flatten(1))                                 # (B, H_l W_l)
-        width = (~mask[:, 0]).to(dtype).mean(1)
-        height = (~mask[:, :, 0]).to(dtype).mean(1)
+        width = (~mask[:, 0]).to(dtype).mean(1)                          # (B,)
+        height = (~mask[:, :, 0]).to(dtype).mean(1)                      # (B,)
         ratios.append(torch.stack((width, height), -1))                  # (B, 2)
-    image_sizes = torch.stack(((~padding[:, :, 0]).sum(1), (~padding[:, 0]).sum(1)), -1)
-    return Memory(torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(paddings, 1),
-                  [tuple(x.shape[-2:]) for x in pyramid], torch.stack(ratios, 1), features,
-                  image_sizes, tuple(padding.shape[-2:]))
+    heights = (~padding[:, :, 0]).sum(1)                                 # (B,)
+    widths = (~padding[:, 0]).sum(1)                                     # (B,)
+    image_sizes = torch.stack((heights, widths), -1)                     # (B, 2)
+    shapes = [tuple(x.shape[-2:]) for x in pyramid]
+    return Memory(torch.cat(tokens, 1), torch.cat(positions, 1), torch.cat(paddings, 1), shapes,
+                  torch.stack(ratios, 1), features, image_sizes, tuple(padding.shape[-2:]))
 
 
 def sine_positions(padding: Tensor, dim: int, temperature: float = 10000.0, shift: float = 0.5,
@@ -321,7 +323,7 @@ def cell_centers(memory: Memory) -> list[Tensor]:
 
 
 def level_sizes(memory: Memory) -> Tensor:
-    """Width and height of each level in cells, (L, 2), written on the device without a copy."""
+    """Width and height of each level in cells, (L, 2), without a copy that the host waits for."""
     sizes = [memory.valid_ratios.new_full((), n) for H, W in memory.shapes for n in (W, H)]
     return torch.stack(sizes).view(-1, 2)
 
@@ -334,7 +336,7 @@ def encoder_references(memory: Memory) -> Tensor:
     places = []
     for centers, size, ratio in zip(cell_centers(memory), level_sizes(memory), ratios.unbind(1)):
         places.append(centers / size / ratio[:, None])                   # (B, H_l W_l, 2)
-    return torch.cat(places, 1)[:, :, None] * ratios[:, None]
+    return torch.cat(places, 1)[:, :, None] * ratios[:, None]            # (B, S, L, 2)
 
 
 class EncoderLayer(nn.Module):
@@ -353,11 +355,11 @@ class EncoderLayer(nn.Module):
     def forward(self, memory: Memory, references: Tensor) -> Tensor:
         """Tokens (B, S, C) of `memory`, references (B, S, L, 2) -> tokens (B, S, C)."""
         x = memory.tokens
-        query = x + memory.positions
-        attended = self.self_attn(query, references, x, memory.shapes, memory.padding)
-        x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        query = x + memory.positions                                     # (B, S, C)
+        attended = self.self_attn(query, references, x, memory.shapes, memory.padding)  # (B, S, C)
+        x = self.norm1(x + self.dropout(attended))                       # (B, S, C)
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))     # (B, S, ffn_dim)
+        return self.norm2(x + self.dropout(self.linear2(hidden)))        # (B, S, C)
 
 
 class DecoderLayer(nn.Module):
@@ -380,14 +382,14 @@ class DecoderLayer(nn.Module):
                 attn_mask: Tensor | None = None) -> Tensor:
         """Queries x and position (B, Nq, C), reference (B, Nq, 2 or 4) of the unpadded image,
         attn_mask (Nq, Nq) True = blocked -> (B, Nq, C)."""
-        x = self.norm2(x + self.dropout(self.self_attn(x, position, attn_mask)))
+        x = self.norm2(x + self.dropout(self.self_attn(x, position, attn_mask)))     # (B, Nq, C)
         ratios = memory.valid_ratios.repeat(1, 1, reference.shape[-1] // 2)      # (B, L, 2 or 4)
         references = reference[:, :, None] * ratios[:, None]             # (B, Nq, L, 2 or 4)
         attended = self.cross_attn(x + position, references, memory.tokens, memory.shapes,
-                                   memory.padding)
-        x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))
-        return self.norm3(x + self.dropout(self.linear2(hidden)))
+                                   memory.padding)                       # (B, Nq, C)
+        x = self.norm1(x + self.dropout(attended))                       # (B, Nq, C)
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))     # (B, Nq, ffn_dim)
+        return self.norm3(x + self.dropout(self.linear2(hidden)))        # (B, Nq, C)
 
 
 class SelfAttention(nn.Module):
@@ -405,17 +407,18 @@ class SelfAttention(nn.Module):
         nn.init.zeros_(self.out_proj.bias)
 
     def forward(self, x: Tensor, position: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-        """x (B, Nq, C), position (B, Nq, C), added to queries and keys but not to values,
-        attn_mask (Nq, Nq) True = blocked -> (B, Nq, C)."""
+        """x (B, Nq, C), position (B, Nq, C), added to queries and keys but not to values, attn_mask
+        (Nq, Nq), or (B, 1, Nq, Nq) for each image, True = blocked -> (B, Nq, C)."""
         C = x.shape[-1]
         qk = F.linear(x + position, self.in_proj_weight[:2 * C], self.in_proj_bias[:2 * C])
-        v = F.linear(x, self.in_proj_weight[2 * C:], self.in_proj_bias[2 * C:])
-        q, k = qk.chunk(2, -1)
-        q, k, v = [x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for x in (q, k, v)]
+        v = F.linear(x, self.in_proj_weight[2 * C:], self.in_proj_bias[2 * C:])  # (B, Nq, C)
+        q, k = qk.chunk(2, -1)                                           # (B, Nq, C) each
+        heads = (self.num_heads, -1)
+        q, k, v = [y.unflatten(-1, heads).transpose(1, 2) for y in (q, k, v)]    # (B, M, Nq, D)
         dropout = self.dropout if self.training else 0.0
-        if x.is_cuda:                                                    # q, k, v: (B, M, Nq, D)
+        if x.is_cuda:
             allowed = None if attn_mask is None else ~attn_mask
-            x = F.scaled_dot_product_attention(q, k, v, allowed, dropout)
+            x = F.scaled_dot_product_attention(q, k, v, allowed, dropout)   # (B, M, Nq, D)
         else:
             scores = q / math.sqrt(q.shape[-1]) @ k.transpose(-2, -1)    # (B, M, Nq, Nq)
             if attn_mask is not None:
@@ -433,8 +436,8 @@ def in_float32(head: nn.Module, x: Tensor) -> Tensor:
 
 
 def offset_boxes(offsets: Tensor, reference: Tensor, eps: float = 1e-5) -> Tensor:
-    """A.3 and A.4: add offsets (..., 4) to a reference (..., 2 or 4), both before the sigmoid, and
-    return boxes (..., 4). With a point as reference, width and height are predicted directly."""
+    """A.3 and A.4: add offsets (..., 4) to a reference (..., 2 or 4) in [0, 1], before the sigmoid
+    -> boxes (..., 4). With a point as reference, width and height are predicted directly."""
     base = inverse_sigmoid(reference, eps)
     if base.shape[-1] == 2:
         base = F.pad(base, (0, 2))                                       # (..., 4)
@@ -451,7 +454,7 @@ def proposal_boxes(memory: Memory) -> tuple[Tensor, Tensor]:
     for level, centers in enumerate(cell_centers(memory)):
         centers = centers / valid_sizes[:, None, level]                  # (B, H_l W_l, 2)
         boxes.append(F.pad(centers, (0, 2), value=0.05 * 2 ** level))    # (B, H_l W_l, 4)
-    boxes = torch.cat(boxes, 1)
+    boxes = torch.cat(boxes, 1)                                          # (B, S, 4)
     return boxes, ((boxes > 0.01) & (boxes < 0.99)).all(-1) & ~memory.padding
 
 
@@ -486,8 +489,8 @@ def init_transformer(model: nn.Module):
 
 def prediction_heads(cfg: Config, num_classes: int) -> tuple[nn.ModuleList, nn.ModuleList]:
     """Make the class heads and box heads of the layers: one pair for all without refinement, else
-    one pair each, and in two-stage one more for the tokens. At the start every box is its reference
-    (with a point as reference, its sides are sigmoid(-2) = 0.119)."""
+    one pair each, and in two-stage one more for the tokens. At the start every box is its
+    reference; with a point as reference, its sides are sigmoid(-2) = 0.119."""
     classes = class_head(cfg.dim, num_classes)
     boxes = box_head(cfg.dim)
     if not cfg.two_stage:
@@ -498,7 +501,7 @@ def prediction_heads(cfg: Config, num_classes: int) -> tuple[nn.ModuleList, nn.M
     count = cfg.decoder_layers + cfg.two_stage
     class_heads = nn.ModuleList(deepcopy(classes) for _ in range(count))
     box_heads = nn.ModuleList(deepcopy(boxes) for _ in range(count))
-    for head in box_heads[1:]:
+    for head in box_heads[1:]:   # their references are boxes: no bias of -2
         nn.init.zeros_(head.layers[-1].bias)
     return class_heads, box_heads
 

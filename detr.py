@@ -111,9 +111,12 @@ class DETR(nn.Module):
                 nn.init.xavier_uniform_(parameter)
 
     def forward(self, images: Tensor, padding: Tensor, targets=None) -> dict:
-        """Detect objects: images (B, 3, H, W), padding (B, H, W) -> `pred_logits` (B, Nq, K + 1),
-        `pred_boxes` (B, Nq, 4) and `queries` (B, Nq, C), the normalized states, of the last decoder
-        layer; the same of earlier layers in `aux_outputs`; and `memory`."""
+        """Detect objects in images (B, 3, H, W) with padding (B, H, W); `targets` are not used.
+
+        Returns `pred_logits` (B, Nq, K + 1), `pred_boxes` (B, Nq, 4) and `queries` (B, Nq, C), the
+        states that the heads read, of the last decoder layer; the same of earlier layers in
+        `aux_outputs`; and `memory`.
+        """
         memory = self.encode(images, padding)
         *earlier, last = self.decode(memory)
         return {**last, "aux_outputs": earlier, "memory": memory}
@@ -132,9 +135,12 @@ class DETR(nn.Module):
         return memory
 
     def decode(self, memory: Memory) -> list[dict]:
-        """Section 3.2: -> predictions of every layer. The learned queries are position embeddings,
-        the content starts at zero. All layers share one normalization and one pair of heads; what
-        a layer hands to the next one is not normalized."""
+        """Section 3.2: predictions of every layer.
+
+        The learned queries are position embeddings; the content starts at zero. All layers share
+        one pair of heads. These read the content after `decoder_norm`, the next layer reads it
+        before.
+        """
         position = self.query_embed.weight.expand(len(memory.tokens), -1, -1)      # (B, Nq, C)
         content = torch.zeros_like(position)                                       # (B, Nq, C)
         layers = []
@@ -165,9 +171,9 @@ class EncoderLayer(nn.Module):
         x = memory.tokens
         q = x + memory.positions                                                   # (B, S, C)
         attended = attend(self.self_attn, q, q, x, memory.padding)                 # (B, S, C)
-        x = self.norm1(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))               # (B, S, 8 C)
-        return self.norm2(x + self.dropout(self.linear2(hidden)))
+        x = self.norm1(x + self.dropout(attended))                                 # (B, S, C)
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))         # (B, S, ffn_dim)
+        return self.norm2(x + self.dropout(self.linear2(hidden)))                  # (B, S, C)
 
 
 class DecoderLayer(nn.Module):
@@ -188,19 +194,25 @@ class DecoderLayer(nn.Module):
         """x and position (B, Nq, C) -> (B, Nq, C)."""
         q = x + position                                                           # (B, Nq, C)
         attended = attend(self.self_attn, q, q, x)                                 # (B, Nq, C)
-        x = self.norm1(x + self.dropout(attended))
+        x = self.norm1(x + self.dropout(attended))                                 # (B, Nq, C)
         q = x + position                                                           # (B, Nq, C)
         k = memory.tokens + memory.positions                                       # (B, S, C)
         attended = attend(self.cross_attn, q, k, memory.tokens, memory.padding)    # (B, Nq, C)
-        x = self.norm2(x + self.dropout(attended))
-        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))               # (B, Nq, 8 C)
-        return self.norm3(x + self.dropout(self.linear2(hidden)))
+        x = self.norm2(x + self.dropout(attended))                                 # (B, Nq, C)
+        hidden = self.dropout(F.relu(self.linear1(x), inplace=True))         # (B, Nq, ffn_dim)
+        return self.norm3(x + self.dropout(self.linear2(hidden)))                  # (B, Nq, C)
 
 
 def attend(attention, q: Tensor, k: Tensor, v: Tensor, padding: Tensor | None = None) -> Tensor:
-    """Queries (B, Nq, C), keys and values (B, S, C), padding (B, S), whose keys are ignored ->
-    (B, Nq, C). Fused attention, which gives no weights, is slow for small maps on CPUs."""
-    return attention(q, k, v, padding, need_weights=k.shape[1] <= 256 and not k.is_cuda)[0]
+    """A.1: multi-head attention of queries (B, Nq, C) to keys and values (B, S, C) -> (B, Nq, C).
+
+    Keys on padding (B, S) are ignored.
+    """
+    # PyTorch's fused attention gives no weights. On a CPU it is slow for few keys: asking for the
+    # weights, which are not used, avoids it.
+    need_weights = k.shape[1] <= 256 and not k.is_cuda
+    attended, _ = attention(q, k, v, padding, need_weights=need_weights)
+    return attended
 
 
 class MLP(nn.Module):
@@ -221,12 +233,12 @@ def pad_to_multiple(images: Tensor, padding: Tensor, divisor: int) -> tuple[Tens
     valid cells of a small image would depend on the other images of its batch."""
     if divisor == 1:
         return images, padding
+    # -n % divisor is what n lacks: left and right, then top and bottom
     fill = (0, -images.shape[3] % divisor, 0, -images.shape[2] % divisor)
     return F.pad(images, fill), F.pad(padding, fill, value=True)
 
 
-def sine_positions(padding: Tensor, dim: int, temperature: float = 10000.0,
-                   dtype: torch.dtype = torch.float32) -> Tensor:
+def sine_positions(padding: Tensor, dim: int, dtype: torch.dtype = torch.float32) -> Tensor:
     """Position embedding of every cell of a map: padding (B, H, W) -> (B, H W, dim), y before x.
     Rows and columns count from 1 over the cells that are not padding, divided by their number."""
     valid = ~padding
@@ -234,7 +246,7 @@ def sine_positions(padding: Tensor, dim: int, temperature: float = 10000.0,
     x = valid.cumsum(2).to(dtype)                                                  # (B, H, W)
     y = y / (y[:, -1:] + 1e-6)
     x = x / (x[:, :, -1:] + 1e-6)
-    embedded = [sine_embedding(v, dim // 2, temperature) for v in (y, x)]
+    embedded = [sine_embedding(v, dim // 2) for v in (y, x)]
     return torch.cat(embedded, -1).flatten(1, 2)                                   # (B, H W, dim)
 
 
@@ -255,10 +267,11 @@ class Criterion:
         self.set_loss = SoftmaxSetLoss(cost, loss, cfg.no_object)
 
     def __call__(self, outputs: dict, targets: list[dict], num_boxes=None) -> dict:
-        """-> weighted losses {"cls", "l1", "giou", "aux0.cls", ...}; their sum is minimized.
-        num_boxes divides the box losses; None: the number of objects in targets."""
+        """Compute the weighted losses {"cls", "l1", "giou", "aux0.cls", ...}, whose sum is the
+        training loss. num_boxes: the divisor of the box losses; by default the number of objects in
+        `targets`."""
         layers = named_layers(outputs)
-        matches, = self.set_loss.match_groups([Group(layers, targets)])
+        [matches] = self.set_loss.match_groups([Group(layers, targets)])
         divisor = count_boxes(targets) if num_boxes is None else num_boxes
         return self.set_loss.compute_losses(layers, targets, matches, divisor)
 
@@ -284,11 +297,12 @@ def param_groups(model: nn.Module, recipe: Recipe) -> list[dict]:
 
 @torch.no_grad()
 def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
-    """One detection for each query, with its best class other than "no object"; the `cfg.top_k`
-    best of each image, best first. No threshold, no NMS.
+    """Select the `cfg.top_k` best queries of each image, each with its best class other than "no
+    object"; no threshold, no NMS.
 
-    sizes (B, 2): height and width, pixels, of the images the boxes are wanted in
-    -> B dictionaries: scores (k,), labels (k,), boxes (k, 4) xyxy pixels, query (k,)."""
+    sizes (B, 2): height and width of the images that the boxes are wanted for. Returns, per image
+    and best first, scores, labels, query (k,) and boxes (k, 4) xyxy in pixels.
+    """
     probabilities = at_least_float32(outputs["pred_logits"]).softmax(-1)           # (B, Nq, K + 1)
     scores, labels = probabilities[..., :-1].max(-1)                               # (B, Nq)
     scores, query = scores.topk(min(cfg.top_k, scores.shape[1]))                   # (B, k)
@@ -296,5 +310,5 @@ def detect(outputs: dict, sizes: Tensor, cfg: Config) -> list[dict]:
     boxes = box_cxcywh_to_xyxy(at_least_float32(outputs["pred_boxes"]))            # (B, Nq, 4)
     boxes = boxes.gather(1, query[..., None].expand(-1, -1, 4))                    # (B, k, 4)
     boxes = boxes * sizes.to(boxes)[:, None, [1, 0, 1, 0]]
-    return [dict(zip(("scores", "labels", "boxes", "query"), image))
-            for image in zip(scores, labels, boxes, query)]
+    return [{"scores": scores[b], "labels": labels[b], "boxes": boxes[b], "query": query[b]}
+            for b in range(len(boxes))]

@@ -61,7 +61,7 @@ from torch import Tensor, nn
 import deformable_detr
 from backbones import build_backbone
 from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
-from deformable_detr import (  # noqa: F401
+from deformable_detr import (  # noqa: F401  (train.py looks for detect here)
     MLP, DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head, detect,
     encoder_proposals, gather_rows, in_float32, init_transformer, input_projections, named_layers,
     offset_boxes, sine_embedding, slice_queries)
@@ -118,10 +118,10 @@ VARIANTS = {
     "5scale": dict(num_feature_levels=5),                           # 49.4 AP
     "24_epochs": dict(epochs=24, lr_drop=20),                       # 50.4 AP
     "36_epochs": dict(epochs=36, lr_drop=30),                       # 50.9 AP
-    # 56.8, 57.3 and 57.5 AP; with 36 epochs 58.0, 58.5 and 58.3
-    "swin_l": dict(backbone="swin_l", drop_path=0.2),
+    "swin_l": dict(backbone="swin_l", drop_path=0.2),               # 56.8 AP; 58.0 with 36 epochs
+    # 57.3 AP; 58.5 with 36 epochs
     "swin_l_5scale": dict(backbone="swin_l", drop_path=0.2, num_feature_levels=5),
-    "focalnet_l": dict(backbone="focalnet_l_3level", drop_path=0.3),
+    "focalnet_l": dict(backbone="focalnet_l_3level", drop_path=0.3),     # 57.5 AP; 58.3 with 36
     # detrex's detectors, 58.0 AP and 58.5 AP: no normalized modulator
     "focalnet_l_4level": dict(backbone="focalnet_l_4level_sum", drop_path=0.3),
     "focalnet_l_5scale": dict(backbone="focalnet_l_4level_sum", drop_path=0.3,
@@ -184,7 +184,9 @@ class DINO(nn.Module):
         queries, proposals = self.propose(memory)
 
         # In training, P denoising queries stand before the others.
-        denoising, attn_mask, P = None, None, 0
+        denoising = None
+        attn_mask = None
+        P = 0
         if self.training and self.cfg.denoising != "none":
             num_classes = self.class_embed[0].out_features
             Nq = queries.content.shape[1]
@@ -247,13 +249,13 @@ class DINO(nn.Module):
         layers, states = [], []
         for layer, class_embed, bbox_embed in zip(self.decoder, self.class_embed, self.bbox_embed):
             position = self.query_position(reference, memory)            # (B, Nq, C)
-            content = layer(content, position, reference, memory, attn_mask)
+            content = layer(content, position, reference, memory, attn_mask)     # (B, Nq, C)
             state = self.decoder_norm(content)                           # (B, Nq, C)
             logits = in_float32(class_embed, state)                      # (B, Nq, num_classes)
             boxes = offset_boxes(in_float32(bbox_embed, state), previous, EPS)   # (B, Nq, 4)
             layers.append({"pred_logits": logits, "pred_boxes": boxes})
             states.append(state)
-            updated = offset_boxes(in_float32(bbox_embed, content), reference, EPS)
+            updated = offset_boxes(in_float32(bbox_embed, content), reference, EPS)   # (B, Nq, 4)
             reference = updated.detach()
             previous = updated if self.cfg.look_forward_twice else reference
         return layers, states
@@ -265,7 +267,7 @@ class DINO(nn.Module):
         x, y, w, h = boxes.unbind(-1)
         boxes = torch.stack((y, x, w, h), -1)
         embedding = sine_embedding(boxes, memory.tokens.shape[-1] // 2).flatten(2)   # (B, Nq, 2 C)
-        return self.ref_point_head(embedding.to(memory.tokens.dtype))
+        return self.ref_point_head(embedding.to(memory.tokens.dtype))    # (B, Nq, C)
 
 
 def num_maps(levels: int) -> int:
@@ -301,8 +303,8 @@ def draw_noise(copies: int, objects: int, num_classes: int, device) -> Noise:
 
 def denoising_groups(number: int, most: int, per_object: int) -> int:
     """Appendix D.1: as many groups as fit `number` pairs into the image with the `most` objects, at
-    least 1; 2 `number` if that is below 50 pairs (code); never more than MAX_DENOISING_QUERIES
-    allows. per_object: queries of an object in each group."""
+    least 1. If `number` is below 50: 2 `number` groups (code). Never more than
+    MAX_DENOISING_QUERIES allows. per_object: queries of an object in each group."""
     if most == 0:
         return 1
     groups = number // most if number >= 50 else 2 * number
@@ -310,8 +312,8 @@ def denoising_groups(number: int, most: int, per_object: int) -> int:
     return max(1, min(groups, limit))
 
 
-def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes: int, cfg: Config,
-                      num_queries: int, draw=None) -> Denoising:
+def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes: int, cfg,
+                      num_queries: int) -> Denoising:
     """Section 3.3: copy every object into G groups, as a positive query (noise below the scale)
     and, if contrastive, as a negative query (noise of one to two scales).
 
@@ -342,7 +344,7 @@ def denoising_queries(targets: list[dict], label_enc: nn.Embedding, num_classes:
     boxes = torch.cat([t["boxes"] for t in targets])[row]                # (T, 4)
 
     # Labels and boxes of all copies, with noise.
-    noise = (draw or draw_noise)(R, len(labels), num_classes, device)
+    noise = draw_noise(R, len(labels), num_classes, device)
     copies = torch.arange(R, device=device)
     negative = copies % per_object == 1                                  # (R,)
     labels = torch.where(noise.relabel < cfg.dn_label_noise / 2, noise.labels, labels)   # (R, T)
@@ -415,7 +417,7 @@ class Criterion(deformable_detr.Criterion):
 
     def denoising(self, outputs: dict, targets: list[dict], num_boxes) -> dict[str, Tensor]:
         """Section 3.3: positives recover their object, all others are background. No matching."""
-        layers = {f"dn.{name}".rstrip("."): x for name, x in named_layers(outputs).items()}
+        layers = named_layers(outputs, "dn")
         matches = [outputs["matches"]] * len(layers)
         divisor = num_boxes * outputs["groups"]
         return self.set_loss.compute_losses(layers, targets, matches, divisor)

@@ -45,7 +45,8 @@ from engine.inference import (above, allow_detections, class_thresholds, detect_
                               detect_on_canvas, predict, reaches, require_finite)
 from engine.layers import prepare_attention
 from engine.machine import prepare_cpu
-from engine.scoring import gather, score
+from engine.processes import gather
+from engine.scoring import score
 from engine.tiles import detect_tiled, refuse_masks
 
 __all__ = ["detect_image", "evaluate", "open_detector", "score"]
@@ -136,7 +137,9 @@ def score_results(dataset, results, max_dets=100, rank=0, world=1):
         return federated_results(dataset, results, max_dets, rank, world)
     truth = ground_truth(dataset, rank, world)
     metrics = {"bbox": score(truth, results, "bbox", max_dets, rank, world)}
-    keys = set().union(*gather({key for row in results for key in row}, world))
+    keys = set()    # of all ranks: one may have no detections
+    for own in gather({key for row in results for key in row}, world):
+        keys |= own
     if dataset.has_masks and "segmentation" in keys:
         ranked = [{**row, "score": row.get("mask_score", row["score"])} for row in results]
         metrics["segm"] = score(truth, ranked, "segm", max_dets, rank, world)
@@ -541,8 +544,6 @@ def main(argv=None):
         device, rank, world = commands.join_processes(options.device)
         prepare_attention(options.impl, device)
         detector = open_detector(options.checkpoint, device, options.variant, options.detector)
-        cfg = allow_detections(detector.model, detector.cfg, options.max_dets)
-        detector = detector._replace(cfg=cfg)
         if options.eval_size:
             recipe = replace(detector.recipe, eval_size=options.eval_size,
                              lsj_size=options.eval_size)
@@ -552,6 +553,8 @@ def main(argv=None):
         out = commands.results_folder(options.checkpoint)
         if options.images:
             commands.require(world == 1, "one process with --images", f"{world} processes")
+            cfg = allow_detections(detector.model, detector.cfg, options.max_dets)
+            detector = detector._replace(cfg=cfg)
             print(settings(detector.cfg, detector.recipe))
             run_on_images(options, detector, out)
         else:

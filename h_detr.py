@@ -47,7 +47,7 @@ from torch import Tensor, nn
 
 import deformable_detr
 from backbones import build_backbone
-from deformable_detr import (  # noqa: F401
+from deformable_detr import (  # noqa: F401  (train.py looks for detect and param_groups here)
     DecoderLayer, DeformableDETR, EncoderLayer, Memory, Queries, box_head, class_head, detect,
     encoder_proposals, gather_rows, in_float32, init_transformer, input_projections, named_layers,
     num_maps, offset_boxes, param_groups, sine_embedding, slice_queries)
@@ -168,7 +168,7 @@ class HDETR(nn.Module):
         reference = gather_rows(boxes, best).detach().sigmoid()          # (B, Nq, 4)
         embedding = sine_embedding(reference, tokens.shape[-1] // 2).flatten(2)   # (B, Nq, 2 C)
         position = self.pos_trans_norm(self.pos_trans(embedding.to(tokens.dtype)))
-        position, _ = position.chunk(2, -1)                              # (B, Nq, C)
+        position, _ = position.chunk(2, -1)              # (B, Nq, C), see Difference 3
         content = self.query_embed.weight[:count].expand(len(tokens), -1, -1)     # (B, Nq, C)
         predictions = {"pred_logits": logits, "pred_boxes": boxes.sigmoid()}
         return Queries(content, position, reference), predictions
@@ -227,9 +227,7 @@ class Criterion(deformable_detr.Criterion):
         """Eq. 2: every object counts K times, so that it is matched to K queries."""
         groups = super().groups(outputs, targets)
         if "many_outputs" in outputs:
-            layers = {}
-            for name, layer in named_layers(outputs["many_outputs"]).items():
-                layers[f"many.{name}".rstrip(".")] = layer
+            layers = named_layers(outputs["many_outputs"], "many")
             groups.append(Group(layers, targets, self.copies))
         return groups
 

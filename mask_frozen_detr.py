@@ -74,16 +74,16 @@ from torch import Tensor, nn
 
 import matcher
 from backbones.swin import SwinBlock, shift_mask
-from boxes import box_cxcywh_to_xyxy
-from deformable_detr import MLP, EncoderLayer, Memory, SelfAttention
-from deformable_detr import Projection, encoder_references, sine_positions
+from boxes import at_least_float32, box_cxcywh_to_xyxy
+from deformable_detr import (MLP, EncoderLayer, Memory, Projection, SelfAttention,
+                             encoder_references, sine_positions)
 from engine.errors import UserError
 from engine.recipe import SMALL_RECIPE, Recipe
 from frozen_detector import FrozenDetector, TrainedDetector
 from heads.regions import roi_align
-from masks import dice_loss, grid_points, mask_iou, paste
-from masks import sample_maps, sample_true_masks, select_masks, uncertain_points
-from matcher import Matches, Weights, at_least_float32, count_boxes
+from masks import (dice_loss, grid_points, mask_iou, paste, sample_maps, sample_true_masks,
+                   select_masks, uncertain_points)
+from matcher import Matches, Weights, count_boxes
 
 STRIDE = 4         # pixels per cell of C1 and F
 WINDOW = 8         # cells per side of a Swin block's window
@@ -195,7 +195,9 @@ class MaskFrozenDETR(nn.Module):
     def __init__(self, base: FrozenDetector | TrainedDetector, cfg: Config):
         super().__init__()
         check_config(cfg)
-        dim, C, M = base.dim, cfg.channel_dim, cfg.num_heads
+        dim = base.dim
+        C = cfg.channel_dim
+        M = cfg.num_heads
         self.base = base
         self.cfg = cfg
         self.class_names = base.class_names
@@ -468,7 +470,7 @@ class ConvNeXtBlock(nn.Module):
         self.linear2 = nn.Linear(cfg.ffn_dim, cfg.dim)
 
     def forward(self, memory: Memory, references: Tensor) -> Tensor:
-        """Tokens (B, H W, dim) of one level -> tokens (B, H W, dim)."""
+        """Tokens (B, H W, dim) of one level -> tokens (B, H W, dim); references are not used."""
         x = memory.tokens.transpose(1, 2)                                # (B, dim, H W)
         x = self.depthwise(x.unflatten(2, memory.shapes[0]))             # (B, dim, H, W)
         x = self.norm(x.flatten(2).transpose(1, 2))                      # (B, H W, dim)
@@ -477,14 +479,14 @@ class ConvNeXtBlock(nn.Module):
 
 class SwinMapBlock(SwinBlock):
     """Attention within windows of 8 x 8 cells, which are shifted by 4 cells in every second block
-    (Liu et al. 2021, Swin Transformer)."""
+    (Liu et al. 2021, Swin Transformer). Its hidden units are a multiple of dim, ffn_dim at most."""
 
     def __init__(self, cfg: BlockConfig, shift: bool):
         mlp_ratio = cfg.ffn_dim // cfg.dim
         super().__init__(cfg.dim, cfg.num_heads, WINDOW, shift, mlp_ratio, drop_path=0.0)
 
     def forward(self, memory: Memory, references: Tensor) -> Tensor:
-        """Tokens (B, H W, dim) of one level -> tokens (B, H W, dim)."""
+        """Tokens (B, H W, dim) of one level -> tokens (B, H W, dim); references are not used."""
         x = memory.tokens.unflatten(1, memory.shapes[0])                 # (B, H, W, dim)
         mask = shift_mask(*memory.shapes[0], WINDOW, x.device)
         return super().forward(x, mask).flatten(1, 2)
@@ -519,7 +521,8 @@ class QueryEncoder(nn.Module):
 
     def __init__(self, cfg: Config):
         super().__init__()
-        C, M = cfg.channel_dim, cfg.num_heads
+        C = cfg.channel_dim
+        M = cfg.num_heads
         self.object_to_object = cfg.query_encoder in ("obj2obj", "both")
         self.box_to_object = cfg.query_encoder in ("box2obj", "both")
         self.feed_forward = cfg.query_ffn

@@ -17,7 +17,7 @@ a cost only when the GPU has finished all the work before it:
 
     set_loss = SetLoss(cost=Weights(2, 5, 2), loss=Weights(2, 5, 2))
     layers = {"": last, "aux0": first}                 # each {"pred_logits", "pred_boxes"}
-    matches, = set_loss.match_groups([Group(layers, targets)])
+    [matches] = set_loss.match_groups([Group(layers, targets)])
     losses = set_loss.compute_losses(layers, targets, matches, count_boxes(targets))
 
 A layers, B images, Nq queries, K classes, n objects in one image, n_max in the image with the most
@@ -88,17 +88,16 @@ def match_cost(logits: Tensor, boxes: Tensor, targets: list[dict], weights: Weig
     objects = pad_sequence([t["boxes"] for t in targets], batch_first=True)      # (B, n_max, 4)
     objects = objects.to(boxes.dtype)
     column = labels[:, None].expand(*logits.shape[:-1], -1)                      # (..., Nq, n_max)
-    cls = (class_cost or focal_cost)(logits, column)                             # (..., Nq, n_max)
+    class_cost = class_cost or focal_cost
+    cls = class_cost(logits, column)                                             # (..., Nq, n_max)
     l1 = (boxes[..., :, None, :] - objects[:, None, :, :]).abs().sum(-1)         # (..., Nq, n_max)
     giou = generalized_box_iou(box_cxcywh_to_xyxy(boxes), box_cxcywh_to_xyxy(objects), eps)
     return weights.cls * cls + weights.l1 * l1 - weights.giou * giou
 
 
 def focal_cost(logits: Tensor, column: Tensor) -> Tensor:
-    """Focal loss of "this class" minus focal loss of "not this class".
-
-    logits (..., Nq, K), class of each object (..., Nq, n_max) -> (..., Nq, n_max).
-    """
+    """Focal loss of "this class" minus focal loss of "not this class": logits (..., Nq, K), class
+    of each object (..., Nq, n_max) -> (..., Nq, n_max)."""
     p = logits.gather(-1, column).sigmoid()
     positive = ALPHA * (1 - p) ** GAMMA * -(p + 1e-8).log()
     negative = (1 - ALPHA) * p ** GAMMA * -(1 - p + 1e-8).log()
@@ -126,7 +125,8 @@ def assign(cost: Tensor, targets: list[dict], copies: int = 1) -> Matches:
         columns = image_cost[:, :n].nan_to_num(BAD_COST, BAD_COST, BAD_COST)     # (Nq, n)
         columns = columns.repeat(1, copies)                                      # (Nq, copies n)
         query, column = linear_sum_assignment(columns.numpy())
-        matches.append((torch.as_tensor(query), torch.as_tensor(column % max(1, n))))
+        index = column % max(1, n)   # of the object; without objects both are empty
+        matches.append((torch.as_tensor(query), torch.as_tensor(index)))
     return matches
 
 
@@ -158,14 +158,12 @@ class SetLoss:
         costs = []
         for group in groups:
             logits, boxes = stack_layers(list(group.layers.values()))
-            cost = match_cost(
-                logits, boxes, group.targets, self.cost, self.eps, self.class_cost
-            )
-            costs.append(cost)
-        return [
-            [assign(layer_cost, group.targets, group.copies) for layer_cost in cost]
-            for group, cost in zip(groups, copy_to_host(costs))
-        ]
+            costs.append(match_cost(
+                logits, boxes, group.targets, self.cost, self.eps, self.class_cost))
+        matches = []
+        for group, cost in zip(groups, copy_to_host(costs)):                     # (A, B, Nq, n_max)
+            matches.append([assign(layer, group.targets, group.copies) for layer in cost])
+        return matches
 
     def compute_losses(self, layers: dict[str, dict], targets: list[dict],
                        matches: list[Matches], num_boxes) -> dict[str, Tensor]:
@@ -249,9 +247,13 @@ def focal_loss(logits: Tensor, labels: Tensor, boxes=None, target_boxes=None) ->
     return alpha * (1 - p_true) ** GAMMA * cross_entropy
 
 
-def named_layers(outputs: dict) -> dict[str, dict]:
-    """Name the layers of `outputs` as their losses are logged: {"": last, "aux0": first, ...}."""
-    return {"": outputs} | {f"aux{i}": layer for i, layer in enumerate(outputs["aux_outputs"])}
+def named_layers(outputs: dict, prefix: str = "") -> dict[str, dict]:
+    """Name the layers of `outputs` as their losses are logged: {"": last, "aux0": first, ...}; with
+    the prefix "dn", {"dn": last, "dn.aux0": first, ...}."""
+    layers = {prefix: outputs}
+    for i, layer in enumerate(outputs["aux_outputs"]):
+        layers[f"{prefix}.aux{i}".lstrip(".")] = layer
+    return layers
 
 
 def stack_layers(layers: list[dict]) -> tuple[Tensor, Tensor]:

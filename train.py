@@ -24,7 +24,7 @@ Written to the run folder: config.json, log.jsonl, curves.png, predictions.png, 
 #   model(images, padding, targets) -> {pred_logits (B, N, classes), pred_boxes (B, N, 4), ...}, for
 #                        analysis also `anchors`, `memory`; images (B, 3, H, W), padding (B, H, W)
 #                        True outside, targets B x {labels (n,), boxes (n, 4) cxcywh in [0, 1], ...}
-#                        If it has `top_k`, evaluation sets it to that of the Config for `detect`
+#                        If the model has a `top_k`, evaluation sets it to that of `detect`'s cfg
 #   criterion(outputs, targets, num_boxes)   -> {name: weighted loss}; if it has
 #                        set_image_counts(counts (N,)), it learns how many images have each class
 #   detect(outputs, sizes, cfg)     -> B x {scores (k,), labels (k,), boxes (k, 4) xyxy px, ...};
@@ -125,13 +125,15 @@ class Progress:
 
 
 def train(run: Run, cfg, recipe: Recipe) -> dict:
-    """Train one model. -> the record of its last evaluation, see `validate`
-    FloatingPointError after three bad steps in a row; exits with 128 + signal when stopped."""
+    """Train one model. Returns the record of its last evaluation, see `validate`.
+
+    Raises FloatingPointError after three bad steps in a row. Stopped by a signal, it saves and
+    exits with the code 128 + signal."""
     paper = load_paper(run.model)
     machine = set_up_machine(run)
     with RunFolder(run, machine) as folder:
         # data
-        train_set, val_set = load_data(run, paper, cfg, recipe, machine)
+        train_set, val_set = load_data(run, paper, cfg, recipe)
         batch = BatchSizes(recipe.batch_size, run, machine, len(train_set),
                            epoch_length(train_set))
 
@@ -208,12 +210,12 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
 
 
 def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine, count=None):
-    """Make one optimizer step. -> {loss name: number}, gradient norm, whether all of it is finite
+    """Make one optimizer step. Returns {loss name: number}, the gradient norm, and whether all of
+    these are finite. If they are not, the step changes nothing: parameters, optimizer, EMA and
+    batch statistics stay as they were.
 
     net: the model, or its DistributedDataParallel. clip: limit of the gradient norm, 0 for none.
     count: objects in the micro-batches of all ranks, summed here where it is not given.
-    A step that is not finite changes nothing: parameters, optimizer, EMA and batch statistics stay
-    as they were.
 
     The loss is the mean over all micro-batches of all ranks. Every micro-batch divides its losses
     by the same `num_boxes`, the mean number of objects of a micro-batch. So the gradient is that
@@ -259,13 +261,15 @@ def step(net, model, criterion, optimizer, ema, micro_batches, clip, machine, co
 
 
 def count_objects(micro_batches) -> int:
+    """Count the objects in this rank's micro-batches of a step."""
     return sum(len(target["labels"]) for *_, targets in micro_batches for target in targets)
 
 
 # ---- optimizer and learning rate -----------------------------------------------------------------
 
 def make_optimizer(paper, model, recipe: Recipe, batch: BatchSizes) -> tuple:
-    """-> optimizer; the learning rate of each group, which follows the batch size in proportion"""
+    """Make the optimizer. Returns it, and the learning rate of each of its groups at factor 1,
+    which follows the batch size in proportion."""
     groups = paper.param_groups(model, recipe)
     optimizer_class = torch.optim.AdamW
     if recipe.muon:
@@ -294,14 +298,16 @@ def lr_factor(recipe: Recipe, step: int, steps_per_epoch: int) -> float:
 
 
 def set_lr(optimizer, base_lrs: list[float], factor: float) -> None:
+    """Set the learning rate of every group to `factor` times its own."""
     for group, lr in zip(optimizer.param_groups, base_lrs):
         group["lr"] = lr * factor
 
 
 # ---- data ----------------------------------------------------------------------------------------
 
-def load_data(run: Run, paper, cfg, recipe: Recipe, machine: Machine) -> tuple:
-    """-> the training set, the validation set; with --overfit both are the same few images"""
+def load_data(run: Run, paper, cfg, recipe: Recipe) -> tuple:
+    """Open and check the training set and the validation set; with --overfit both are the same few
+    images."""
     masks = getattr(paper, "NEEDS_MASKS", False)
     train_set, val_set = build_datasets(run.data, recipe, run.seed, masks, run.overfit,
                                         run.num_train, run.num_val)
@@ -321,7 +327,7 @@ def load_data(run: Run, paper, cfg, recipe: Recipe, machine: Machine) -> tuple:
 # ---- evaluation ----------------------------------------------------------------------------------
 
 def validate(ema, paper, dataset, cfg, batch, machine: Machine, progress: Progress) -> dict:
-    """Evaluate on the validation set. -> a record for log.jsonl: {"AP", "bbox", "epoch", ...}
+    """Evaluate on the validation set. Returns a record for log.jsonl: {"AP", "bbox", "epoch", ...}.
 
     Its "AP" is that of the masks where the model makes them, else of the boxes."""
     begin = time.perf_counter()
@@ -347,7 +353,7 @@ def draw(run: Run, model, paper, dataset, cfg, machine: Machine) -> None:
 # ---- command line --------------------------------------------------------------------------------
 
 def parse(argv: list[str]) -> tuple:
-    """Read the command line. -> Run, Config, Recipe"""
+    """Read the command line. Returns Run, Config and Recipe."""
     return cli.parse(argv, Run, __doc__)
 
 

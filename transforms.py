@@ -215,7 +215,7 @@ def draw_crop(size: tuple[int, int], rng: np.random.Generator) -> Crop:
 
 
 def draw_colors(rng: np.random.Generator) -> Colors:
-    """Draw a change of colors."""
+    """Draw a change of colors. The order of the four draws is part of what a seed means."""
     return Colors(
         channels=tuple(rng.permutation(3)),
         gain=1 + rng.uniform(-JITTER_GAIN, JITTER_GAIN),

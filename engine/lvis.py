@@ -14,6 +14,7 @@ An image has no `file_name`: it lies where `coco_url` says, as train2017/0000003
 """
 import contextlib
 import io
+from collections import Counter
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from pycocotools import mask as rle
 
 from engine.errors import UserError
 from engine.notices import one_line
-from engine.scoring import AREAS, mean, operating_point, require_finite_row
+from engine.scoring import AREAS, class_figures, mean, require_finite_row
 
 LIMIT = 300                   # detections of an image that count, over all classes
 FREQUENCIES = ("r", "c", "f")
@@ -162,16 +163,6 @@ def figures(precision, scores, recall, categories, annotations, limit) -> dict:
     for group in FREQUENCIES:
         result["AP" + group] = mean(precision[:, :, groups == group, 0])
     result[f"AR{limit}"] = mean(recall[:, :, 0])
-    counts = {category["id"]: 0 for category in categories}
-    for row in annotations:
-        counts[row["category_id"]] += not row.get("iscrowd", 0)
-    per_class = {}
-    curves = {}
-    for k, category in enumerate(categories):
-        curve = {"precision": precision[0, :, k, 0].tolist(), "score": scores[0, :, k, 0].tolist()}
-        curves[category["name"]] = curve
-        per_class[category["name"]] = {"AP": mean(precision[:, :, k, 0]),
-                                       "AP50": mean(precision[0, :, k, 0]),
-                                       "objects": counts[category["id"]],
-                                       **operating_point(**curve)}
-    return {**result, "max_dets": limit, "per_class": per_class, "curves": curves}
+    objects = Counter(row["category_id"] for row in annotations if not row.get("iscrowd", 0))
+    counts = [objects[category["id"]] for category in categories]
+    return {**result, "max_dets": limit, **class_figures(precision, scores, categories, counts)}

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from engine.errors import UserError, is_out_of_memory, one_line
 from engine.notices import notice_once
-from engine.processes import own_place
+from engine.processes import gather, own_place
 
 MAX_THREADS = 8              # by default; more help little at these sizes
 BUSY_SECONDS = 0.5           # for which the load of the machine is measured
@@ -87,11 +87,7 @@ class Machine:
 
     def gather(self, value) -> list:
         """Every rank's value, in the order of ranks."""
-        if self.world == 1:
-            return [value]
-        values = [None] * self.world
-        dist.all_gather_object(values, value)
-        return values
+        return gather(value, self.world)
 
     @torch.no_grad()
     def average(self, tensors: list) -> None:

@@ -99,7 +99,7 @@ def load_model(path: str | Path, device="cpu", variant: str = "", detector: str 
 
 
 def build_model(paper, cfg, num_classes: int, detector: str, resume: str = "") -> tuple:
-    """-> a model with random weights, and its criterion.
+    """Build a model with random weights, and its criterion.
 
     detector: checkpoint of the trained detector, for a paper file that needs one. resume: the
     checkpoint to continue from, if any; a detector that it carries is used instead."""

@@ -11,6 +11,12 @@ needs a third of the steps with it (RESULTS.md, "Time to AP 0.80").
 
 0.2 sqrt(max(m, n)) makes the update as large as one of AdamW (Liu et al., section 2.2). A
 convolution counts as a matrix (outputs, inputs x kernel height x kernel width).
+
+No local imports: copy this file alone. NOT_HIDDEN has names of this project's models: replace them
+by those of your model's embeddings and last layers, which AdamW should train.
+
+    groups = [{"params": list(model.parameters()), "lr": 1e-3}]
+    optimizer = Muon(split_groups(groups, model, factor=8.0), weight_decay=1e-2)
 """
 import math
 
@@ -34,7 +40,9 @@ NOT_HIDDEN = ("query_embed", "tgt_embed", "label_enc", "level_embed", "anchor_em
 
 
 class Muon(torch.optim.AdamW):
-    """AdamW that updates parameters of groups with `muon` > 0 by Muon, at `muon` times their lr."""
+    """AdamW that updates parameters of groups with `muon` > 0 by Muon, at `muon` times their lr.
+
+    Every group needs the entry `muon`, as `split_groups` makes it."""
 
     @torch.no_grad()
     def step(self):

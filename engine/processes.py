@@ -1,4 +1,4 @@
-"""The place of this process among those that torchrun starts, and what one computes for all."""
+"""The place of this process among those that torchrun starts, and what they send each other."""
 import os
 import pickle
 import warnings
@@ -45,7 +45,16 @@ def number(name: str, default: int) -> int:
     return int(text)
 
 
-# ---- once for all processes ----------------------------------------------------------------------
+# ---- messages ------------------------------------------------------------------------------------
+
+def gather(value, world: int) -> list:
+    """Return this value of every rank, in the order of ranks."""
+    if world == 1:
+        return [value]
+    values = [None] * world
+    dist.all_gather_object(values, value)
+    return values
+
 
 def from_rank_0(make: Callable) -> Any:
     """Return on every rank what `make()` returns on rank 0: only that rank calls it.

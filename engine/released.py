@@ -279,7 +279,7 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
         if not isinstance(part, dict):
             raise UserError(f"{path}: expected {name} to be a dictionary, got "
                             f"{type(part).__name__}: give the file as it was released")
-    check_options(options, meta, path)
+    check_options(options, path)
 
     try:
         family, found = recognize(weights)
@@ -349,7 +349,7 @@ def transformers_options(path: str | Path) -> dict:
     return options
 
 
-def check_options(options: dict, meta: dict, path: str | Path) -> None:
+def check_options(options: dict, path: str | Path) -> None:
     """Raise UserError for options that change the model in a way that `Config` cannot express."""
     for name, value in REQUIRED_OPTIONS.items():
         if options.get(name, value) != value:

@@ -185,8 +185,9 @@ def remove_later_lines(path: Path, step: int) -> None:
         try:
             record = json.loads(line)
             last = record["step"]
-            if record.get("kind") == "eval":    # comes after its step: a run resumed from this
-                last += 1                       # step evaluates again
+            # An evaluation comes after its step: a run resumed from this step evaluates again.
+            if record.get("kind") == "eval":
+                last += 1
             if line.endswith("\n") and last <= step:
                 kept.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
@@ -228,7 +229,7 @@ def first_bad_module(model, micro_batches, machine) -> str:
 def opening_report(run, paper, cfg, recipe, batch, machine, train_set, val_set, model,
                    notes) -> str:
     """Describe the run in about ten lines: settings, machine, data, model, batch, weights."""
-    counts = class_counts(train_set)
+    objects = describe_objects(train_set)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     everything = sum(p.numel() for p in model.parameters())
     size = f"batch {batch.total}"
@@ -242,7 +243,7 @@ def opening_report(run, paper, cfg, recipe, batch, machine, train_set, val_set, 
         f"device    {describe_machine(run, machine)}",
         f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to "
         f"evaluate on; {machine.workers} workers",
-        f"objects   {counts}",
+        f"objects   {objects}",
         f"model     {' '.join((run.model, run.variant)).strip()}: {trainable / 1e6:.2f} M "
         f"parameters to train of {everything / 1e6:.2f} M",
         f"training  {size}, lr {lr:g}{batch_hint(run, paper, batch)}, "
@@ -271,7 +272,7 @@ def changes(settings, usual) -> str:
     return "as usual, but " + ", ".join(f"{name} {x}" for name, x in changed.items())
 
 
-def class_counts(dataset) -> str:
+def describe_objects(dataset) -> str:
     """Number of objects of each class, most frequent first, as text."""
     counts = list(zip(data.class_counts(dataset).tolist(), dataset.class_names))
     counts.sort(reverse=True)

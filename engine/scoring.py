@@ -64,15 +64,6 @@ def score(gt, results, iou_type="bbox", max_dets=100, rank=0, world=1):
     return answer[0]
 
 
-def gather(value, world):
-    """This value of every rank, in order."""
-    if world == 1:
-        return [value]
-    values = [None] * world
-    dist.all_gather_object(values, value)
-    return values
-
-
 def match_images(gt, results, iou_type, max_dets):
     """Match the results of the images of `gt` with its objects -> Matches."""
     detections = results_as_coco(gt, results, iou_type)
@@ -223,17 +214,25 @@ def figures(parts, categories, iou_type, max_dets):
     for limit, values in by_limit.items():
         result[f"AR{limit}"] = mean(values)
     counts = count_objects(parts, len(categories))
+    return {**result, "max_dets": max_dets,
+            **class_figures(precision, scores, categories, counts)}
+
+
+def class_figures(precision, scores, categories, counts):
+    """The parts `per_class` and `curves` of the table of `score`.
+
+    precision, scores: (T, R, K, A), as `accumulate` returns them; counts: objects of each class"""
     per_class = {}
-    curves = {}
+    class_curves = {}
     for k, category in enumerate(categories):
         curve = {"precision": precision[0, :, k, 0].tolist(),                  # (R,) at IoU 0.5
                  "score": scores[0, :, k, 0].tolist()}
-        curves[category["name"]] = curve
+        class_curves[category["name"]] = curve
         per_class[category["name"]] = {"AP": mean(precision[:, :, k, 0]),
                                        "AP50": mean(precision[0, :, k, 0]),
                                        "objects": counts[k],
                                        **operating_point(**curve)}
-    return {**result, "max_dets": max_dets, "per_class": per_class, "curves": curves}
+    return {"per_class": per_class, "curves": class_curves}
 
 
 def operating_point(precision, score):

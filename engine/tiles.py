@@ -7,10 +7,10 @@ their overlap; larger objects are found in the complete image, which is one of t
 import numpy as np
 import torch
 
-from heads.regions import nms
 from engine.errors import UserError
 from engine.inference import above, as_rgb, class_thresholds, detect_image
 from engine.notices import notice_once
+from heads.regions import nms
 
 BORDER = 2             # px: a detection that comes this close to an inner border is cut
 SAME_OBJECT = 0.5      # IoU from which two detections of a class are one object

@@ -99,7 +99,8 @@ def valid_anchors(pyramid: Pyramid, size: list, per_cell: int) -> list[Tensor]:
     device = pyramid.image_sizes.device
     height, width = size
     in_cell = torch.arange(per_cell, device=device)
-    valid, start = [], 0
+    valid = []
+    start = 0
     for (H, W), stride in zip(pyramid.shapes, pyramid.strides):
         rows = torch.arange(min(H, math.ceil(height / stride)), device=device)
         columns = torch.arange(min(W, math.ceil(width / stride)), device=device)

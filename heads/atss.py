@@ -51,7 +51,8 @@ class ATSS(CenternessHead):
         distance = (anchor_centers[:, None] - object_centers).square().sum(-1).sqrt()   # (A, n)
 
         # lines 3-6: candidates of each object, c of them
-        candidates, start = [], 0
+        candidates = []
+        start = 0
         for level in distance.split(counts):
             nearest = level.topk(min(CANDIDATES, len(level)), 0, largest=False).indices
             candidates.append(nearest + start)
@@ -102,7 +103,8 @@ def atss_losses(
     if classes is not None:
         cls = cls * classes
     positive = (labels < logits.shape[-1]).nonzero(as_tuple=True)
-    anchors, boxes = anchors[positive], boxes[positive]                            # (P, 4) each
+    anchors = anchors[positive]                                                    # (P, 4)
+    boxes = boxes[positive]                                                        # (P, 4)
     truth = centerness_targets(anchors, boxes)                                     # (P,)
     giou = giou_losses(deltas[positive], anchors, boxes) * truth                   # (P,)
     bce = F.binary_cross_entropy_with_logits(centerness[positive], truth, reduction="sum")

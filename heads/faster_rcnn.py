@@ -30,10 +30,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from boxes import at_least_float32, box_area, paired_giou
-from heads.regions import clip_boxes, decode_deltas, encode_deltas, nms, roi_align
 from heads.anchors import (NINE_SIZES, Objects, Pyramid, assign_anchors, assign_by_iou,
                            assigned_objects, conv_norm_relu, delta_std, detections_after_nms,
                            grid_anchors, init_convolutions, sample)
+from heads.regions import clip_boxes, decode_deltas, encode_deltas, nms, roi_align
 from matcher import copy_to_device, copy_to_host, focal_loss
 
 BINS = 7                    # a region's features are BINS x BINS
@@ -83,7 +83,7 @@ def rpn_targets(pyramid: Pyramid, anchors: list[Tensor], objects: list[Objects],
 
     anchors: per level (A_l, 4) -> `sampled` (B, A) bool, `positive` (B, A) bool: the positive ones
     of the sampled, `target_deltas` (B, A, 4): to their objects, zeros for all other anchors."""
-    assigned = assign_anchors(assign_rpn_anchors, pyramid, anchors, objects)         # (B, A)
+    assigned = assign_anchors(assign_rpn_anchors, pyramid, anchors, objects)       # (B, A)
     anchors = torch.cat(anchors)                                                   # (A, 4)
     on_host = assigned.cpu()
     sampled = torch.zeros(on_host.shape, dtype=torch.bool)
@@ -113,7 +113,7 @@ def rpn_losses(logits: Tensor, deltas: Tensor, sampled: Tensor, positive: Tensor
     count = (positives + negatives).sum()
     truth = positive.to(logits)
     cls = F.binary_cross_entropy_with_logits(logits, truth, reduction="none")      # (B, A)
-    l1 = (deltas - target_deltas).abs().sum(-1)                                        # (B, A)
+    l1 = (deltas - target_deltas).abs().sum(-1)                                    # (B, A)
     cls = (cls * sampled).sum() / count
     l1 = (l1 * positive).sum() / count
     return {"cls": cls, "l1": l1}

@@ -98,7 +98,7 @@ class FCOS(CenternessHead):
         inside = distances.amin(-1) > 0                                            # (A, n)
         lower, upper = size_ranges(strides[:, 0], counts)                          # (A,) each
         largest = distances.amax(-1)                                               # (A, n)
-        fits = (largest > lower[:, None]) & (largest <= upper[:, None])
+        fits = (largest > lower[:, None]) & (largest <= upper[:, None])            # (A, n)
         area = box_area(boxes).expand_as(largest)                                  # (A, n)
         area = torch.where(near & inside & fits, area, torch.inf)
         smallest, index = area.min(1)                                              # (A,) each
@@ -128,7 +128,8 @@ def size_ranges(strides: Tensor, counts: list[int]) -> tuple[Tensor, Tensor]:
 
     4 to 8 strides of the point's level; on the finest level from 0, on the coarsest without an
     upper limit. strides (A,), counts: how many points each level has, finest first."""
-    lower, upper = 4 * strides, 8 * strides
+    lower = 4 * strides
+    upper = 8 * strides
     lower[:counts[0]] = 0
     upper[len(upper) - counts[-1]:] = torch.inf
     return lower, upper
@@ -177,7 +178,8 @@ def fcos_losses(
     total_centerness = counts[1].clamp(min=1e-6)
     cls = focal_loss(logits, labels) * weights[..., None]                          # (B, A, N)
     positive = (labels < logits.shape[-1]).nonzero(as_tuple=True)
-    anchors, boxes = anchors[positive], boxes[positive]                            # (P, 4) each
+    anchors = anchors[positive]                                                    # (P, 4)
+    boxes = boxes[positive]                                                        # (P, 4)
     truth = centerness_targets(anchors, boxes)                                     # (P,)
     giou = 1 - paired_giou(FCOS.decode(deltas[positive], anchors), boxes)          # (P,)
     bce = F.binary_cross_entropy_with_logits(centerness[positive], truth, reduction="sum")

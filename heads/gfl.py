@@ -55,7 +55,7 @@ class GFL(RetinaNet):
 
 def mean_distances(deltas: Tensor) -> Tensor:
     """Eq. 5: logits (..., 4 (REG_MAX + 1)) -> distances to left, top, right, bottom (..., 4)."""
-    bins = torch.arange(REG_MAX + 1, device=deltas.device, dtype=deltas.dtype)
+    bins = torch.arange(REG_MAX + 1, device=deltas.device, dtype=deltas.dtype)     # (REG_MAX + 1,)
     return deltas.unflatten(-1, (4, -1)).softmax(-1) @ bins
 
 
@@ -81,7 +81,8 @@ def quality_loss(logits: Tensor, labels: Tensor, quality: Tensor) -> Tensor:
 def distribution_focal_loss(deltas: Tensor, distances: Tensor) -> Tensor:
     """Eq. 6: the two bins next to a true distance share its probability.
 
-    logits (P, 4 (REG_MAX + 1)), true distances (P, 4) in strides -> mean of the four sides (P,)."""
+    deltas (P, 4 (REG_MAX + 1)): logits; true distances (P, 4) in strides -> mean of the four sides
+    (P,)."""
     log_p = deltas.unflatten(-1, (4, -1)).log_softmax(-1)                          # (P, 4, 17)
     distances = distances.clamp(0, REG_MAX - 0.1)
     left = distances.long()                                                        # (P, 4)

@@ -31,10 +31,10 @@ import torch
 from torch import Tensor, nn
 
 from boxes import paired_giou
-from heads.regions import clip_boxes, decode_deltas
 from heads.anchors import (IGNORED, NINE_SIZES, Objects, Pyramid, assign_anchors, assign_by_iou,
                            assigned_objects, by_anchor, conv_norm_relu, delta_std,
                            detections_after_nms, grid_anchors, init_convolutions)
+from heads.regions import clip_boxes, decode_deltas
 from matcher import focal_loss
 
 PRIOR = 0.01                # initial probability of every class
@@ -119,7 +119,8 @@ class RetinaNet(nn.Module):
 
         The best pairs are those of the highest probability; NMS uses the scores (code). soft_nms:
         IoU threshold of soft-NMS; 0: NMS at TEST_NMS
-        -> per image scores (k,), labels (k,), boxes (k, 4) in pixels, best first."""
+        -> per image scores (k,), labels (k,), boxes (k, 4) in pixels and query (k,), best first,
+        see `detections_after_nms`."""
         outputs = self(pyramid.maps)
         anchors = self.anchors(pyramid)
         boxes = self.decode(outputs["deltas"], torch.cat(anchors))                 # (B, A, 4)
@@ -139,7 +140,8 @@ class RetinaNet(nn.Module):
 
 def best_of_levels(scores: Tensor, counts: list[int]) -> Tensor:
     """Indices of the TEST_PRE_NMS highest of each level's scores; level l has counts[l] of them."""
-    best, start = [], 0
+    best = []
+    start = 0
     for level in scores.split(counts):
         best.append(level.topk(min(TEST_PRE_NMS, len(level))).indices + start)
         start += len(level)

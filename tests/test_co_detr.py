@@ -154,7 +154,7 @@ def ten_pairs(monkeypatch):
 
 
 @pytest.mark.parametrize("case", ["two", "one_empty", "many", "none"])
-def test_denoising_queries_equal_the_authors(recorded, ten_pairs, case):
+def test_denoising_queries_equal_the_authors(recorded, monkeypatch, ten_pairs, case):
     rec = recorded("embeddings_matching_denoising")
     sizes = torch.tensor([[200.0, 150.0, 200.0, 150.0], [160.0, 120.0, 160.0, 120.0]])
     targets = []
@@ -163,8 +163,8 @@ def test_denoising_queries_equal_the_authors(recorded, ten_pairs, case):
         targets.append({"labels": t(rec[f"dn/{case}/labels{i}"]), "boxes": boxes})
     table = torch.nn.Embedding.from_pretrained(t(rec["dn/label_embedding"]))
     draws = [t(rec[key]) for key in sorted(rec) if key.startswith(f"dn/{case}/draw")]
-    queries = dino.denoising_queries(targets, table, 11, dino.Config(dn_number=10), 30,
-                                     recorded_noise(draws))
+    monkeypatch.setattr(dino, "draw_noise", recorded_noise(draws))
+    queries = dino.denoising_queries(targets, table, 11, dino.Config(dn_number=10), 30)
     assert queries.groups == int(rec[f"dn/{case}/groups"])
     assert queries.content.shape[1] == int(rec[f"dn/{case}/pad_size"])
     close(queries.content, rec[f"dn/{case}/label_query"], 1e-6, "content")

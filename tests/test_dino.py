@@ -118,14 +118,14 @@ def test_sine_embeddings_equal_the_authors(golden):
 # ------------------------------------------------------------------------------ denoising queries
 
 @pytest.mark.parametrize("case", "abcdef")
-def test_denoising_queries_equal_the_authors(golden, case):
+def test_denoising_queries_equal_the_authors(golden, draws, case):
     rec = {k[2:]: v for k, v in golden("07_denoising_queries").items() if k.startswith(f"{case}_")}
     cfg = Config(dn_number=int(rec["dn_number"]), dn_label_noise=float(rec["label_noise_ratio"]),
                  dn_box_noise=float(rec["box_noise_scale"]))
     label_enc = torch.nn.Embedding.from_pretrained(tensor(rec["label_embedding"]))
-    noise = recorded_noise(rec, cfg.dn_label_noise)
+    draws(rec, cfg)
     dn = denoising_queries(recordings.read_targets(rec), label_enc, int(rec["num_classes"]), cfg,
-                           int(rec["num_queries"]), noise)
+                           int(rec["num_queries"]))
     assert dn.groups == int(rec["groups"]) and dn.content.shape[1] == int(rec["pad_size"])
     close(dn.content, rec["query_label"], 0, "content")
     close(dn.reference, 1 / (1 + torch.exp(-tensor(rec["query_bbox"]))).numpy(), 1e-6, "reference")

@@ -1,13 +1,14 @@
 """heads/: the authors' recordings of every part, then each rule by hand."""
 import ast
+import textwrap
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+import heads
 from boxes import box_iou
-from heads.regions import decode_deltas
 from head_recordings import levels, objects_of, pyramid_of, t
 from heads import anchors as anchors_module
 from heads import atss, fcos
@@ -20,6 +21,7 @@ from heads.gfl import (GFL, REG_MAX, distribution_focal_loss, gfl_counts, gfl_lo
                        mean_distances)
 from heads.faster_rcnn import (RPN, RoIHead, best_proposals, detect_regions, pool_regions,
                                roi_losses, rpn_losses, rpn_targets, sample_regions)
+from heads.regions import decode_deltas
 from heads.retinanet import RetinaNet, retinanet_losses
 from recordings import close
 
@@ -44,6 +46,15 @@ def test_heads_import_boxes_and_matcher_only():
                 assert {alias.name.split(".")[0] for alias in node.names} <= allowed, path
             elif isinstance(node, ast.ImportFrom):
                 assert node.module.split(".")[0] in allowed, path
+
+
+def test_the_example_in_the_docstring_of_the_package_runs():
+    example = heads.__doc__.partition("RetinaNet no counts):\n\n")[2]
+    own = {"torch": torch, "Pyramid": Pyramid, "Objects": Objects, **vars(atss)}
+    exec(textwrap.dedent(example), own)
+    assert own["losses"].keys() == {"cls", "giou", "centerness"}
+    assert own["losses"]["giou"].requires_grad
+    assert own["detections"][0].keys() >= {"scores", "labels", "boxes"}
 
 
 # ---- parts against the recordings

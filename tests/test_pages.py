@@ -190,6 +190,78 @@ def test_the_backbone_of_the_guide_trains_a_detector():
     assert losses["log_size"] > 0 and model.backbone.stages[0].weight.grad.abs().sum() > 0
 
 
+# ---- pieces to copy ------------------------------------------------------------------------------
+
+def pieces():
+    """What the table of GUIDE.md tells to copy, for pieces that are files: their modules."""
+    table = PAGES["GUIDE.md"].partition("| piece | files to copy |\n")[2].partition("\n\n")[0]
+    found = []
+    for line in table.splitlines()[1:]:
+        files = line.split(" | ")[1].strip("| ").split(", ")
+        names = [name.strip("`").removesuffix("/") for name in files]
+        if all((ROOT / name).exists() for name in names):
+            found.append([name.removesuffix(".py").replace("/", ".") for name in names])
+    return found
+
+
+@pytest.mark.parametrize("piece", pieces(), ids=" ".join)
+def test_the_files_of_a_piece_import_no_other_file_of_ours(piece):
+    copied = {part for name in piece for part in parts_of(name)}
+    copied |= {name.partition(".")[0] for name in piece}
+    for part in copied & GRAPH.keys():
+        assert GRAPH[part] <= copied, part
+
+
+def test_the_table_has_pieces_that_are_files():
+    assert len(pieces()) >= 7
+
+
+def passage(file, first, last=""):
+    """The source of the definitions of a file from `first` to `last`."""
+    source = (ROOT / file).read_text()
+    nodes = {}
+    for node in ast.parse(source).body:
+        name = node.targets[0].id if isinstance(node, ast.Assign) else getattr(node, "name", "")
+        nodes[name] = node
+    lines = source.splitlines()
+    return "\n".join(lines[nodes[first].lineno - 1:nodes[last or first].end_lineno])
+
+
+COPIED_IMPORTS = """
+import math
+from typing import NamedTuple
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from boxes import box_cxcywh_to_xyxy, box_xyxy_to_cxcywh, inverse_sigmoid
+from matcher import Matches, copy_to_device
+"""
+
+
+def test_the_passage_about_denoising_queries_works_copied():
+    own = {}
+    for part in (("EPS",), ("MAX_DENOISING_QUERIES",), ("Denoising", "denoising_mask")):
+        assert all(f"`{name}`" in PAGES["GUIDE.md"] for name in part)
+        exec(COPIED_IMPORTS + passage("dino.py", *part), own)
+    cfg = types.SimpleNamespace(denoising="contrastive", dn_number=100, dn_label_noise=0.5,
+                                dn_box_noise=1.0)
+    targets = [{"labels": torch.tensor([1, 0]), "boxes": torch.full((2, 4), 0.5)}]
+    queries = own["denoising_queries"](targets, torch.nn.Embedding(3, 8), 3, cfg, 10)
+    assert queries.content.shape == (1, 200, 8) and queries.attn_mask.shape == (210, 210)
+
+
+def test_the_passage_about_tokens_and_references_works_copied():
+    own = {}
+    for file, *part in (("detr.py", "sine_embedding"), ("deformable_detr.py", "Memory"),
+                        ("deformable_detr.py", "flatten_pyramid", "encoder_references")):
+        assert all(f"`{name}`" in PAGES["GUIDE.md"] for name in part)
+        exec(COPIED_IMPORTS + passage(file, *part), own)
+    maps = [torch.randn(1, 64, 8, 8), torch.randn(1, 64, 4, 4)]
+    padding = torch.zeros(1, 64, 64, dtype=torch.bool)
+    memory = own["flatten_pyramid"](maps, padding, torch.zeros(2, 64), [], {})
+    assert own["encoder_references"](memory).shape == (1, 80, 2, 2)
+
+
 def test_the_replay_of_a_log_writes_every_scalar(tmp_path, monkeypatch):
     block = python_block("tensorboard")
     written = []

@@ -30,7 +30,7 @@ def read(root: Path) -> Labels:
     files = sorted(root.rglob("*.xml"))
     if not files:
         raise UserError(f"{root}: expected XML files of labels, got none")
-    sets = image_sets(root, labels)
+    sets = image_sets(root)
     used = set()
     left_out = 0
     for path in files:
@@ -54,7 +54,7 @@ def read(root: Path) -> Labels:
     return labels
 
 
-def image_sets(root: Path, labels: Labels) -> dict[str, str]:
+def image_sets(root: Path) -> dict[str, str]:
     """Return {name without suffix: split} of ImageSets/Main, {} if there is none.
 
     Without train.txt, what trainval.txt lists is undivided.
