@@ -15,7 +15,7 @@ import numpy as np
 
 from engine.errors import UserError
 from engine.images import MAX_PIXELS
-from engine.notices import one_line, quoted
+from engine.notices import one_line, plural, quoted
 from engine.segmentations import segmentation_fault
 
 # Where the json and the images of a split may be, relative to the data folder. COCO's place first.
@@ -213,11 +213,6 @@ def refuse_fatal(path: str | Path, problems: list[Problem]) -> None:
         raise UserError(
             f"{path}: expected a usable COCO json, got {plural(len(fatal), 'fatal problem')}: "
             f"{named}; python -m tools.check_data DIR lists all")
-
-
-def plural(count: int, noun: str) -> str:
-    """Return e.g. "1 error", "2 errors"."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
 
 
 def entry_problems(content, part):

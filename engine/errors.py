@@ -30,7 +30,7 @@ def user_errors(program: str):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + 13)
     except (UserError, FloatingPointError) as error:
-        sys.exit(f"{program}: error: {one_line(error)}")
+        sys.exit(f"{program}: error: {error_line(error)}")
     except (MemoryError, RuntimeError) as error:
         if NOT_DETERMINISTIC in str(error):
             operation = str(error).partition(NOT_DETERMINISTIC)[0].strip()
@@ -38,7 +38,7 @@ def user_errors(program: str):
                      f"{operation}, which has none on this device: leave out --deterministic")
         if not is_out_of_memory(error):
             raise
-        sys.exit(f"{program}: error: out of memory ({one_line(error) or 'MemoryError'}): try "
+        sys.exit(f"{program}: error: out of memory ({error_line(error) or 'MemoryError'}): try "
                  "smaller images or --device cpu")
     except OSError as error:
         if error.errno is None or error.strerror is None:
@@ -53,7 +53,7 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, kinds) or "can't allocate memory" in str(error)
 
 
-def one_line(error: Exception) -> str:
+def error_line(error: Exception) -> str:
     """The message of an error in one line, without control characters. A damaged file may put
     values of any length into it: the end of a very long message is left out."""
     text = printable(" ".join(str(error).split()))

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from engine.errors import UserError, is_out_of_memory, one_line
+from engine.errors import UserError, error_line, is_out_of_memory
 from engine.notices import notice_once
 from engine.processes import gather, own_place
 
@@ -392,5 +392,5 @@ def lost_peers(run):
             raise
         raise UserError(
             "another process of this run has ended or does not answer; the first error among those "
-            f"of all processes says why ({one_line(error)[:200]}). Continue with --resume --out "
+            f"of all processes says why ({error_line(error)[:200]}). Continue with --resume --out "
             f"{run.out}") from error

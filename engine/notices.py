@@ -31,3 +31,8 @@ def one_line(value, limit: int = 200) -> str:
     text = value if isinstance(value, str) else reprlib.repr(value)
     text = "".join(letter if letter.isprintable() else "?" for letter in text[:limit + 1])
     return text if len(text) <= limit else text[:limit - 3] + "..."
+
+
+def plural(count: int, noun: str) -> str:
+    """Return e.g. "1 error", "2 errors"."""
+    return f"{count} {noun}" + ("" if count == 1 else "s")

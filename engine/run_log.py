@@ -12,10 +12,10 @@ import data
 from deformable_attn import verify_kernel
 from engine.batch_norm import restore_statistics
 from engine.batches import OVERFIT_AP
-from engine.coco_json import plural
 from engine.errors import printable
 from engine.files import complete_file
 from engine.machine import cores
+from engine.notices import plural
 from engine.recipe import configure, preset_values
 
 LOG_EVERY = 10     # steps between lines of log.jsonl

@@ -23,9 +23,10 @@ from typing import ClassVar, Literal
 import tyro
 
 from engine import checkpoints
-from engine.coco_json import json_path, plural, read_json
+from engine.coco_json import json_path, read_json
 from engine.errors import UserError, user_errors
 from engine.models import load_paper
+from engine.notices import plural
 from engine.plots import convergence as plot_convergence
 from engine.plots import ladder as plot_ladder
 from engine.plots import read_log

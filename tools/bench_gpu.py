@@ -33,7 +33,7 @@ import torch
 import dino
 import train
 from deformable_attn import verify_kernel
-from engine.errors import UserError, one_line
+from engine.errors import UserError, error_line
 from engine.files import write_json
 from engine.layers import compile_or_recompute
 from engine.recipe import configure
@@ -157,7 +157,7 @@ def kernel(name, device):
             try:
                 row |= measure(name, case, dtype, device)
             except Exception as error:       # a peer may fail in any way
-                row["failed"] = one_line(error)[:100] or type(error).__name__
+                row["failed"] = error_line(error)[:100] or type(error).__name__
             yield row
 
 
@@ -266,7 +266,7 @@ def memory(device):
             try:
                 row["ms"], row["gib"] = step_cost(setting)
             except RuntimeError as error:     # too little memory; the next row may fit
-                row["failed"] = one_line(error)[:100]
+                row["failed"] = error_line(error)[:100]
             yield row
 
 
@@ -292,7 +292,7 @@ def transformers(device):
                     call = partial(function, dtype == "bfloat16")
                     row["ms"] = median_ms(call, STEP_SECONDS[device] / 2)
                 except Exception as error:        # the package, in half precision
-                    row["failed"] = one_line(error)[:100] or type(error).__name__
+                    row["failed"] = error_line(error)[:100] or type(error).__name__
                 yield row
 
 

@@ -18,11 +18,11 @@ from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_count
                   objects_per_image)
 from engine import coco_json, lvis
 from engine.class_labels import match_classes
-from engine.coco_json import Problem, plural
+from engine.coco_json import Problem
 from engine.errors import UserError, printable, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
-from engine.notices import one_line
+from engine.notices import one_line, plural
 from transforms import resized_size
 
 # The quick check at the start of a run:

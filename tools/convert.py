@@ -27,10 +27,10 @@ import numpy as np
 import tyro
 
 from engine import coco_json
-from engine.coco_json import plural
 from engine.commands import require
 from engine.errors import UserError, user_errors
 from engine.flags import one_line_usage
+from engine.notices import plural
 from tools import check_data, labels_coco, labels_csv, labels_voc, labels_yolo
 from tools.labels import UNDIVIDED, LabeledImage, Labels, print_some
 

@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from engine.coco_json import plural
 from engine.errors import UserError
 from engine.images import SUFFIXES, UnreadableImage, read_header, upright_size
-from engine.notices import one_line
+from engine.notices import one_line, plural
 
 # Names of folders and files that stand for a split.
 SPLITS = {

@@ -11,8 +11,8 @@ from collections import Counter
 from pathlib import Path
 
 from engine import coco_json
-from engine.coco_json import plural
 from engine.errors import UserError
+from engine.notices import plural
 from tools.labels import (LabeledImage, Labels, Object, image_files, image_size, read_text,
                           split_of_file)
 

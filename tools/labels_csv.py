@@ -14,9 +14,8 @@ a column `split`, tables and folders called train, val or valid, test divide the
 import csv
 from pathlib import Path
 
-from engine.coco_json import plural
 from engine.errors import UserError
-from engine.notices import one_line
+from engine.notices import one_line, plural
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box, image_files,
                           image_size, name_classes, number, read_text, split_of_file)
 

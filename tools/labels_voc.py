@@ -13,10 +13,9 @@ import re
 from pathlib import Path
 from xml.etree import ElementTree
 
-from engine.coco_json import plural
 from engine.errors import UserError
 from engine.images import SUFFIXES
-from engine.notices import one_line
+from engine.notices import one_line, plural
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box, image_files,
                           image_size, name_classes, number, read_text, split_of)
 

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import yaml
 
-from engine.coco_json import plural
 from engine.errors import UserError
 from engine.images import SUFFIXES
-from engine.notices import one_line
+from engine.notices import one_line, plural
 from tools.labels import (OUTSIDE, SPLITS, UNDIVIDED, LabeledImage, Labels, NoArea, Object,
                           image_files, image_size, listed_names, number, read_text, split_of)
 

@@ -18,10 +18,10 @@ from pathlib import Path
 
 import tyro
 
-from engine.coco_json import plural
 from engine.datasets import validation_set
 from engine.errors import UserError, user_errors
 from engine.models import load_model
+from engine.notices import plural
 from eval import evaluate
 from tools.ablations import COMPARISON, ROOT, Row, Runs, comparison, mean, train_one, words_of
 from tools.reduce_log import reduce_log
