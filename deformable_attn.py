@@ -35,8 +35,9 @@ From feature maps to tokens and reference points, as in an encoder whose queries
     output = attention(tokens, reference, tokens, shapes)                    # (B, S, C)
 
 This file holds the module, the operator in two forms and its reference implementation.
-deformable_attn_build.py compiles and registers the kernels: copy all files deformable_attn* to use
-the attention elsewhere. `python deformable_attn.py` runs a self-test.
+deformable_attn_build.py compiles the kernels, deformable_attn_operator.py registers and verifies
+them: copy all files deformable_attn* to use the attention elsewhere. `python deformable_attn.py`
+runs a self-test.
 
 `ms_deform_attn` takes the arguments of the authors' MSDeformAttnFunction, with shapes as a list. It
 needs neither level_start_index (levels follow each other) nor im2col_step. The kernels have no
@@ -50,9 +51,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-import deformable_attn_build as build
-from deformable_attn_build import (BuildError, KernelError, check_arguments, coordinate_dtype,
-                                   use_kernel, verify_kernel)
+import deformable_attn_operator
+from deformable_attn_build import BuildError
+from deformable_attn_operator import (KernelError, check_arguments, coordinate_dtype, use_kernel,
+                                      verify_kernel)
 
 __all__ = ["BuildError", "KernelError", "MSDeformAttn", "ms_deform_attn", "ms_deform_attn_fused",
            "ms_deform_attn_torch", "sampling_locations", "verify_kernel"]
@@ -244,8 +246,8 @@ def _flat(shapes):
     return [n for shape in shapes for n in shape]
 
 
-build.reference_implementation = _reference_implementation
+deformable_attn_operator.reference_implementation = _reference_implementation
 
 
 if __name__ == "__main__":
-    build.self_test(ms_deform_attn_fused)
+    deformable_attn_operator.self_test(ms_deform_attn_fused)

@@ -14,6 +14,7 @@ import torch
 
 import deformable_attn
 import deformable_attn_build as build
+import deformable_attn_operator as operator
 from deformable_attn import (
     ms_deform_attn_fused,
     ms_deform_attn_torch,
@@ -142,8 +143,8 @@ def run(kernels, shapes, inputs, grad_output):
     kernels, deterministic = kernels
     flat, fused = [n for shape in shapes for n in shape], inputs[3] is not None
     value, points, weights, reference = [None if t is None else t.detach() for t in inputs]
-    output = build.run_forward(kernels, value, flat, points, weights, reference)
-    grads = build.run_backward(
+    output = operator.run_forward(kernels, value, flat, points, weights, reference)
+    grads = operator.run_backward(
         kernels,
         grad_output.to(value.dtype),
         value,

@@ -14,6 +14,7 @@ from torch.autograd import gradcheck
 
 import deformable_attn
 import deformable_attn_build as build
+import deformable_attn_operator as operator
 from deformable_attn import (
     MSDeformAttn,
     ms_deform_attn,
@@ -322,8 +323,8 @@ def test_a_value_that_is_not_finite_does_not_reach_points_outside_the_map(reques
         (gradient,) = torch.autograd.grad(output.sum(), weights)
     else:
         kernels = request.getfixturevalue(name)
-        output = build.run_forward(kernels, value, [3, 4], locations, weights, None)
-        gradient = build.run_backward(
+        output = operator.run_forward(kernels, value, [3, 4], locations, weights, None)
+        gradient = operator.run_backward(
             kernels, torch.ones_like(output), value, [3, 4], locations, weights, None, False, False
         )[2]
     assert torch.equal(output.isfinite(), expected.isfinite())
@@ -388,7 +389,7 @@ def test_neighboring_lanes_add_to_neighboring_channels(request, name, dtype, sec
     locations = torch.linspace(0.2, 0.8, 10).view(1, 1, 1, 1, 5, 2)
     weights = torch.ones(1, 1, 1, 1, 5)
     kernels.library.count_sectors(1)
-    build.run_backward(
+    operator.run_backward(
         kernels,
         torch.ones(1, 1, 32, dtype=dtype),
         value,
@@ -410,10 +411,10 @@ def test_gradcheck(loops):
             for t in problem([(3, 4), (1, 2)], B=1, Nq=3, M=2, D=3, K=2, reference=reference)
             if t is not None
         ]
-        operator = ms_deform_attn_fused if reference else ms_deform_attn
+        attention = ms_deform_attn_fused if reference else ms_deform_attn
 
         def function(value, *rest):
-            return operator(value, [(3, 4), (1, 2)], *rest, impl="kernel")
+            return attention(value, [(3, 4), (1, 2)], *rest, impl="kernel")
 
         assert gradcheck(function, inputs, fast_mode=True)
 

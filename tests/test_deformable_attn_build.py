@@ -12,11 +12,12 @@ import pytest
 import torch
 
 import deformable_attn_build as build
+import deformable_attn_operator as operator
 from deformable_attn import ms_deform_attn
 
 ROOT = Path(build.__file__).parent
-FILES = ["deformable_attn.py", "deformable_attn_build.py", "deformable_attn_kernel.cpp",
-         "deformable_attn_kernel.cu"]
+FILES = ["deformable_attn.py", "deformable_attn_operator.py", "deformable_attn_build.py",
+         "deformable_attn_kernel.cpp", "deformable_attn_kernel.cu"]
 
 
 def python(code, folder=ROOT, **environment):
@@ -60,7 +61,7 @@ for _ in range(3):
 
 def forget_kernels():
     build.load_kernels.cache_clear()
-    build._verify.cache_clear()
+    operator._verify.cache_clear()
 
 
 @pytest.fixture
@@ -301,7 +302,7 @@ def test_the_problem_struct_is_the_same_in_all_three_files():
     assert fields[0] == fields[1] == [name for name, _ in build.Problem._fields_]
 
 
-def test_the_four_files_work_copied_alone(tmp_path):
+def test_the_five_files_work_copied_alone(tmp_path):
     if isinstance(build.load_kernels("cpu", None), build.BuildError):
         pytest.skip("no kernel")
     for name in FILES:
@@ -374,11 +375,11 @@ def test_a_wrong_kernel_ends_in_one_error_that_names_the_way_on(
         wrong_kernel, passage, replacement, wrong):
     wrong_kernel(passage, replacement)
     for _ in range(2):
-        with pytest.raises(build.KernelError, match=wrong) as caught:
+        with pytest.raises(operator.KernelError, match=wrong) as caught:
             ms_deform_attn(*ONE_POINT)
         assert "--impl torch" in str(caught.value) and "\n" not in str(caught.value)
-    with pytest.raises(build.KernelError):
-        build.verify_kernel("cpu")
+    with pytest.raises(operator.KernelError):
+        operator.verify_kernel("cpu")
     assert ms_deform_attn(*ONE_POINT, impl="torch").tolist() == [[[1.0, 1.0]]]
 
 
@@ -386,13 +387,13 @@ def test_the_comparison_leaves_no_trace():
     """No random number is drawn, and no mode of the caller reaches it."""
     if isinstance(build.load_kernels("cpu", None), build.BuildError):
         pytest.skip("no kernel")
-    build._verify.cache_clear()
+    operator._verify.cache_clear()
     state = torch.get_rng_state()
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16), torch.device("meta"):
-        assert build.verify_kernel("cpu")
+        assert operator.verify_kernel("cpu")
     assert torch.equal(torch.get_rng_state(), state)
     start = time.perf_counter()
-    assert build.verify_kernel("cpu")
+    assert operator.verify_kernel("cpu")
     assert time.perf_counter() - start < 0.1
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.library import opcheck
 
 import deformable_attn_build as build
+import deformable_attn_operator as operator
 from deformable_attn import (
     MSDeformAttn,
     ms_deform_attn,
@@ -95,10 +96,10 @@ def test_one_compiled_graph_serves_every_image_size(loops, reference):
 @pytest.mark.parametrize("reference", [0, 2])
 def test_second_derivatives_and_forward_mode_raise(loops, reference):
     inputs = [t.requires_grad_() for t in problem(reference=reference) if t is not None]
-    operator = ms_deform_attn_fused if reference else ms_deform_attn
+    attention = ms_deform_attn_fused if reference else ms_deform_attn
 
     def function(value, impl="kernel"):
-        return operator(value, PYRAMID, *inputs[1:], impl=impl).square().sum()
+        return attention(value, PYRAMID, *inputs[1:], impl=impl).square().sum()
 
     (gradient,) = torch.autograd.grad(function(inputs[0]), inputs[0], create_graph=True)
     with pytest.raises(NotImplementedError, match='impl="torch"'):
@@ -124,13 +125,13 @@ def test_second_derivatives_and_forward_mode_raise(loops, reference):
 @pytest.mark.parametrize("impl", ["torch", "kernel"])
 def test_references_in_pixels_give_one_warning(loops, monkeypatch, impl):
     value, offsets, logits, reference = problem(reference=2, dtype=torch.float32)
-    monkeypatch.setattr(build, "_examined_devices", set())
+    monkeypatch.setattr(operator, "_examined_devices", set())
     with pytest.warns(UserWarning, match="divide pixels by the width and height") as record:
         for _ in range(2):
             ms_deform_attn_fused(value, PYRAMID, offsets, logits, 100 + reference, impl)
     assert len(record) == 1
     # One reference within reach is enough.
-    build._examined_devices.clear()
+    operator._examined_devices.clear()
     partly = torch.where(torch.arange(6)[:, None, None] == 3, reference, 100 + reference)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -196,7 +197,7 @@ def test_more_than_the_kernels_can_number_is_refused(emulated):
     with pytest.raises(ValueError, match="fewer than 2.29 tokens"):
         ms_deform_attn(large(1, S, 1, 1), [(1, S)], large(1, 1, 1, 1, 1, 2), large(1, 1, 1, 1, 1))
     with pytest.raises(RuntimeError, match="cells .* deterministic .* got 2172715008: use smaller"):
-        build.run_backward(
+        operator.run_backward(
             emulated,
             large(2**15, 1, 32),
             large(2**15, 2**16, 1, 1),
