@@ -269,6 +269,7 @@ class CocoFolder(DetectionData):
     load_masks: samples have masks, unless the json has none (then `has_masks` is False); with
         IF_COMPLETE also unless some objects have none, which is else refused
     annotations, images: explicit paths of the json and of the image folder
+    content: what the json holds, where it has been read already
 
     A json of LVIS is read as it is (engine/lvis.py), its images from the folders it names.
 
@@ -284,14 +285,15 @@ class CocoFolder(DetectionData):
     """
 
     def __init__(self, root, split="train", transform=None, load_masks=False,
-                 annotations=None, images=None):
+                 annotations=None, images=None, content=None):
         root = Path(root)
         self.name = root.name
         self.split = split
         self.transform = transform or Transform()
         self.load_masks = load_masks
         self.path = Path(annotations or coco_json.json_path(root, split))
-        content = coco_json.read_json(self.path, root, split)
+        if content is None:
+            content = coco_json.read_json(self.path, root, split)
         if split == "test":
             content.setdefault("annotations", [])   # those of a test set are often not public
         self.problems = coco_json.json_problems(content)

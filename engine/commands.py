@@ -94,10 +94,11 @@ def with_data(detector, folder="", json=""):
 
 def open_json(json, folder, detector):
     """The CocoFolder of a json, see `with_data`."""
-    labeled = "annotations" in read_json(json)
+    content = read_json(json)
+    labeled = "annotations" in content
     folder = folder or Path(json).parent.parent
     masks = getattr(detector.paper, "NEEDS_MASKS", False)
-    return data.CocoFolder(folder, "val" if labeled else "test", annotations=json,
+    return data.CocoFolder(folder, "val" if labeled else "test", annotations=json, content=content,
                            transform=data.eval_transform(detector.recipe),
                            load_masks=labeled and masks)
 
