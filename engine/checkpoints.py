@@ -231,19 +231,19 @@ def check_forms(path: Path, state: dict) -> None:
         check_values(state["run"], RUN_DEFAULTS)
 
 
-def newest(folder: str | Path) -> Path:
-    """The newest complete checkpoint that a run folder can continue from: last.pt, or else
-    last.pt.prev. Prints which one."""
+def newest(folder: str | Path) -> tuple[Path, dict]:
+    """The newest complete checkpoint that a run folder can continue from, last.pt or else
+    last.pt.prev: its path and what it holds. Prints which one."""
     last = Path(folder) / "last.pt"
     reasons = []
     for path in (last, last.with_name("last.pt.prev")):
         try:
-            load(path)
+            state = load(path)
         except UserError as error:
             reasons.append(str(error))
             continue
         print(f"resuming from {path}" + (f", for {reasons[0]}" if reasons else ""))
-        return path
+        return path, state
     raise UserError(f"nothing to resume in {folder}: {reasons[0]}. Start the run without --resume")
 
 

@@ -88,8 +88,9 @@ def parse_resume(argv, given, run_class, description) -> tuple:
     """A resumed run has the settings of its checkpoint; flags that contradict them are refused."""
     path = Path(given["resume"] or given.get("out") or f"runs/{given.get('model') or 'dino'}")
     if path.is_dir() or not given["resume"]:
-        path = checkpoints.newest(path)
-    state = checkpoints.load(path)
+        path, state = checkpoints.newest(path)
+    else:
+        state = checkpoints.load(path)
     checkpoints.check_fields(path, state, checkpoints.RESUME_FIELDS)
     paper = load_paper(state["model_name"])
     saved = saved_run(run_class, state, path)
