@@ -44,7 +44,7 @@ from engine.images import SUFFIXES, UnreadableImage, read_image
 from engine.inference import (above, allow_detections, class_thresholds, detect_image,
                               detect_on_canvas, predict, reaches, require_finite)
 from engine.layers import prepare_attention
-from engine.machine import prepare_cpu
+from engine.machine import lost_peers, prepare_cpu
 from engine.processes import gather
 from engine.scoring import score
 from engine.tiles import detect_tiled, refuse_masks
@@ -538,7 +538,7 @@ def write_results(path, results, boxes_only=False, rank=0, world=1):
 
 
 def main(argv=None):
-    with user_errors("eval.py"):
+    with user_errors("eval.py"), lost_peers("Start the evaluation again"):
         options = commands.parse(Options, "eval.py", __doc__, argv)
         options.check()
         device, rank, world = commands.join_processes(options.device)

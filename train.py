@@ -362,7 +362,7 @@ def main(argv: list[str] | None = None) -> None:
         run, cfg, recipe = parse(sys.argv[1:] if argv is None else argv)
         if run.check_data:
             sys.exit(1 if check_data.check(run.check_data) else 0)
-        with memory_advice(run, recipe), lost_peers(run):
+        with memory_advice(run, recipe), lost_peers(f"Continue with --resume --out {run.out}"):
             train(run, cfg, recipe)
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()

@@ -383,8 +383,9 @@ def next_flag(error, run, recipe) -> str:
 
 
 @contextlib.contextmanager
-def lost_peers(run):
-    """Turn the error of a message to a process that is gone into a UserError."""
+def lost_peers(remedy: str):
+    """Turn the error of a message to a process that is gone into a UserError. remedy: what to do
+    then, the end of its message."""
     try:
         yield
     except RuntimeError as error:
@@ -392,5 +393,4 @@ def lost_peers(run):
             raise
         raise UserError(
             "another process of this run has ended or does not answer; the first error among those "
-            f"of all processes says why ({error_line(error)[:200]}). Continue with --resume --out "
-            f"{run.out}") from error
+            f"of all processes says why ({error_line(error)[:200]}). {remedy}") from error

@@ -13,17 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 
+import eval as evaluation
 import train
 from coco_folders import POLYGON, edit_json, json_file, truncate, write_folder
 from deformable_attn import KernelError, MSDeformAttn
 from engine import checkpoints, coco_json, commands, layers, models
 from engine import machine as machines
 from engine.datasets import build_datasets
-from engine.errors import UserError, user_errors
+from engine.errors import UserError
 from engine.machine import lost_peers, set_up_machine
 from engine.recipe import Recipe
 from engine.schedules import is_kept
 from small_runs import FLAGS, at_step, cheap_runs, config, forked, run, same  # noqa: F401
+from tiny_checkpoint import write_checkpoint
 
 KILLED_PEER_SECONDS = 20     # within which the others end, on a busy machine
 
@@ -228,8 +230,8 @@ def train_on(rank, folder, data):
     with pytest.MonkeyPatch.context() as patch:
         record_readers(patch, rank, folder)
         try:
-            with user_errors("train.py"), lost_peers(SimpleNamespace(out="runs/x")):
-                train.train(run(folder, data=str(data)), *config("deformable_detr"))
+            train.main([*FLAGS, "--model=deformable_detr", f"--data={data}",
+                        f"--out={folder / 'run'}"])
         except SystemExit as error:
             (folder / f"{rank}.txt").write_text(str(error))
             os._exit(3)
@@ -274,6 +276,31 @@ def test_the_others_end_with_the_reason_when_the_reader_is_killed(tmp_path):
     assert "\n" not in text
 
 
+def evaluate_with_a_killed_reader(rank, folder, data, checkpoint):
+    """Evaluate, and write down the message of the end. Rank 0 is killed when it reads the json."""
+    def killed(*args):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(coco_json, "read_json", killed)
+        try:
+            evaluation.main([f"--checkpoint={checkpoint}", f"--data={data}", "--device=cpu",
+                             f"--out={folder / 'out'}"])
+        except SystemExit as error:
+            (folder / f"{rank}.txt").write_text(str(error))
+            os._exit(3)
+
+
+def test_an_evaluation_ends_with_the_reason_when_the_reader_is_killed(tmp_path):
+    data = two_classes(tmp_path)
+    args = tmp_path, data, write_checkpoint(tmp_path / "best.pt")
+    codes = forked(2, evaluate_with_a_killed_reader, *args, timeout=KILLED_PEER_SECONDS)
+    assert codes == [-signal.SIGKILL, 3]
+    text = (tmp_path / "1.txt").read_text()
+    assert text.startswith("eval.py: error: another process of this run has ended")
+    assert text.endswith("Start the evaluation again") and "\n" not in text
+
+
 # ---- a process that dies -------------------------------------------------------------------------
 
 def train_until_killed(rank, world, folder, seconds):
@@ -285,8 +312,9 @@ def train_until_killed(rank, world, folder, seconds):
     with pytest.MonkeyPatch.context() as patch:
         at_step(patch, 4, lambda: started.append(time.monotonic()))
         try:
-            with user_errors("train.py"), lost_peers(SimpleNamespace(out="runs/x")):
-                train.train(run(folder, save_every=1), *settings_of(world))
+            train.main([*FLAGS, "--model=deformable_detr", "--preset=paper",
+                        f"--batch_size={world}", "--train_sizes=64,96", "--save_every=1",
+                        f"--out={folder / 'run'}"])
         except SystemExit as error:
             (folder / f"{rank}.txt").write_text(str(error))
             assert time.monotonic() - started[0] < seconds
@@ -306,7 +334,7 @@ def test_processes_end_with_the_reason_when_one_is_killed_and_nothing_is_lost(tm
     for rank in range(world - 1):
         text = (tmp_path / f"{rank}.txt").read_text()
         assert text.startswith("train.py: error: another process of this run has ended")
-        assert "--resume" in text and "\n" not in text
+        assert f"Continue with --resume --out {tmp_path / 'run'}" in text and "\n" not in text
     last = tmp_path / "run" / "last.pt"
     assert checkpoints.load(last)["step"] == 4
 
@@ -319,7 +347,7 @@ def test_processes_end_with_the_reason_when_one_is_killed_and_nothing_is_lost(tm
 
 def test_other_errors_are_not_taken_for_a_lost_process():
     with pytest.raises(RuntimeError, match="^shapes do not fit$"):
-        with lost_peers(train.Run(out="x")):
+        with lost_peers("Start again"):
             raise RuntimeError("shapes do not fit")
 
 
@@ -442,7 +470,6 @@ def test_a_wrong_kernel_ends_training_and_evaluation_in_one_line(tmp_path, monke
         train.main(command)
     train.main([*command, "--impl=torch"])
     assert MSDeformAttn.impl == "torch"
-    evaluation = importlib.import_module("eval")
     command = ["--checkpoint", str(tmp_path / "run"), "--workers=0"]
     with pytest.raises(SystemExit, match="^eval.py: error: the kernel is wrong here"):
         evaluation.main(command)
