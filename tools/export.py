@@ -45,10 +45,8 @@ import transforms
 from boxes import paired_iou
 from deformable_attn import MSDeformAttn
 from engine import commands
-from engine.cli import registry
 from engine.errors import UserError, user_errors
 from engine.files import complete_file
-from engine.flags import one_line_usage
 from engine.images import read_image
 from scenes import Shapes
 
@@ -397,10 +395,7 @@ def export(options: Options) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.export"):
-        with one_line_usage("python -m tools.export", argv):
-            options = tyro.cli(Options, args=argv, prog="python -m tools.export", registry=registry,
-                               use_underscores=True, config=(tyro.conf.FlagCreatePairsOff,))
-        print(export(options))
+        print(export(commands.parse(Options, "python -m tools.export", __doc__, argv)))
 
 
 if __name__ == "__main__":

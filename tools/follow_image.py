@@ -10,13 +10,11 @@ returns. README has the same steps as a table and as a figure.
 from dataclasses import dataclass
 
 import torch
-import tyro
 
 import data
 from boxes import box_cxcywh_to_xyxy, box_iou
-from engine.commands import open_detector, require, with_data
+from engine.commands import open_detector, parse, require, with_data
 from engine.errors import UserError, user_errors
-from engine.flags import one_line_usage
 from engine.models import Loaded, build_model, load_paper
 from engine.recipe import configure
 from scenes import SCENE_CLASSES, Shapes
@@ -155,8 +153,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.follow_image"):
-        with one_line_usage("python -m tools.follow_image", argv):
-            options = tyro.cli(Options, args=argv, prog="python -m tools.follow_image")
+        options = parse(Options, "python -m tools.follow_image", __doc__, argv)
         require(options.checkpoint or not options.data, "--checkpoint with --data", "none")
         if options.checkpoint:
             detector, dataset = with_data(open_detector(options.checkpoint), options.data)
