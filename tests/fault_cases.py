@@ -76,7 +76,7 @@ def export_command(rng):
 
 
 def convert_command(rng):
-    name = rng.choice(("yolo", "voc", "csv"))
+    name = rng.choice(("yolo", "voc", "csv", "coco"))
     more = rng.choice(([], [], ["--skip_faulty"]))
     return "tools.convert", ["--from", name, f"labels/{name}", "out", *more]
 

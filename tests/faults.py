@@ -23,7 +23,7 @@ import visualize
 from coco_folders import POLYGON
 from engine import authors_names
 from engine import checkpoints
-from label_folders import csv_folder, voc_folder, yolo_folder
+from label_folders import coco_export, csv_folder, voc_folder, yolo_folder
 from small_runs import coco_folder
 from tiny_checkpoint import write_checkpoint
 
@@ -57,6 +57,7 @@ def make_materials(folder):
     yolo_folder(folder / "labels/yolo", images=1)
     voc_folder(folder / "labels/voc")
     csv_folder(folder / "labels/csv", TABLE)
+    coco_export(folder / "labels/coco")
 
     (folder / "weights").mkdir()
     for name in PAPERS:
@@ -372,12 +373,14 @@ def damage_words(rng, path):
 def damage_labels(rng, folder):
     """Damage a file or two of each format."""
     texts = []
-    for name in ("yolo", "voc", "csv"):
+    for name in ("yolo", "voc", "csv", "coco"):
         files = sorted(path for path in (folder / "labels" / name).rglob("*") if path.is_file())
         for path in rng.sample(files, rng.choice((1, 1, 2))):
             kinds = (damage_bytes, damage_place)
             if path.suffix != ".png":
                 kinds += (damage_words,) * 4
+            if path.suffix == ".json":
+                kinds += (damage_json_values,) * 4
             texts.append(f"{name}: {rng.choice(kinds)(rng, path)}")
     return "; ".join(texts)
 

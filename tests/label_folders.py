@@ -1,4 +1,6 @@
-"""Small folders of labels in YOLO, Pascal VOC and CSV format, for the tests of tools/convert.py."""
+"""Small folders of labels in every format that tools/convert.py reads, for its tests."""
+import json
+
 import numpy as np
 from PIL import Image
 
@@ -58,4 +60,20 @@ def csv_folder(root, text, images=2):
     for k in range(images):
         write_image(root / "images" / f"{k}.png")
     write_text(root / "labels.csv", text)
+    return root
+
+
+def coco_export(root, place="annotations/instances_default.json"):
+    """A COCO json of three images that are not divided, the first with a crowd and a mask."""
+    files = ["0.png", "images/1.png", r"C:\upload\2.png"]
+    entries = []
+    rows = []
+    for k, file in enumerate(files):
+        write_image(root / "images" / f"{k}.png")
+        entries.append({"id": k, "file_name": file, "width": WIDTH, "height": HEIGHT})
+        rows.append({"id": k, "image_id": k, "category_id": 3, "bbox": XYWH, "area": 7,
+                     "iscrowd": int(k == 0), "segmentation": [[4, 6, 14, 6, 14, 15]]})
+    content = {"images": entries, "annotations": rows,
+               "categories": [{"id": 3, "name": "dog"}, {"id": 1, "name": "cat"}]}
+    write_text(root / place, json.dumps(content))
     return root

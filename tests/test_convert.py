@@ -7,8 +7,8 @@ import pytest
 
 import data
 from engine.errors import UserError
-from label_folders import (BOX, HEIGHT, WIDTH, XYWH, YOLO_BOX, csv_folder, voc_folder, voc_text,
-                           write_image, write_text, yolo_folder)
+from label_folders import (BOX, HEIGHT, WIDTH, XYWH, YOLO_BOX, coco_export, csv_folder,
+                           voc_folder, voc_text, write_image, write_text, yolo_folder)
 from tools import check_data, convert
 
 
@@ -164,22 +164,6 @@ def test_a_table_may_name_splits_and_images_without_objects(tmp_path):
     out = convert_folder("csv", csv_folder(tmp_path / "in", text, 3), tmp_path / "out")
     assert len(content_of(out)["images"]) == 2 and boxes_of(out) == [XYWH]
     assert boxes_of(out, "val") == [XYWH]
-
-
-def coco_export(root, place="annotations/instances_default.json"):
-    """A COCO json of three images that are not divided, the first with a crowd and a mask."""
-    files = ["0.png", "images/1.png", "C:\\\\upload\\\\2.png"]
-    for k in range(3):
-        write_image(root / "images" / f"{k}.png")
-    entries = [{"id": k, "file_name": file.replace("\\\\", "\\"), "width": WIDTH,
-                "height": HEIGHT} for k, file in enumerate(files)]
-    mask = {"area": 7, "segmentation": [[4, 6, 14, 6, 14, 15]]}
-    rows = [{"id": k, "image_id": k, "category_id": 3, "bbox": XYWH, "iscrowd": int(k == 0)} | mask
-            for k in range(3)]
-    content = {"images": entries, "annotations": rows,
-               "categories": [{"id": 3, "name": "dog"}, {"id": 1, "name": "cat"}]}
-    write_text(root / place, json.dumps(content))
-    return root
 
 
 @pytest.mark.parametrize("place", ["annotations/instances_default.json", "result.json"])
