@@ -252,7 +252,7 @@ def named_layers(outputs: dict, prefix: str = "") -> dict[str, dict]:
     the prefix "dn", {"dn": last, "dn.aux0": first, ...}."""
     layers = {prefix: outputs}
     for i, layer in enumerate(outputs["aux_outputs"]):
-        layers[f"{prefix}.aux{i}".lstrip(".")] = layer
+        layers[f"{prefix}.aux{i}".removeprefix(".")] = layer
     return layers
 
 
