@@ -401,21 +401,8 @@ class RunFolder:
             raise UserError(f"expected the classes of the saved run, in its order, "
                             f"{one_line(state['class_names'])}, got {one_line(class_names)}: train "
                             "on the same data, or start a new run with --init and --out")
-        for name, default in vars(progress).items():
-            value = state["progress"].get(name, default)
-            check_type(name, value, default)
-            if not -1 <= value <= LARGEST:   # False for NaN
-                raise UserError(f"{path}: expected {name} of the run from -1 to {LARGEST:g}, got "
-                                f"{value}: the file is damaged")
-        progress = override(progress, state["progress"])
-        if progress.step != progress.epoch * steps_per_epoch + progress.batch:
-            saved_steps = (progress.step - progress.batch) // max(1, progress.epoch)
-            raise UserError(f"expected epochs of {saved_steps} steps as in the saved run, got "
-                            f"{steps_per_epoch}: train on the same images, with a batch that accum "
-                            "x processes divides")
-        if self.run.max_steps and progress.step >= self.run.max_steps:
-            raise UserError(f"expected --max_steps above {progress.step}, the steps this run has "
-                            f"made, got {self.run.max_steps}: give more, or leave it out")
+        progress = saved_progress(progress, state["progress"], path)
+        self._check_steps(progress, steps_per_epoch)
         load_weights(model, state["model"], path)
         if hasattr(ema, "n_averaged"):
             load_weights(ema.module, state.get("ema", {}), path)
@@ -429,6 +416,30 @@ class RunFolder:
             raise UserError(f"{path}: expected the optimizer state and random states of this run, "
                             f"got: {type(error).__name__}: {error}") from error
         return progress
+
+    def _check_steps(self, progress, steps_per_epoch: int) -> None:
+        """UserError unless the run can continue from this step, in epochs of this length."""
+        if progress.step != progress.epoch * steps_per_epoch + progress.batch:
+            saved_steps = (progress.step - progress.batch) // max(1, progress.epoch)
+            raise UserError(f"expected epochs of {saved_steps} steps as in the saved run, got "
+                            f"{steps_per_epoch}: train on the same images, with a batch that accum "
+                            "x processes divides")
+        if self.run.max_steps and progress.step >= self.run.max_steps:
+            raise UserError(f"expected --max_steps above {progress.step}, the steps this run has "
+                            f"made, got {self.run.max_steps}: give more, or leave it out")
+
+
+def saved_progress(progress, saved: dict, path: str | Path):
+    """The progress of a checkpoint. UserError for values that no run has.
+
+    progress: a new one; saved: the fields of the saved one."""
+    for name, default in vars(progress).items():
+        value = saved.get(name, default)
+        check_type(name, value, default)
+        if not -1 <= value <= LARGEST:   # False for NaN
+            raise UserError(f"{path}: expected {name} of the run from -1 to {LARGEST:g}, got "
+                            f"{value}: the file is damaged")
+    return override(progress, saved)
 
 
 def restore_optimizer(optimizer, saved: dict) -> None:

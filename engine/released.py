@@ -264,28 +264,19 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
     The DETR family has 91 COCO columns, Co-DETR 80 classes, unless the file names other classes.
     Raises UserError for weights of a model that is not built here.
     """
-    weights = state.get("model", state.get("state_dict", state))
-    check_types(weights, path)
-    options = state.get("args", {})
+    weights, options, meta = parts_of_file(state, path)
     source = "released"
-    jitter = {}
     if "model.level_embed" in weights or "class_labels_classifier.weight" in weights:
         source = "transformers'"
         weights = from_transformers(weights)
         options = transformers_options(path)
-    options = getattr(options, "__dict__", options)
-    meta = state.get("meta", {})
-    for name, part in (("args", options), ("meta", meta)):
-        if not isinstance(part, dict):
-            raise UserError(f"{path}: expected {name} to be a dictionary, got "
-                            f"{type(part).__name__}: give the file as it was released")
     check_options(options, path)
 
     try:
         family, found = recognize(weights)
         if FAMILIES[family].model_name == "co_detr":
             weights = without_training_heads(weights, path)
-            jitter = jitter_of(meta, path, found)
+            found |= jitter_of(meta, path, found)
         weights = from_authors(weights, family)
     except (KeyError, IndexError) as error:   # names and shapes of tensors
         raise UserError(f"{path}: expected all tensors of a released model, got none or another "
@@ -294,17 +285,10 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
     if variant not in ("", *paper.VARIANTS):
         raise UserError(f"expected --variant to be one of {', '.join(paper.VARIANTS)}, "
                         f"got {variant!r}")
-    known = OPTIONS | (TWO_STAGE_OPTIONS if found.get("two_stage") else {})
-    fields = {field.name for field in dataclasses.fields(paper.Config)}
-    found |= {ours: options[theirs] for theirs, ours in known.items()
-              if theirs in options and ours in fields}
-    if is_dc5(family, path) and not variant and "dilation" not in found:
-        found["dilation"] = True
+    config = complete_config(found, options, paper, variant)
+    if is_dc5(family, path) and not variant and "dilation" not in config:
+        config["dilation"] = True
         print(f"{path}: its name says DC5, so the last stage keeps stride 16")
-    chosen = paper.VARIANTS.get(variant, {})
-    if found.get("backbone") in AMBIGUOUS_BACKBONES and "backbone" in chosen:
-        found["backbone"] = chosen["backbone"]
-    config = {**chosen, **found, **jitter, "backbone_weights": "imagenet"}
 
     columns = count_classes(weights)
     labels = options.get("id2label", dict(enumerate(meta.get("CLASSES", ()))))
@@ -317,6 +301,34 @@ def convert(state: dict, path: str | Path, variant: str = "") -> dict:
         "class_names": names,
         "category_ids": COCO_IDS if names == COCO_NAMES else list(range(columns)),
         "model": weights, "epoch": 0, "step": 0}
+
+
+def parts_of_file(state: dict, path: str | Path) -> tuple[dict, dict, dict]:
+    """Weights, options and `meta` of a released file. UserError for parts of another type."""
+    weights = state.get("model", state.get("state_dict", state))
+    check_types(weights, path)
+    options = state.get("args", {})
+    options = getattr(options, "__dict__", options)     # of a Namespace
+    meta = state.get("meta", {})
+    for name, part in (("args", options), ("meta", meta)):
+        if not isinstance(part, dict):
+            raise UserError(f"{path}: expected {name} to be a dictionary, got "
+                            f"{type(part).__name__}: give the file as it was released")
+    return weights, options, meta
+
+
+def complete_config(found: dict, options: dict, paper, variant: str) -> dict:
+    """Config fields of a released file: those of the variant, replaced by what its tensors show
+    (`found`), replaced by the options saved beside them."""
+    known = OPTIONS | (TWO_STAGE_OPTIONS if found.get("two_stage") else {})
+    fields = {field.name for field in dataclasses.fields(paper.Config)}
+    saved = {ours: options[theirs] for theirs, ours in known.items()
+             if theirs in options and ours in fields}
+    chosen = paper.VARIANTS.get(variant, {})
+    config = {**chosen, **found, **saved, "backbone_weights": "imagenet"}
+    if config.get("backbone") in AMBIGUOUS_BACKBONES and "backbone" in chosen:
+        config["backbone"] = chosen["backbone"]
+    return config
 
 
 def check_types(weights, path: str | Path) -> None:
