@@ -465,17 +465,17 @@ def run_on_images(options, detector, out):
         listed, category_ids = read_listing(options.json, detector.meta)
     ids = image_ids(paths, listed)
     folder = files.prepare_folder(options.out or out / "detections")
-    least = class_thresholds(detector.meta, options.score_threshold)
+    least_scores = class_thresholds(detector.meta, options.score_threshold)
     if options.tile:
         detect = partial(detect_tiled, detector, tile=options.tile, overlap=options.overlap,
                          amp=options.amp)
     else:
         detect = partial(detect_image, detector, amp=options.amp)
-    read = detect_images(paths, ids, detect, detector.meta["class_names"], category_ids, folder,
-                         least, options.boxes_only)
-    scores = ", ".join(f"{value:.2f}" for value in sorted(set(least)))
-    print(f"{read} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
-    if not read:
+    count = detect_images(paths, ids, detect, detector.meta["class_names"], category_ids, folder,
+                          least_scores, options.boxes_only)
+    scores = ", ".join(f"{value:.2f}" for value in sorted(set(least_scores)))
+    print(f"{count} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
+    if not count:
         raise UserError("--images: expected an image that can be read, got none among "
                         f"{len(paths)}")
 

@@ -176,7 +176,8 @@ def split_flags(argv: list[str]) -> list[str]:
 
 def given_flags(argv: list[str]) -> dict[str, str]:
     """Flag -> its words as text, whatever the type of the flag is."""
-    given, name = {}, ""
+    given = {}
+    name = ""
     for word in argv:
         if word.startswith("--"):
             name = word[2:]

@@ -82,7 +82,8 @@ LADDER = {
 
 def co_detr_rows(name, title, flags) -> dict[str, Row]:
     """Co-DETR without auxiliary heads, and with one, two and three; each beside the one before."""
-    rows, last = {}, ""
+    rows = {}
+    last = ""
     for heads in ("none", "atss", "atss,rcnn", "atss,rcnn,retinanet"):
         key = f"{name}_{heads.replace(',', '_')}"
         changes = {**flags, "aux_heads": heads}
@@ -203,7 +204,7 @@ CONVERGENCE = ("detr", "deformable_detr", "dino")
 
 @dataclass
 class Runs:
-    """Trainings of the same rows with several seeds; tools/real_data.py has such, too."""
+    """What to train, with how many seeds; shared by the commands here and tools/real_data.py."""
     out: Path                # folder of the runs, one folder each
     seeds: int = 3           # runs of every row
     threads: int = 1         # CPU threads of each run
@@ -219,7 +220,7 @@ class Runs:
                 raise UserError(f"expected --{name} of at least 1, got {value}")
 
     def epochs_between_evaluations(self, epochs: int) -> int:
-        """For a run of that many epochs: evaluate at its end only."""
+        """Evaluate at the end of a run only: after all of its epochs."""
         return epochs
 
 
@@ -337,8 +338,8 @@ def train_rows(rows: dict[str, Row], options: Training) -> dict[str, list[dict]]
 
 
 def count_epochs(row: Row, steps: int, images: int) -> int:
-    """Epochs of a run of that many steps, with the batches of the preset whatever those of the row
-    are; images: those of an epoch. UserError unless the epochs are complete."""
+    """How many epochs make `steps` optimizer steps with the batch size of the preset, even where
+    the row changes that size. images: of the training set. UserError unless epochs are complete."""
     paper = load_paper(row.model)
     _, recipe = configure(paper, preset_values(paper, "small", row.flags.get("variant", "")))
     steps_per_epoch = images // recipe.batch_size

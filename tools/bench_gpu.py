@@ -361,8 +361,7 @@ def gpu(device: Device = "cuda", minutes: float = 8.8, parts: tuple[str, ...] = 
         left = 60 * minutes - (time.monotonic() - begin)
         results["parts"][name] = run_part(name, device, left)
         results["seconds"] = round(time.monotonic() - begin, 1)
-        show_progress([name, "done"] if not results["parts"][name]["failed"] else
-                      [name, results["parts"][name]["failed"]])
+        show_progress([name, results["parts"][name]["failed"] or "done"])
         write_json(path, results)
     text = tables(results)
     path.with_suffix(".md").write_text(text)

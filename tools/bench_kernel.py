@@ -269,7 +269,8 @@ def time_all(table, title, case, sets, device, seconds) -> list:
     """A row for every implementation."""
     rows = []
     for name, function in table.items():
-        cells, how = [], ""
+        cells = []
+        how = ""
         for backward in (False, True):
             try:
                 calls = [make_call(name, function, case, inputs, backward) for inputs in sets]

@@ -66,7 +66,7 @@ def plain_exact(case, value, locations, weights):
 
 # ---- others --------------------------------------------------------------------------------------
 
-def on_device(case, inputs) -> tuple[Tensor, Tensor]:
+def shapes_and_starts(case, inputs) -> tuple[Tensor, Tensor]:
     """Level shapes (L, 2) and the first token of each level (L,), as others want them."""
     shapes = torch.tensor(case.shapes, device=inputs.value.device)
     sizes = shapes.prod(1)
@@ -99,8 +99,9 @@ class Extension(torch.autograd.Function):
 def authors(case, inputs) -> Call:
     """The authors' kernel, from their extension."""
     module = importlib.import_module("MultiScaleDeformableAttention")
-    shapes, starts = on_device(case, inputs)
-    value, locations, weights = trained = in_one_type(case, inputs)
+    shapes, starts = shapes_and_starts(case, inputs)
+    trained = in_one_type(case, inputs)
+    value, locations, weights = trained
 
     def forward():
         return Extension.apply(module, value, shapes, starts, locations, weights)
@@ -111,8 +112,9 @@ def mmcv(case, inputs) -> Call:
     """The authors' kernel as mmcv compiles it: in half precision too."""
     module = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
     function = module.MultiScaleDeformableAttnFunction.apply
-    shapes, starts = on_device(case, inputs)
-    value, locations, weights = trained = in_one_type(case, inputs)
+    shapes, starts = shapes_and_starts(case, inputs)
+    trained = in_one_type(case, inputs)
+    value, locations, weights = trained
 
     def forward():
         return function(value, shapes, starts, locations, weights, IM2COL_STEP)
@@ -122,8 +124,9 @@ def mmcv(case, inputs) -> Call:
 def msda_triton(case, inputs) -> Call:
     """roulbac/msda-triton"""
     function = importlib.import_module("msda_triton").multi_scale_deformable_attention
-    shapes, starts = on_device(case, inputs)
-    value, locations, weights = trained = in_one_type(case, inputs)
+    shapes, starts = shapes_and_starts(case, inputs)
+    trained = in_one_type(case, inputs)
+    value, locations, weights = trained
 
     def forward():
         return function(value, shapes, starts, locations, weights)
@@ -139,7 +142,7 @@ def deformops(backend, case, inputs) -> Call:
     options = {"backend": getattr(registry.Backend, backend)}
     if backend == "TRITON":
         options["fp32acc"] = inputs.value.is_cuda and torch.cuda.get_device_capability() < (9, 0)
-    shapes, starts = on_device(case, inputs)
+    shapes, starts = shapes_and_starts(case, inputs)
     value, _, weights = in_one_type(case, inputs)
     locations, _ = operator_inputs(case, inputs)
     trained = [value, locations, weights]
@@ -152,7 +155,7 @@ def deformops(backend, case, inputs) -> Call:
 def dcnv4(case, inputs) -> Call:
     """DCNv4's FlashDeformAttn: locations and logits of a head in one tensor of float16."""
     function = importlib.import_module("DCNv4.functions").FlashDeformAttnFunction.apply
-    shapes, starts = on_device(case, inputs)
+    shapes, starts = shapes_and_starts(case, inputs)
     L, K = len(case.shapes), case.points
     locations, _ = operator_inputs(case, inputs)
     value = inputs.value

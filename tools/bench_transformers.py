@@ -40,7 +40,8 @@ def transformers(device: Device = DEVICE, repeats: int = 5,
     if device == "cpu":
         # our settings hold for the whole process, from then on
         rounds = [("no", ["transformers"] if as_it_comes else []), ("yes", list(passes))]
-    rows, first = [], {}
+    rows = []
+    first = {}     # (what, dtype) -> ms of its first row, for the ratios
     for settings, names in rounds:
         if settings == "yes":
             prepare_cpu()

@@ -63,7 +63,8 @@ def remove_from_cpp(text: str, function: str) -> str:
     start = re.search(rf"void {function}\([^)]*\) {{\n", text)
     if start is None:
         raise UserError(f"expected one {function}, got none")
-    depth, end = 1, start.end()
+    depth = 1
+    end = start.end()
     while depth:
         depth += {"{": 1, "}": -1}.get(text[end], 0)
         end += 1

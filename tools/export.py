@@ -268,8 +268,10 @@ def example_inputs(images: list, recipe, batch: int, size: tuple | None) -> tupl
     recipe."""
     height, width = size or (None, None)
     samples = []
+    sizes = []
     for k in range(batch):
         image = images[k % len(images)]
+        sizes.append([image.height, image.width])
         if size:
             scale = min(height / image.height, width / image.width)
             within = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
@@ -281,8 +283,6 @@ def example_inputs(images: list, recipe, batch: int, size: tuple | None) -> tupl
         fill = (0, width - pixels.shape[3], 0, height - pixels.shape[2])
         pixels = torch.nn.functional.pad(pixels, fill)
         padding = torch.nn.functional.pad(padding, fill, value=True)
-    sizes = [[image.height, image.width] for image in (images[k % len(images)]
-                                                       for k in range(batch))]
     return pixels, padding, torch.tensor(sizes, dtype=torch.float32)
 
 

@@ -1,6 +1,7 @@
 """Labeled images on their way from another format to COCO, and what is wrong with them.
 
-The readers (labels_yolo.py, labels_voc.py, labels_csv.py) return Labels; convert.py writes them.
+The readers (labels_yolo.py, labels_voc.py, labels_csv.py, labels_coco.py) return Labels; convert.py
+writes them.
 """
 import re
 from dataclasses import dataclass, field
@@ -108,6 +109,14 @@ def image_files(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, sorted."""
     found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
     return sorted(path for path in found if path.is_file())
+
+
+def files_by_name(folder: Path) -> dict[str, list[Path]]:
+    """Return {name: image files with this name} of a folder and its subfolders."""
+    found = {}
+    for path in image_files(folder):
+        found.setdefault(path.name, []).append(path)
+    return found
 
 
 def split_of(path: Path, root: Path) -> str:

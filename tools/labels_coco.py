@@ -13,7 +13,7 @@ from pathlib import Path
 from engine import coco_json
 from engine.errors import UserError
 from engine.notices import plural
-from tools.labels import (LabeledImage, Labels, Object, image_files, image_size, read_text,
+from tools.labels import (LabeledImage, Labels, Object, files_by_name, image_size, read_text,
                           split_of_file)
 
 FIELDS = ("area", "segmentation")
@@ -26,9 +26,7 @@ def read(root: Path) -> Labels:
     if not files:
         raise UserError(f"{root}: expected a COCO json with images, annotations and categories, "
                         "got none")
-    places = {}          # name -> image files that have it
-    for image in image_files(root):
-        places.setdefault(image.name, []).append(image)
+    places = files_by_name(root)
     for path in files:
         read_file(path, root, places, labels)
     counts = Counter(image.path for images in labels.splits.values() for image in images)

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from engine.errors import UserError
 from engine.notices import one_line, plural
-from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box, image_files,
-                          image_size, name_classes, number, read_text, split_of_file)
+from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box,
+                          files_by_name, image_size, name_classes, number, read_text,
+                          split_of_file)
 
 FILE = ("file", "filename", "file_name", "image", "image_path", "path")
 CLASS = ("class", "label", "name", "category", "class_name")
@@ -73,9 +74,7 @@ def read(root: Path) -> Labels:
         raise UserError(f"{root}: expected a CSV table with the columns {EXPECTED}, got none")
     labels = Labels()
     images = {}          # (split, file) -> LabeledImage
-    places = {}          # name -> image files that have it
-    for image in image_files(folder):
-        places.setdefault(image.name, []).append(image)
+    places = files_by_name(folder)
     for table in tables:
         try:
             read_table(table, folder, places, images, labels)

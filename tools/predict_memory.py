@@ -114,34 +114,34 @@ def count(paper, cfg, size, recompute: bool, classes: int = NUM_CLASSES) -> tupl
         if recompute:
             settings = SimpleNamespace(compile=False, recompute=True, model=paper.__name__)
             compile_or_recompute(model, settings)
-        layers = [0]
+        layer_bytes = [0]
         with SavedBytes(model) as saved:
             for layer in find_layers(model):
                 if recompute:
                     keep_inputs(layer, saved)
                 else:
-                    measure(layer, saved, layers)
+                    measure(layer, saved, layer_bytes)
             outputs = forward(model, cfg, size)
         parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
         del outputs
-    return saved.total, max(layers), parameters
+    return saved.total, max(layer_bytes), parameters
 
 
-def measure(layer, saved: SavedBytes, layers: list[int]) -> None:
-    """Append to `layers` what the layer saves."""
+def measure(layer, saved: SavedBytes, layer_bytes: list[int]) -> None:
+    """Let the layer append to `layer_bytes` what it saves, whenever it runs."""
     original = layer.forward
 
     def measured(*args):
         before = saved.total
         result = original(*args)
-        layers.append(saved.total - before)
+        layer_bytes.append(saved.total - before)
         return result
 
     layer.forward = measured
 
 
 def keep_inputs(layer, saved: SavedBytes) -> None:
-    """Count the inputs of a layer that is recomputed: they stay in memory."""
+    """Let the layer, which is recomputed, add its inputs to `saved`: they stay in memory."""
     original = layer.forward
 
     def kept(*args):
@@ -162,7 +162,8 @@ def forward(model, cfg, size):
     if not hasattr(model, "collaborate"):
         return model(images, padding, targets)
 
-    # Co-DETR: which anchors are positive depends on values; the shapes do not, except few.
+    # Co-DETR: which anchors are positive depends on values, which are not there. The shapes of
+    # what its parts save do not depend on them, with few exceptions.
     outputs = model.detector(images, padding, targets)
     memory = outputs["memory"]
     maps = model.pyramid(memory).maps
@@ -201,16 +202,16 @@ def recipes(argv: list[str]) -> list[tuple]:
 
 
 def main(argv: list[str]) -> None:
-    rows = []
+    printed = []
     for paper, name, variant in recipes(argv):
         overrides = paper.VARIANTS[variant] if variant else {}
         cfg, recipe = configure(paper, overrides)
         size = largest_size(recipe)
         shape = {**vars(cfg), "model": name, "size": size, "ema": bool(recipe.ema),
                  "classes": num_classes(recipe)}
-        if shape in rows:     # differs from an earlier one in its schedule only
+        if shape in printed:     # differs from an earlier one in its schedule only
             continue
-        rows.append(shape)
+        printed.append(shape)
         result = predict(paper, cfg, recipe, size)
         print(f"{name:16} {variant or 'default':26} {size[0]:4} x {size[1]:4}"
               f"  model {result.model / GIB:5.1f} GiB  image {result.image / GIB:5.1f} GiB"

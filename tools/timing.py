@@ -59,14 +59,12 @@ def each_ms(functions: list, device: Device, seconds=2.0) -> tuple[float, str]:
         for function in functions:
             function()
 
-    run, how = call_all, "calls"
-    if device == "cuda":
-        graph = capture(call_all)
-        if graph:
-            run, how = graph.replay, "graph"
-            for _ in range(WARM_UP):
-                run()
-    return median_ms(run, seconds) / len(functions), how
+    graph = capture(call_all) if device == "cuda" else None
+    if graph is None:
+        return median_ms(call_all, seconds) / len(functions), "calls"
+    for _ in range(WARM_UP):
+        graph.replay()
+    return median_ms(graph.replay, seconds) / len(functions), "graph"
 
 
 def capture(function):
