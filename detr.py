@@ -72,10 +72,9 @@ class Config:
 RECIPE = Recipe(lr=1e-4, lr_backbone=1e-5, batch_size=64, epochs=500, lr_drop=400)
 
 # For two CPU cores and ten minutes: sizes and optimization change, the method does not.
-SMALL = dict(SMALL_RECIPE, lr=3e-4, lr_backbone=3e-4, epochs=12,
-             backbone="tiny", backbone_weights="none", dilation=True,
-             dim=128, num_heads=4, encoder_layers=1, decoder_layers=3, ffn_dim=384, dropout=0.0,
-             num_queries=16, size_divisor=32)
+SMALL = dict(SMALL_RECIPE, lr=3e-4, lr_backbone=3e-4, epochs=12, backbone="tiny",
+             backbone_weights="none", dilation=True, dim=128, num_heads=4, encoder_layers=1,
+             decoder_layers=3, ffn_dim=384, dropout=0.0, num_queries=16, size_divisor=32)
 VARIANTS = {   # all fit on 8 GPUs of 24 GiB (counted by tools/predict_memory.py)
     "dc5": dict(dilation=True),                             # 43.3 AP
     "r101": dict(backbone="resnet101"),                     # 43.5 AP

@@ -299,12 +299,15 @@ def test_a_reduced_log_has_settings_evaluations_and_every_50th_step(tmp_path):
     records.append({"kind": "eval", "step": 125, "bbox": figures})
     text = "".join(json.dumps(record) + "\n" for record in records)
     (run / "log.jsonl").write_text(text)
-    (run / "config.json").write_text('{"run": {"seed": 3, "out": "/home/me/run"}}')
+    run_settings = {"seed": 3, "out": "/home/me/run", "data": "photos",
+                    "detector": "/home/me/dino/best.pt", "resume": "/home/me/run/last.pt"}
+    (run / "config.json").write_text(json.dumps({"run": run_settings}))
     reduce_log(run, tmp_path / "logs" / "run.jsonl")
     lines = (tmp_path / "logs" / "run.jsonl").read_text().splitlines()
     settings, *records = [json.loads(line) for line in lines]
     assert settings == {"kind": "settings", "torch": torch.__version__,
-                        "run": {"seed": 3, "out": "runs/run"}}
+                        "run": {"seed": 3, "out": "runs/run", "data": "photos",
+                                "detector": "dino/best.pt", "resume": "run/last.pt"}}
     assert records == [{"kind": "step", "step": 50, "loss": 0.33333},
                        {"kind": "step", "step": 100, "loss": 0.33333},
                        {"kind": "eval", "step": 125, "bbox": {"AP": 0.66667}}]

@@ -343,3 +343,12 @@ def test_every_file_that_a_page_names_exists():
         files += re.findall(r"\]\((assets/[^)]*)\)", page)
         missing = [file for file in files if not (ROOT / file).exists()]
         assert not missing, f"{name}: {missing}"
+
+
+def test_no_log_names_a_folder_of_the_machine_it_was_made_on():
+    logs = sorted((ROOT / "assets" / "logs").rglob("*.jsonl"))
+    assert logs
+    for log in logs:
+        settings = json.loads(log.read_text().splitlines()[0])
+        absolute = [value for value in settings["run"].values() if str(value).startswith("/")]
+        assert not absolute, f"{log.relative_to(ROOT)}: {absolute}"

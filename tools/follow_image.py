@@ -136,7 +136,7 @@ def show_detections(detector, outputs, targets, names: list[str]) -> None:
     """Print the best detections, boxes in pixels of the original image."""
     sizes = torch.stack([target["orig_size"] for target in targets])     # (1, 2)
     found = detector.paper.detect(outputs, sizes, detector.cfg)[0]
-    say("detect", f"the {len(found['scores'])} best (query, class) pairs, first {SHOWN}:")
+    say("detect", f"{len(found['scores'])} detections, the {SHOWN} best of them:")
     rows = zip(found["scores"][:SHOWN].tolist(), found["labels"].tolist(), found["boxes"].tolist())
     for score, label, box in rows:
         say("", f"{names[label]:12} {score:.2f}  {[round(value) for value in box]} px")

@@ -29,7 +29,8 @@ def reduce_log(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path])
     if not log.exists():
         raise UserError(f"expected a run folder with log.jsonl, got {run}")
     settings = json.loads((run / "config.json").read_text())
-    settings["run"]["out"] = f"runs/{out.stem}"     # no folder of the machine it ran on
+    settings["run"] = {name: without_folders(value) for name, value in settings["run"].items()}
+    settings["run"]["out"] = f"runs/{out.stem}"
     records = [{"kind": "settings", "torch": torch.__version__, **settings}]
     for line in log.read_text().splitlines():
         record = json.loads(line)
@@ -38,6 +39,13 @@ def reduce_log(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path])
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text("".join(json.dumps(record) + "\n" for record in records))
     print(f"{out}: {len(records)} lines")
+
+
+def without_folders(value):
+    """Keep the last two names of an absolute path: no folder of the machine it ran on."""
+    if isinstance(value, str) and Path(value).is_absolute():
+        return "/".join(Path(value).parts[-2:])
+    return value
 
 
 def shorten(value):
