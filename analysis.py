@@ -429,7 +429,7 @@ class Options:
 
 def analyze_files(options):
     """`analyze` for each checkpoint -> {name: figures and "checkpoint"}. A checkpoint that follows
-    one of the same model and data also gets its "instability"."""
+    one of the same run folder also gets its "instability"."""
     device, _, world = commands.join_processes(options.device)
     commands.require(world == 1, "one process: analysis.py measures in one", f"{world} processes")
     common = dict(batch_size=options.batch_size, amp=options.amp, workers=options.workers)
@@ -441,11 +441,12 @@ def analyze_files(options):
         run = (detector.model, detector.criterion, dataset, device)
         figures = analyze(*run, options.k, **common)
         if len(options.checkpoint) > 1:
-            kind = (detector.meta["model_name"], dataset.name, len(dataset))
             matches = assignments(*run, **common)
-            if previous and previous[0] == kind:
+            folder = Path(path).parent if Path(path).is_file() else path
+            source = (folder, detector.meta["model_name"], dataset.name, len(dataset))
+            if previous and previous[0] == source:
                 figures["instability"] = instability(previous[1], matches)
-            previous = kind, matches
+            previous = source, matches
         analyses[name] = {"checkpoint": str(path), **figures}
     return analyses
 

@@ -259,7 +259,8 @@ def plot_atd(axis, analyses):
     axis.set_xticks(range(len(sizes)), sizes, fontsize=8)
     axis.set_title(f"ATD({', '.join(map(str, ks))}): anchors to objects", fontsize=9)
     axis.set_xlabel("object size; lower is better", fontsize=8)
-    axis.legend(loc="best", frameon=False, fontsize=8)
+    axis.margins(y=0.1 + 0.12 * len(analyses))     # room for the legend
+    axis.legend(loc="upper center", frameon=False, fontsize=8)
 
 
 def plot_instability(axis, analyses):

@@ -298,6 +298,17 @@ def test_checkpoints_of_one_run_get_the_instability_of_their_matching(tmp_path, 
     assert re.search(r"instability +- +\d+\.\d{4}\n", capsys.readouterr().out)
 
 
+def test_runs_of_the_same_model_have_no_instability_between_them(tmp_path, capsys):
+    for name in ("seed_0", "seed_1"):
+        (tmp_path / name).mkdir()
+    first = write_checkpoint(tmp_path / "seed_0" / "best.pt")
+    second = write_checkpoint(tmp_path / "seed_1" / "best.pt")
+    run("--checkpoint", first, second.parent, "--out", tmp_path)
+    assert "ATD" in capsys.readouterr().out
+    found = json.loads((tmp_path / "analysis.json").read_text())
+    assert not any("instability" in figures for figures in found.values())
+
+
 @pytest.mark.parametrize("words, message", [
     (("--k", "0"), "--k of at least 1"), (("--batch_size", "0"), "--batch_size"),
     (("--data", "nowhere"), "nowhere"), (("--out", "/proc/nowhere"), "--out")])
