@@ -57,10 +57,10 @@ CO_DEFORMABLE = {"variant": "co_deformable_small"}
 
 LADDER = {
     "detr": Row("DETR", "detr"),
-    "deformable_detr": Row("Deformable DETR", "deformable_detr", baseline="detr"),
     "one_scale": Row(
         "Deformable DETR, one scale", "deformable_detr", {"num_feature_levels": 1},
         "deformable_detr"),
+    "deformable_detr": Row("Deformable DETR", "deformable_detr", baseline="detr"),
     "iterative_refinement": Row(
         "+ iterative refinement", "deformable_detr", REFINED, "deformable_detr"),
     "two_stage": Row("+ two-stage", "deformable_detr", TWO_STAGE, "iterative_refinement"),
