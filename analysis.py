@@ -442,7 +442,8 @@ def analyze_files(options):
         figures = analyze(*run, options.k, **common)
         if len(options.checkpoint) > 1:
             matches = assignments(*run, **common)
-            folder = Path(path).parent if Path(path).is_file() else path
+            file = Path(path).resolve()
+            folder = file.parent if file.is_file() else file
             source = (folder, detector.meta["model_name"], dataset.name, len(dataset))
             if previous and previous[0] == source:
                 figures["instability"] = instability(previous[1], matches)

@@ -449,10 +449,10 @@ def settings(cfg, recipe):
     if recipe.augment == "lsj":
         return (f"in: RGB, in a square of {recipe.lsj_size} px (bilinear), filled with gray that "
                 "counts as image, ImageNet mean and deviation\n"
-                f"out: the {cfg.top_k} best detections of an image{nms}")
+                f"out: at most {cfg.top_k} detections of an image, the best ones{nms}")
     return (f"in: RGB, short side {recipe.eval_size} px but long side at most {recipe.max_size} px "
             f"(bilinear), ImageNet mean and deviation, zeros to the right and below{multiple}\n"
-            f"out: the {cfg.top_k} best detections of an image{nms}")
+            f"out: at most {cfg.top_k} detections of an image, the best ones{nms}")
 
 
 def run_on_images(options, detector, out):

@@ -15,7 +15,7 @@ SUFFIX = ".safetensors"
 # Tensors with a row for each query: another number of queries starts them afresh.
 QUERY_TENSORS = ("tgt_embed.weight", "anchor_embed.weight", "query_embed.weight")
 # Settings that give the same tensors another meaning.
-SAME_SETTINGS = ("num_heads", "num_points")
+SAME_SETTINGS = ("num_heads", "num_points", "dilation")
 
 
 def names() -> list[str]:

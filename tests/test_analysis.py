@@ -298,6 +298,14 @@ def test_checkpoints_of_one_run_get_the_instability_of_their_matching(tmp_path, 
     assert re.search(r"instability +- +\d+\.\d{4}\n", capsys.readouterr().out)
 
 
+def test_a_run_folder_follows_a_checkpoint_in_it(tmp_path):
+    write_checkpoint(tmp_path / "epoch_1.pt")
+    write_checkpoint(tmp_path / "best.pt")
+    run("--checkpoint", tmp_path / "epoch_1.pt", tmp_path, "--out", tmp_path)
+    first, second = json.loads((tmp_path / "analysis.json").read_text()).values()
+    assert "instability" not in first and second["instability"] == 0
+
+
 def test_runs_of_the_same_model_have_no_instability_between_them(tmp_path, capsys):
     for name in ("seed_0", "seed_1"):
         (tmp_path / name).mkdir()

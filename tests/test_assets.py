@@ -204,6 +204,15 @@ def test_a_model_of_other_shapes_starts_from_scratch(tiny):
         assert assets.start_for(run, cfg, model) == name, changes
 
 
+def test_a_detr_whose_last_stage_has_another_stride_starts_from_scratch():
+    paper = importlib.import_module("detr")
+    run = train.Run(model="detr", data="photos", preset="small")
+    for dilation, name in ((True, "detr_small"), (False, "")):
+        cfg, _ = configure(paper, paper.SMALL, {"dilation": dilation})
+        model, _ = paper.build(cfg, 3)
+        assert assets.start_for(run, cfg, model) == name
+
+
 def test_the_command_line_accepts_none_and_names(tiny):
     run, _, _ = train.parse(["--model", "dino", "--init", "none"])
     assert run.init == "none"

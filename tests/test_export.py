@@ -173,6 +173,13 @@ def test_an_onnx_file_of_deformable_detr_detects_what_the_model_detects(tmp_path
     assert [p.name for p in tmp_path.iterdir()] == ["model.onnx"]
 
 
+def test_a_program_of_detr_can_be_read_again_and_detects_what_the_model_detects(tmp_path):
+    module = as_module(detector("detr"), raw=False)
+    path = tmp_path / "model.pt2"
+    write(path, module, two_images(), dynamic=False)
+    check_file(path, module, two_images())
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("raw", [False, True], ids=["detections", "raw"])
 @pytest.mark.parametrize("suffix", [".onnx", ".pt2"])

@@ -171,10 +171,17 @@ def bin_weights(begin: Tensor, end: Tensor, cells: int, bins: int) -> Tensor:
     return (share[..., None] * (1 - distance).clamp(min=0)).sum(2)       # (R, bins, cells)
 
 
+def no_autocast(*args, **settings):
+    """In place of torch.autocast, which the models use only to turn it off. A file of torch.export
+    cannot be read again where such a block computes two tensors."""
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def exportable():
     """Inside the block, models contain only operations that can be exported."""
     with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(torch, "autocast", no_autocast))
         stack.enter_context(mock.patch.object(MSDeformAttn, "impl", "torch"))
         stack.enter_context(mock.patch.object(co_detr, "soft_nms", soft_nms_in_steps))
         stack.enter_context(mock.patch.object(mask_frozen_detr, "roi_align", dense_roi_align))
