@@ -128,14 +128,14 @@ def test_settings_are_those_of_the_family():
     co = importlib.import_module("co_detr")
     said = evaluation.settings(*configure(co))
     assert "short side 800" in said
-    assert "the 300 best" in said
+    assert "at most 300 detections" in said
     assert "soft-NMS from IoU 0.8" in said
     assert "NMS" not in evaluation.settings(*configure(co, co.VARIANTS["co_deformable"]))
     said = evaluation.settings(*configure(co, co.VARIANTS["vit_l"]))
     assert "short side 1280 px but long side at most 2048 px" in said
     assert "multiple of 32" in said
-    assert "the 1000 best" in said
-    assert "the 100 best" in evaluation.settings(*configure(deformable_detr))
+    assert "at most 1000 detections" in said
+    assert "at most 100 detections" in evaluation.settings(*configure(deformable_detr))
 
 
 def test_options_beside_the_weights_tell_what_no_shape_shows(tmp_path):
