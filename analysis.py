@@ -442,8 +442,7 @@ def analyze_files(options):
         figures = analyze(*run, options.k, **common)
         if len(options.checkpoint) > 1:
             matches = assignments(*run, **common)
-            file = Path(path).resolve()
-            folder = file.parent if file.is_file() else file
+            folder = commands.results_folder(path).resolve()
             source = (folder, detector.meta["model_name"], dataset.name, len(dataset))
             if previous and previous[0] == source:
                 figures["instability"] = instability(previous[1], matches)

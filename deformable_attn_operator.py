@@ -324,7 +324,7 @@ def _verify(device_type, index):
         try:
             for reference_size in (0, 2, 4):
                 _compare(kernels, torch.device(device_type, index), reference_size)
-        except Exception as error:
+        except Exception as error:   # whatever it is: it is raised again outside the thread
             failures.append(error)
 
     # In a thread of its own, where no autocast, inference mode, dispatch mode or fake tensors of
