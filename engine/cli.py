@@ -126,7 +126,7 @@ def saved_run(run_class, state: dict, path: Path):
                         f"{', '.join(sorted(missing))}: the file is damaged")
     values["model"] = state["model_name"]
     values["detector"] = checkpoints.saved_detector(state)
-    run = run_class(**{**values, "init": "", "resume": str(path), "out": str(path.parent)})
+    run = run_class(**{**values, "resume": str(path), "out": str(path.parent)})
     check_ranges(run)
     return run
 

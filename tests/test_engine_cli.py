@@ -1,6 +1,7 @@
 """The command line of train.py."""
 
 import importlib
+import json
 import os
 import re
 
@@ -150,6 +151,17 @@ def test_a_run_is_resumed_with_its_data_under_another_path(tmp_path, monkeypatch
     assert train.parse(["--resume", out, "--data", "photos"])[0].resume
     with pytest.raises(UserError, match="another --data others"):
         train.parse(["--resume", out, "--data", "others"])
+
+
+def test_a_resumed_run_keeps_the_name_of_its_initial_weights(tmp_path):
+    """config.json of a run from given weights names them also after the run was resumed."""
+    train.train(run(tmp_path, name="first"), *config("deformable_detr", epochs=1))
+    first = str(tmp_path / "first" / "last.pt")
+    settings = config("deformable_detr", epochs=2)
+    train.train(run(tmp_path, name="second", init=first, max_steps=1), *settings)
+    out = tmp_path / "second"
+    train.main(["--resume", "--out", str(out), "--max_steps", "2"])
+    assert json.loads((out / "config.json").read_text())["run"]["init"] == first
 
 
 def test_a_failed_start_leaves_no_folder(tmp_path):
