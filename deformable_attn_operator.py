@@ -317,6 +317,10 @@ def verify_kernel(device):
 @functools.cache
 def _verify(device_type, index):
     """Raise KernelError unless both forms, forward and backward, agree in every dtype."""
+    if reference_implementation is None:
+        raise ImportError("expected deformable_attn.py, whose reference implementation the kernel "
+                          "is compared with, got deformable_attn_operator.py alone: "
+                          "import deformable_attn first")
     kernels = load_kernels(device_type, index)
     failures = []
 

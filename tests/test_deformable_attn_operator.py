@@ -210,6 +210,12 @@ def test_more_than_the_kernels_can_number_is_refused(emulated):
         )
 
 
+def test_the_operator_alone_asks_for_its_reference_implementation(monkeypatch):
+    monkeypatch.setattr(operator, "reference_implementation", None)
+    with pytest.raises(ImportError, match="import deformable_attn first"):
+        operator._verify.__wrapped__("cpu", None)
+
+
 def test_launch_error_raises(emulated):
     too_much = build.Problem(B=2**40, Nq=1, S=2, M=1, D=4, L=1, K=1)
     with pytest.raises(RuntimeError, match="forward_float32 on cpu: invalid configuration"):
