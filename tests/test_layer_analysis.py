@@ -61,6 +61,8 @@ def test_detectors_are_measured_layer_by_layer(tmp_path, capsys):
     assert re.search(r"AP, layer 2 +\d\.\d+ +\d\.\d+\n", printed)
     assert re.search(r"recall, proposals 12 +\d\.\d+ +-\n", printed)
     assert Image.open(tmp_path / "layers.png").width > 800
+    alone = layer_analysis.layer_table({"deformable_detr": measures["deformable_detr"]})
+    assert "recall" in printed and "recall" not in alone
 
 
 @pytest.mark.parametrize("words, message", [

@@ -117,8 +117,9 @@ def layer_table(measures: dict) -> str:
             cells = [f"{column[place]:.3f}" if place in column else "-" for column in columns]
             lines.append(f"{title} {place}".ljust(24) + "".join(f"{x:>{width}}" for x in cells))
     lines += ["", f"duplicates: detections an object beyond its first one, of its class, with a "
-              f"score of {CONFIDENT} and an IoU of {OVERLAP}",
-              f"recall: objects with an IoU of {OVERLAP} with one of so many proposals"]
+              f"score of {CONFIDENT} and an IoU of {OVERLAP}"]
+    if any("recall" in figures for figures in measures.values()):
+        lines.append(f"recall: objects with an IoU of {OVERLAP} with one of so many proposals")
     return "\n".join(lines)
 
 
