@@ -17,7 +17,7 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.notices import one_line, plural
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box,
-                          files_by_name, image_size, name_classes, number, read_text,
+                          files_by_name, image_size, name_classes, number, read_text, split_of,
                           split_of_file)
 
 FILE = ("file", "filename", "file_name", "image", "image_path", "path")
@@ -110,7 +110,7 @@ def read_table(table: Path, folder: Path, places: dict, images: dict, labels: La
             if len(row) != len(columns.names):
                 raise ValueError(f"expected {len(columns.names)} columns, got {len(row)}")
             path = find_image(row[columns.file], table, folder, places)
-            split = row_split(row, columns) or table_split or split_of_file(path, folder)
+            split = row_split(row, columns) or table_split or split_of(path, folder)
             if (split, path) not in images:
                 size = image_size(path, labels)
                 if size is None:
