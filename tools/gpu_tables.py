@@ -47,10 +47,12 @@ def gpu_tables(file: str = "runs/bench/gpu_cuda.json", page: str = "RESULTS.md")
 
 def write_between(page: Path, text: str) -> None:
     """Replace what stands between the markers. UserError unless each is there once, in order."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    old, _, after = rest.partition(END)
-    if (before + BEGIN + old + END + after) != page.read_text():
-        raise UserError(f"expected {BEGIN} and then {END} in {page}, once each")
+    old = page.read_text()
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise UserError(f"expected {BEGIN} and then {END} in {page}, once each, got another page: "
+                        "put the markers where the tables belong")
+    before = old.partition(BEGIN)[0]
+    after = old.partition(END)[2]
     with complete_file(page) as temporary:
         temporary.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
