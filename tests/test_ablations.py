@@ -316,3 +316,10 @@ def test_a_reduced_log_has_settings_evaluations_and_every_50th_step(tmp_path):
 def test_a_folder_without_a_log_is_refused(tmp_path):
     with pytest.raises(UserError, match="run folder with log.jsonl"):
         reduce_log(tmp_path, tmp_path / "run.jsonl")
+
+
+def test_a_broken_line_of_a_log_is_named(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"run": {}}))
+    (tmp_path / "log.jsonl").write_text('{"kind": "step", "step": 50}\n{"kind": "st')
+    with pytest.raises(UserError, match="log.jsonl, line 2: expected a complete line"):
+        reduce_log(tmp_path, tmp_path / "run.jsonl")

@@ -1,4 +1,4 @@
-"""Reduce the log of a run to what is kept with a result.
+"""Reduce the log of a run to what is stored beside a result.
 
     python -m tools.reduce_log runs/dino assets/logs/dino.jsonl
 """
@@ -27,13 +27,17 @@ def reduce_log(run: tyro.conf.Positional[Path], out: tyro.conf.Positional[Path])
     """
     log = run / "log.jsonl"
     if not log.exists():
-        raise UserError(f"expected a run folder with log.jsonl, got {run}")
+        raise UserError(f"expected a run folder with log.jsonl, got {run}: train.py writes one")
     settings = json.loads((run / "config.json").read_text())
     settings["run"] = {name: without_folders(value) for name, value in settings["run"].items()}
     settings["run"]["out"] = f"runs/{out.stem}"
     records = [{"kind": "settings", "torch": torch.__version__, **settings}]
-    for line in log.read_text().splitlines():
-        record = json.loads(line)
+    for number, line in enumerate(log.read_text().splitlines(), 1):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            raise UserError(f"{log}, line {number}: expected a complete line, got a broken one, as "
+                            "a killed run leaves it; resume the run, or remove the line") from None
         if record["kind"] == "eval" or record["step"] % EVERY == 0:
             records.append(shorten(record))
     out.parent.mkdir(parents=True, exist_ok=True)
