@@ -567,8 +567,12 @@ def noised_boxes_of_checkpoint(checkpoint: str, out: str = "noised_boxes.jpg", d
     pictures = []
     targets = []
     for index in range(len(dataset)):
+        if len(targets) == n:
+            break
+        if len(dataset.objects(index).labels) < 2:
+            continue
         picture = open_picture(dataset, index)
-        if picture is not None and len(dataset.objects(index).labels) > 1 and len(targets) < n:
+        if picture is not None:
             pictures.append(picture)
             targets.append(dataset[index][1])
     require(targets, "an image with two objects or more", f"none in {dataset.name}")

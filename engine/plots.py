@@ -3,6 +3,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 matplotlib.use("Agg")   # draws into files; no display is needed
@@ -13,6 +14,7 @@ from engine.errors import UserError
 from engine.files import complete_picture, picture_format
 from engine.forms import mismatch, read_results, read_text
 
+Kind = Literal["bbox", "segm"]   # scores of boxes, or of masks
 MAX_CLASSES = 10     # curves in one plot of precision and recall
 LINE_FORMS = {
     "step": {"step": float, "train_seconds": float, "lr": float, "loss": float,
@@ -172,19 +174,22 @@ def smooth(values, window=9):
 
 # ---- several runs --------------------------------------------------------------------------------
 
-def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: str = "bbox",
+def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: Kind = "bbox",
                    labels: list[str] | None = None):
     """AP (solid) and AP50 (dashed) over training minutes of several runs.
 
     Args:
         run_dirs: Run folders.
         out: Picture to write, .png or .jpg.
-        kind: bbox or segm.
+        kind: Scores of boxes, or of masks.
         labels: Names of the runs in the legend; default: the names of their folders.
     """
     labels = labels or [Path(run_dir).name for run_dir in run_dirs]
+    if len(labels) != len(run_dirs):
+        raise UserError(f"expected as many --labels as --run_dirs, got {len(labels)} and "
+                        f"{len(run_dirs)}: give each run a label, or leave --labels out")
     figure, axis = plt.subplots(figsize=(8, 4.8))
-    for number, (run_dir, label) in enumerate(zip(run_dirs, labels, strict=True)):
+    for number, (run_dir, label) in enumerate(zip(run_dirs, labels)):
         evals = [line for line in read_log(run_dir)[1] if kind in line]
         minutes = [line["train_seconds"] / 60 for line in evals]
         ap = [line[kind]["AP"] for line in evals]
@@ -302,13 +307,13 @@ def layers(measures, out="layers.png"):
 
 # ---- one evaluation ------------------------------------------------------------------------------
 
-def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: str = "bbox"):
+def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: Kind = "bbox"):
     """Precision over recall at IoU 0.5 of each class, with the threshold of its best F1 (dot).
 
     Args:
         evaluation: eval.json that eval.py wrote.
         out: Picture to write, .png or .jpg.
-        kind: bbox or segm.
+        kind: Scores of boxes, or of masks.
     """
     figures = read_results(evaluation, {}).get(kind)
     if mismatch(figures, EVALUATION_FORM):

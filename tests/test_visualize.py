@@ -234,6 +234,17 @@ def test_runs_are_compared_in_one_picture(tmp_path):
     assert out.exists()
 
 
+@pytest.mark.parametrize("flags, message", [
+    (["--labels", "a"], "expected as many --labels as --run_dirs, got 1 and 2"),
+    (["--kind", "masks"], "bbox.*segm")])
+def test_labels_and_kinds_that_do_not_fit_the_runs_are_refused(flags, message, tmp_path):
+    runs = [str(write_log(tmp_path / name, 3)) for name in ("one", "two")]
+    out = tmp_path / "compare.png"
+    with pytest.raises(SystemExit, match=message):
+        visualize.main(["compare_curves", "--run_dirs", *runs, "--out", str(out), *flags])
+    assert not out.exists()
+
+
 def test_precision_and_recall_are_drawn_from_an_evaluation(checkpoint, tmp_path):
     evaluation.main(["--checkpoint", str(checkpoint), "--device", "cpu", "--out", str(tmp_path),
                      "--workers", "0"])
@@ -500,6 +511,21 @@ def test_noised_boxes_of_images_without_objects_are_refused(tmp_path):
     if queries is not None:
         with pytest.raises(UserError, match="at least one object"):
             visualize.noised_boxes([Image.new("RGB", (9, 9))], targets, queries, tmp_path / "n.jpg")
+
+
+def test_no_more_images_are_read_than_are_drawn(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "dino.pt", "dino")
+    opened = []
+    open_picture = visualize.open_picture
+
+    def remember(dataset, index):
+        opened.append(index)
+        return open_picture(dataset, index)
+
+    monkeypatch.setattr(visualize, "open_picture", remember)
+    visualize.main(["noised_boxes", "--checkpoint", str(path), "--n", "1", "--out",
+                    str(tmp_path / "noised.jpg")])
+    assert len(opened) < 4
 
 
 def test_noised_boxes_need_an_image_with_two_objects(tmp_path):
