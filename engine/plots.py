@@ -14,7 +14,7 @@ from engine.errors import UserError
 from engine.files import complete_picture, picture_format
 from engine.forms import mismatch, read_results, read_text
 
-Kind = Literal["bbox", "segm"]   # scores of boxes, or of masks
+Kind = Literal["bbox", "segm", "segm_cls"]   # see KINDS in eval.py
 MAX_CLASSES = 10     # curves in one plot of precision and recall
 LINE_FORMS = {
     "step": {"step": float, "train_seconds": float, "lr": float, "loss": float,
@@ -181,7 +181,7 @@ def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: K
     Args:
         run_dirs: Run folders.
         out: Picture to write, .png or .jpg.
-        kind: Scores of boxes, or of masks.
+        kind: Scores of boxes, of masks, or of masks ranked by class score.
         labels: Names of the runs in the legend; default: the names of their folders.
     """
     labels = labels or [Path(run_dir).name for run_dir in run_dirs]
@@ -313,7 +313,7 @@ def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: K
     Args:
         evaluation: eval.json that eval.py wrote.
         out: Picture to write, .png or .jpg.
-        kind: Scores of boxes, or of masks.
+        kind: Scores of boxes, of masks, or of masks ranked by class score.
     """
     figures = read_results(evaluation, {}).get(kind)
     if mismatch(figures, EVALUATION_FORM):

@@ -475,7 +475,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 def test_an_unknown_format_or_share_is_refused(tmp_path):
     root = yolo_folder(tmp_path / "in")
-    with pytest.raises(UserError, match="expected --from yolo, voc, csv, coco, got 'kitti'"):
+    with pytest.raises(UserError, match="expected --from yolo or voc or csv or coco, got 'kitti'"):
         convert_folder("kitti", root, tmp_path / "out")
     with pytest.raises(UserError, match="--val_share"):
         convert_folder("yolo", root, tmp_path / "out", val_share=1.0)

@@ -22,10 +22,10 @@ def onnx(repeats: int = 5, models: tuple[str, ...] = ("dino", "deformable_detr:t
         repeats: Calls of each kind, in turns; the median is reported.
         models: Paper files, each with a variant if wanted: FILE:VARIANT.
         size: Height and width of the image in pixels.
-        folder: Where exported files lie or are written; none: they are not kept.
+        folder: Where exported files lie or are written; default: a temporary folder.
     """
     if not all_installed():
-        raise UserError(f"expected the packages {', '.join(PACKAGES)}, got not all of them: "
+        raise UserError(f"expected the packages {', '.join(PACKAGES)}, got only some of them: "
                         f"pip install {' '.join(PACKAGES)}")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:

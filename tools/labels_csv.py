@@ -7,9 +7,9 @@
     split    split or set, may be missing: train, val or valid, test
 
 Other columns are left out, except `width` and `height` beside corners: the size of the image, which
-must be that of the file. A row with an empty box is an image without objects; images in no row
-count as not labeled and are left out. Columns are separated by commas, semicolons or tabs. Without
-a column `split`, tables and folders called train, val or valid, test divide the images.
+must be that of the file. A row with an empty box is an image without objects; an image that no row
+names counts as not labeled and is left out. Columns are separated by commas, semicolons or tabs.
+Without a column `split`, tables and folders called train, val or valid, test divide the images.
 """
 import csv
 from pathlib import Path
