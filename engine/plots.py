@@ -101,7 +101,8 @@ def curves(run_dir: str):
 
 
 def plot_ap(axis, evals, steps):
-    """AP and AP50 of boxes, and of masks where there are any, over minutes; steps on top."""
+    """AP and AP50 over minutes, of boxes, and of masks where there are any; a second scale shows the
+    steps."""
     for kind, style, suffix in (("bbox", "-", ""), ("segm", "--", " masks")):
         lines = [line for line in evals if kind in line]
         minutes = [line["train_seconds"] / 60 for line in lines]
@@ -136,7 +137,7 @@ def add_step_axis(axis, lines):
 
 
 def plot_losses(total, parts, steps):
-    """The sum on one axis; on the other the last layer's terms and a line for each other group."""
+    """The sum of all losses on one axis; on the other a line for each group, see `loss_group`."""
     x = np.array([line["step"] for line in steps])
     losses = [line["loss"] for line in steps]
     total.plot(x, losses, color="#bbb", linewidth=0.8)
@@ -155,8 +156,8 @@ def plot_losses(total, parts, steps):
 
 
 def loss_group(name):
-    """Group of a loss: cls, l1 and giou of the last layer are their own, "aux2.cls" belongs to
-    "aux (sum)", "dn.l1" to "dn (sum)"."""
+    """Group of a loss: each term of the last layer, such as cls, is a group of its own; "aux2.cls"
+    belongs to "aux (sum)", "dn.l1" to "dn (sum)"."""
     if "." not in name:
         return name
     return re.match(r"[a-z_]*[a-z]", name)[0] + " (sum)"

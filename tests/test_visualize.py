@@ -83,7 +83,7 @@ def test_the_most_confident_detection_lies_on_top():
     assert (drawn[300, 200] == drawing.color(0)).all()
 
 
-def test_crowds_lose_their_labels_and_get_a_key_of_colors_below():
+def test_crowds_lose_their_labels_and_get_a_legend_of_colors_below():
     boxes = [[10 + 12 * i, 300, 20 + 12 * i, 310] for i in range(41)]
     names = ["cat", "dog"]
     few = draw((640, 480), found(boxes[:1], [0]), names)
@@ -96,13 +96,13 @@ def test_crowds_lose_their_labels_and_get_a_key_of_colors_below():
         assert (key == drawing.color(label)).all(1).sum() >= 100
 
 
-def test_a_key_of_many_classes_wraps_and_that_of_one_class_gives_its_count():
+def test_a_legend_of_many_classes_wraps_and_that_of_one_class_gives_its_count():
     image = Image.new("RGB", (300, 200))
     font = drawing.get_font(12)
     labels = list(range(30))
     names = [f"class number {label}" for label in labels]
-    wrapped = drawing.add_key(image, labels, names, font)
-    one_line = drawing.add_key(image, [0] * 30, ["nucleus"], font)
+    wrapped = drawing.add_legend(image, labels, names, font)
+    one_line = drawing.add_legend(image, [0] * 30, ["nucleus"], font)
     assert wrapped.height - 200 > 10 * (one_line.height - 200) > 0
 
 
