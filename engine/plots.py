@@ -101,8 +101,8 @@ def curves(run_dir: str):
 
 
 def plot_ap(axis, evals, steps):
-    """AP and AP50 over minutes, of boxes, and of masks where there are any; a second scale shows the
-    steps."""
+    """AP and AP50 of boxes, and of masks where there are any, over minutes; steps on a second
+    scale."""
     for kind, style, suffix in (("bbox", "-", ""), ("segm", "--", " masks")):
         lines = [line for line in evals if kind in line]
         minutes = [line["train_seconds"] / 60 for line in lines]
