@@ -27,8 +27,8 @@ from data import LARGE_AREA, SMALL_AREA
 from deformable_attn import MSDeformAttn, ms_deform_attn_torch, sampling_locations
 from engine import commands, files
 from engine.errors import UserError, user_errors
-from engine.inference import predict, require_finite_outputs
 from engine.forms import mismatch, read_results
+from engine.inference import predict, require_finite_outputs
 from engine.machine import prepare_cpu
 
 CURVE = {"IoB": [float], "IoF": [float], "area": float}
@@ -80,18 +80,9 @@ def analyze(model, criterion, dataset, device, k=100, batch_size=1, amp=False, w
                 divergences.append(divergence)
             records.clear()
 
-    distances = torch.cat(distances)
-    areas = torch.cat(areas)
-    small = areas < SMALL_AREA
-    large = areas > LARGE_AREA
-    figures = {"ATD": atd(distances, k),
-               "ATD_small": atd(distances[small], k),
-               "ATD_medium": atd(distances[~small & ~large], k),
-               "ATD_large": atd(distances[large], k),
-               "k": k,
-               "objects": len(distances),
-               "small_objects": int(small.sum()),
-               "coordinates": "xywh"[:outputs["anchors"].shape[-1]]}
+    points = outputs["anchors"].shape[-1] == 2
+    figures = {**atd_by_size(torch.cat(distances), torch.cat(areas), k),
+               "coordinates": "xy" if points else "xywh"}
     for part, count in counts.items():
         if count.any():
             figures[part] = iof_iob(count)
@@ -119,6 +110,19 @@ def anchor_distances(anchors, boxes):
 
     Anchors that are points are compared with the boxes' centers."""
     return (anchors - boxes[:, :anchors.shape[-1]]).abs().sum(-1)
+
+
+def atd_by_size(distances, areas, k):
+    """The figures of ATD(k), from the distances (n,) and the areas (n,) in px of all objects."""
+    small = areas < SMALL_AREA
+    large = areas > LARGE_AREA
+    return {"ATD": atd(distances, k),
+            "ATD_small": atd(distances[small], k),
+            "ATD_medium": atd(distances[~small & ~large], k),
+            "ATD_large": atd(distances[large], k),
+            "k": k,
+            "objects": len(distances),
+            "small_objects": int(small.sum())}
 
 
 def atd(distances, k=100):

@@ -53,7 +53,8 @@ from scenes import Shapes
 __all__ = ["compare_curves", "curves", "draw_detections", "ladder", "predictions", "read_log",
            "save_picture", "scenes"]
 LEVEL_COLORS = ("#e6194b", "#ffb000", "#22b14c", "#1e90ff", "#a040ff")   # finest level first
-POSITIVE, NEGATIVE = "#22c03c", "#e6194b"                                # noised boxes
+POSITIVE = "#22c03c"                                                     # noised boxes
+NEGATIVE = "#e6194b"                                                     # noised boxes, mistakes
 OUTSIDE = "#dddddd"                                                      # around the image
 MISTAKE_SIDE = 160                                                       # px
 DARK = "#39424e"                                                         # ground of light legends
@@ -84,7 +85,7 @@ def evenly(count, n):
 
 
 def open_picture(dataset, index):
-    """The original image at `index`; None where it cannot be read."""
+    """The original image at `index`; None if it cannot be read."""
     try:
         return dataset.image(index)
     except UnreadableImage:
@@ -92,7 +93,7 @@ def open_picture(dataset, index):
 
 
 def placeholder(side):
-    """What stands on a sheet where an image cannot be read."""
+    """A gray picture in place of an image that cannot be read."""
     picture = Image.new("RGB", (side, side), (124, 116, 104))
     middle = (side / 2, side / 2)
     draw = ImageDraw.Draw(picture)
@@ -161,6 +162,7 @@ def strip(checkpoint: list[str], out: str = "strip.jpg", data: str = "", n: int 
         score_threshold: Minimum score to draw.
         device: cpu, cuda or mps.
     """
+    require(checkpoint, "--checkpoint FILE, one or several", "none")
     columns = []
     names = []
     for path in checkpoint:
@@ -175,8 +177,6 @@ def strip(checkpoint: list[str], out: str = "strip.jpg", data: str = "", n: int 
             pictures.append(draw_detections(image, shown, dataset.class_names, side=side))
         columns.append(pictures)
         names.append(detector.paper.__doc__.partition(":")[0])
-    if not columns:
-        raise UserError("expected --checkpoint FILE, one or several, got none")
     if len(columns) == 1:
         return tile(columns[0], out, n, gap=4)
     rows = [picture for row in zip(*columns) for picture in row]
@@ -244,7 +244,8 @@ def draw_mistake(dataset, index, mistake):
     draw = ImageDraw.Draw(picture)
     corner = torch.tensor([left, top] * 2)                                     # (4,)
     boxes = [*ground_truth(dataset, index, image)["boxes"], mistake.box]
-    for box, rgb in zip(boxes, ["white"] * (len(boxes) - 1) + [NEGATIVE]):
+    colors = ["white"] * (len(boxes) - 1) + [NEGATIVE]
+    for box, rgb in zip(boxes, colors):
         draw.rectangle(((box - corner) * factor).tolist(), outline=rgb, width=2)
     return picture
 
@@ -424,22 +425,31 @@ def anchors(checkpoint: str, image: str, out: str = "anchors.jpg", score_thresho
     show(right, picture, f"final boxes, score >= {score_threshold:g}")
     for anchor in start:
         draw_anchor(left, anchor, "white", alpha=0.6, linewidth=0.7)
-    handles = {"white": ("white", "anchor of a query without detection")}
-    rows = list(zip(found["labels"].tolist(), found["boxes"].cpu(), found["query"].tolist()))
-    for label, box, query in reversed(rows):                                   # the best on top
-        rgb = [value / 255 for value in color(label)]
-        handles[label] = (rgb, class_names[label])
-        draw_anchor(left, start[query], rgb, linewidth=2)
-        outline(right, box, rgb, linewidth=2)
-        center = (box[:2] + box[2:]) / 2
-        right.plot(*zip(start[query][:2], center), color=rgb, linewidth=1.2)
-        right.plot(*start[query][:2], "o", color=rgb, markersize=3)
-    lines = [plt.Line2D([], [], color=rgb, label=text) for rgb, text in handles.values()]
+    names = draw_paths(left, right, start, found, class_names)
+    lines = [plt.Line2D([], [], color=rgb, label=text) for text, rgb in names.items()]
     lines.append(plt.Line2D([], [], color=OUTSIDE, marker="o", markevery=[0], markersize=3,
                             label="from the anchor's center (dot) to the box's"))
     figure.legend(handles=lines, loc="lower center", ncols=5, fontsize=8, facecolor=DARK,
                   labelcolor="white")
     return save_figure(figure, out, rect=(0, 0.09, 1, 1))
+
+
+def draw_paths(left, right, start, found, class_names):
+    """Draw the detections' anchors on the left axis; on the right one their boxes, and a line to
+    each from its anchor -> {text of the legend: color}
+
+    start: the anchors of all queries in pixels"""
+    colors = {"anchor of a query without detection": "white"}
+    rows = list(zip(found["labels"].tolist(), found["boxes"].cpu(), found["query"].tolist()))
+    for label, box, query in reversed(rows):                                   # the best on top
+        rgb = [value / 255 for value in color(label)]
+        colors[class_names[label]] = rgb
+        draw_anchor(left, start[query], rgb, linewidth=2)
+        outline(right, box, rgb, linewidth=2)
+        center = (box[:2] + box[2:]) / 2
+        right.plot(*zip(start[query][:2], center), color=rgb, linewidth=1.2)
+        right.plot(*start[query][:2], "o", color=rgb, markersize=3)
+    return colors
 
 
 def draw_anchor(axis, anchor, rgb, linewidth, **style):
@@ -567,8 +577,12 @@ def noised_boxes_of_checkpoint(checkpoint: str, out: str = "noised_boxes.jpg", d
     pictures = []
     targets = []
     for index in range(len(dataset)):
+        if len(targets) == n:
+            break
+        if len(dataset.objects(index).labels) < 2:
+            continue
         picture = open_picture(dataset, index)
-        if picture is not None and len(dataset.objects(index).labels) > 1 and len(targets) < n:
+        if picture is not None:
             pictures.append(picture)
             targets.append(dataset[index][1])
     require(targets, "an image with two objects or more", f"none in {dataset.name}")
@@ -598,14 +612,13 @@ def noised_boxes(pictures, targets, denoising, out, group=0):
         show(axis, picture, f"image {b + 1}: {len(target['labels'])} objects, "
              f"group {group + 1} of {denoising.groups}")
         scale = torch.tensor(picture.size).repeat(2)
+        objects = target["boxes"] * scale
         for copy, (_, rgb, style) in enumerate(kinds):
             first = (group * copies + copy) * N
-            reference = denoising.reference[b, first:first + len(target["labels"])]
-            for box, original in zip(reference.detach().cpu() * scale, target["boxes"] * scale):
-                outline(axis, box_cxcywh_to_xyxy(box), rgb, linewidth=1.5, linestyle=style)
-                axis.plot(*zip(box[:2], original[:2]), ":", color=rgb, linewidth=1)
-        for box in target["boxes"]:
-            outline(axis, box_cxcywh_to_xyxy(box) * scale, "white", linewidth=2)
+            reference = denoising.reference[b, first:first + len(objects)].detach().cpu()
+            draw_noise(axis, reference * scale, objects, rgb, style)
+        for box in objects:
+            outline(axis, box_cxcywh_to_xyxy(box), "white", linewidth=2)
     handles = [plt.Line2D([], [], color="white", label="object (ground truth)")]
     for text, rgb, style in kinds:
         handles.append(plt.Line2D([], [], color=rgb, linestyle=style, label=text))
@@ -613,6 +626,13 @@ def noised_boxes(pictures, targets, denoising, out, group=0):
                   labelcolor="white")
     draw_attention_mask(axes[-1], denoising, copies * N)
     return save_figure(figure, out, rect=(0, 0.07, 1, 1))
+
+
+def draw_noise(axis, noised, objects, rgb, style):
+    """Noised boxes (n, 4), and a dotted line from each to its object (n, 4); all cxcywh px."""
+    for box, original in zip(noised, objects):
+        outline(axis, box_cxcywh_to_xyxy(box), rgb, linewidth=1.5, linestyle=style)
+        axis.plot(*zip(box[:2], original[:2]), ":", color=rgb, linewidth=1)
 
 
 def draw_attention_mask(axis, denoising, stride):
@@ -662,7 +682,8 @@ def main(argv=None):
 
 
 def delayed(function):
-    """A function with the same parameters that does nothing yet: tyro calls what it has read."""
+    """A function with the same parameters that only prepares the call: tyro calls it while
+    `one_line_usage` holds back stderr; `main` makes the call afterwards."""
     @functools.wraps(function)
     def prepare(*args, **kwargs):
         given = inspect.signature(function).bind(*args, **kwargs).arguments

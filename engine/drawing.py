@@ -14,12 +14,13 @@ from PIL import Image, ImageDraw, ImageFont
 from engine.files import complete_picture, picture_format
 
 MIN_SIDE = 480   # px: smaller images are enlarged by an integer factor, so that labels are legible
-CROWD = 40       # with more objects, boxes are thin and a key replaces the labels
+MAX_LABELS = 40  # with more objects, boxes are thin and a legend replaces the labels
 GAP = 8          # px around labels and pictures
 
 
 def color(label):
-    """RGB of a class, 0..255: hues a golden section apart, so that neighbors differ most."""
+    """RGB of a class, 0..255: hues a golden section apart, so that successive classes differ most.
+    """
     hue = (0.02 + label * 0.618034) % 1
     dark = label // 8 % 2
     rgb = colorsys.hsv_to_rgb(hue, 0.85, 0.7 if dark else 0.95)
@@ -32,12 +33,12 @@ def draw_detections(image, detection, class_names, side=None):
     detection: labels (k,), boxes (k, 4) xyxy px, and optionally scores (k,) and masks (k, h, w)
     bool; without scores it is ground truth. side: length of the longer side in px; default: as it
     is, or enlarged by an integer factor to be at least MIN_SIDE. Labels stay inside the picture.
-    With more than CROWD objects there are no labels but a key of colors and counts below."""
+    With more than MAX_LABELS objects a legend of colors and counts below replaces the labels."""
     longest = max(image.size)
     factor = side / longest if side else max(1, math.ceil(MIN_SIDE / longest))
     size = [max(1, round(length * factor)) for length in image.size]
-    smooth = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
-    canvas = image.convert("RGB").resize(size, smooth)
+    resampling = Image.Resampling.BICUBIC if factor > 1 else Image.Resampling.LANCZOS
+    canvas = image.convert("RGB").resize(size, resampling)
 
     labels = detection["labels"].tolist()
     boxes = (detection["boxes"].float() * factor).tolist()
@@ -52,13 +53,13 @@ def draw_detections(image, detection, class_names, side=None):
 
     # in reverse order: the first detection is the best and lies on top
     draw = ImageDraw.Draw(canvas)
-    crowd = len(labels) > CROWD
-    width = 1 if crowd else max(2, round(max(size) / 320))
+    crowded = len(labels) > MAX_LABELS
+    width = 1 if crowded else max(2, round(max(size) / 320))
     for (x1, y1, x2, y2), rgb in zip(boxes[::-1], colors[::-1], strict=True):
         draw.rectangle((x1, y1, max(x1, x2), max(y1, y2)), outline=rgb, width=width)
     font = get_font(max(11, round(max(size) / 45)))
-    if crowd:
-        return add_key(canvas, labels, class_names, font)
+    if crowded:
+        return add_legend(canvas, labels, class_names, font)
     for text, box, rgb in zip(texts[::-1], boxes[::-1], colors[::-1]):
         draw_label(draw, box, text, rgb, font, size)
     return canvas
@@ -82,7 +83,7 @@ def blend_masks(canvas, masks, colors):
 
 
 def eroded(mask, steps):
-    """The mask without the pixels that are at most `steps` away from its outside."""
+    """The mask without the pixels that are within `steps` of its border."""
     for _ in range(steps):
         padded = np.pad(mask, 1)
         vertical = padded[2:, 1:-1] & padded[:-2, 1:-1]
@@ -105,8 +106,8 @@ def draw_label(draw, box, text, rgb, font, size):
     draw.text((x + 3 - left, y + 2 - top), text, fill=fill, font=font)
 
 
-def add_key(picture, labels, class_names, font):
-    """The picture with a key of class colors and counts below it."""
+def add_legend(picture, labels, class_names, font):
+    """The picture with a legend of class colors and counts below it."""
     entries = []
     for label, count in sorted(Counter(labels).items()):
         entries.append((color(label), f"{class_names[label]}: {count}"))
@@ -116,7 +117,8 @@ def add_key(picture, labels, class_names, font):
     # entries from left to right, in as many lines as they need
     square = font.size
     places = []
-    x, y = GAP, GAP
+    x = GAP
+    y = GAP
     for rgb, text in entries:
         width = font.getlength(text) + (square + 4 if rgb else 0)
         if x > GAP and x + width > picture.width:
@@ -139,8 +141,9 @@ def add_key(picture, labels, class_names, font):
 
 
 def tile(pictures, path, columns, titles=None, gap=GAP, note=""):
-    """Write pictures of similar size as one sheet, each centered in its cell, with a line of text
-    above it, and a note below all of them. -> path"""
+    """Write pictures of similar size as one sheet of `columns`, each centered in its cell -> path
+
+    titles: a line of text above each picture; note: a line below all of them"""
     width = max(picture.width for picture in pictures)
     height = max(picture.height for picture in pictures)
     head = 20 if titles else 0

@@ -11,7 +11,7 @@ KINDS = ("false alarm", "wrong class", "missed")
 
 
 class Mistake(NamedTuple):
-    """One mistake; the larger `rank`, the worse among its kind."""
+    """One mistake; among mistakes of a kind, a larger `rank` is worse."""
     kind: str                # one of KINDS
     rank: float              # score of the detection; of missed objects the area in px
     label: int               # of the detection; of missed objects that of the object
@@ -20,7 +20,7 @@ class Mistake(NamedTuple):
 
 
 def find_mistakes(detection, truth):
-    """Mistakes of one image.
+    """Mistakes of one image: false alarms, wrong classes, missed objects.
 
     detection: scores (k,), labels (k,), boxes (k, 4) xyxy px, best first; truth: labels (n,), boxes
     (n, 4). As in COCO every detection, best first, is assigned to the free object of its class
@@ -30,6 +30,7 @@ def find_mistakes(detection, truth):
     objects = truth["boxes"].float()                                           # (n, 4)
     iou = box_iou(boxes, objects)[0]                                           # (k, n)
     same = detection["labels"].cpu()[:, None] == truth["labels"][None]         # (k, n)
+    # detections of the right class first; the others share the objects that are left
     hits = assign(iou * same)
     hit_objects = set(hits.values())
     rest = iou * ~same

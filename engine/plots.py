@@ -3,6 +3,7 @@ import json
 import re
 import sys
 from pathlib import Path
+from typing import Literal
 
 import matplotlib
 matplotlib.use("Agg")   # draws into files; no display is needed
@@ -13,6 +14,7 @@ from engine.errors import UserError
 from engine.files import complete_picture, picture_format
 from engine.forms import mismatch, read_results, read_text
 
+Kind = Literal["bbox", "segm", "segm_cls"]   # see KINDS in eval.py
 MAX_CLASSES = 10     # curves in one plot of precision and recall
 LINE_FORMS = {
     "step": {"step": float, "train_seconds": float, "lr": float, "loss": float,
@@ -99,7 +101,8 @@ def curves(run_dir: str):
 
 
 def plot_ap(axis, evals, steps):
-    """AP and AP50 of boxes, and of masks where there are any, over minutes; steps on top."""
+    """AP and AP50 of boxes, and of masks where there are any, over minutes; steps on a second
+    scale."""
     for kind, style, suffix in (("bbox", "-", ""), ("segm", "--", " masks")):
         lines = [line for line in evals if kind in line]
         minutes = [line["train_seconds"] / 60 for line in lines]
@@ -134,7 +137,7 @@ def add_step_axis(axis, lines):
 
 
 def plot_losses(total, parts, steps):
-    """The sum on one axis; on the other the last layer's terms and a line for each other group."""
+    """The sum of all losses on one axis; on the other a line for each group, see `loss_group`."""
     x = np.array([line["step"] for line in steps])
     losses = [line["loss"] for line in steps]
     total.plot(x, losses, color="#bbb", linewidth=0.8)
@@ -153,8 +156,8 @@ def plot_losses(total, parts, steps):
 
 
 def loss_group(name):
-    """Group of a loss: cls, l1 and giou of the last layer are their own, "aux2.cls" belongs to
-    "aux (sum)", "dn.l1" to "dn (sum)"."""
+    """Group of a loss: each term of the last layer, such as cls, is a group of its own; "aux2.cls"
+    belongs to "aux (sum)", "dn.l1" to "dn (sum)"."""
     if "." not in name:
         return name
     return re.match(r"[a-z_]*[a-z]", name)[0] + " (sum)"
@@ -172,19 +175,22 @@ def smooth(values, window=9):
 
 # ---- several runs --------------------------------------------------------------------------------
 
-def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: str = "bbox",
+def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: Kind = "bbox",
                    labels: list[str] | None = None):
     """AP (solid) and AP50 (dashed) over training minutes of several runs.
 
     Args:
         run_dirs: Run folders.
         out: Picture to write, .png or .jpg.
-        kind: bbox or segm.
+        kind: Scores of boxes, of masks, or of masks ranked by class score.
         labels: Names of the runs in the legend; default: the names of their folders.
     """
     labels = labels or [Path(run_dir).name for run_dir in run_dirs]
+    if len(labels) != len(run_dirs):
+        raise UserError(f"expected as many --labels as --run_dirs, got {len(labels)} and "
+                        f"{len(run_dirs)}: give each run a label, or leave --labels out")
     figure, axis = plt.subplots(figsize=(8, 4.8))
-    for number, (run_dir, label) in enumerate(zip(run_dirs, labels, strict=True)):
+    for number, (run_dir, label) in enumerate(zip(run_dirs, labels)):
         evals = [line for line in read_log(run_dir)[1] if kind in line]
         minutes = [line["train_seconds"] / 60 for line in evals]
         ap = [line[kind]["AP"] for line in evals]
@@ -302,13 +308,13 @@ def layers(measures, out="layers.png"):
 
 # ---- one evaluation ------------------------------------------------------------------------------
 
-def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: str = "bbox"):
+def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: Kind = "bbox"):
     """Precision over recall at IoU 0.5 of each class, with the threshold of its best F1 (dot).
 
     Args:
         evaluation: eval.json that eval.py wrote.
         out: Picture to write, .png or .jpg.
-        kind: bbox or segm.
+        kind: Scores of boxes, of masks, or of masks ranked by class score.
     """
     figures = read_results(evaluation, {}).get(kind)
     if mismatch(figures, EVALUATION_FORM):

@@ -92,16 +92,7 @@ class RunLog:
 
         speed = self.steps * self.batch.total / max(progress.seconds - self.seconds, 1e-9)
         if self.good_steps:
-            means = {name: self._mean(name) for name in sorted(loss_names(self.good_steps))}
-            norm = sum(norm for _, norm in self.good_steps) / len(self.good_steps)
-            loss = sum(means.values())
-            lr = max(group["lr"] for group in optimizer.param_groups)
-            self.write({"kind": "step", "step": progress.step, "epoch": progress.epoch,
-                        "train_seconds": round(progress.seconds, 3), "lr": lr,
-                        "images_per_second": round(speed, 2), "loss": loss, "grad_norm": norm,
-                        "losses": means})
-            self.bar.set_postfix_str(
-                f"epoch {progress.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
+            self._write_means(progress, speed, optimizer)
         warm = progress.step - self.first_step >= 2 * LOG_EVERY    # the first steps are slow
         if not self.speed_reported and (warm or ends_epoch):
             self._report_speed(speed)
@@ -109,10 +100,25 @@ class RunLog:
         self.steps = 0
         self.seconds = progress.seconds
 
+    def _write_means(self, progress, speed: float, optimizer) -> None:
+        """Write a line of means to log.jsonl, and show them beside the progress bar."""
+        means = {name: self._mean(name) for name in sorted(loss_names(self.good_steps))}
+        norm = sum(norm for _, norm in self.good_steps) / len(self.good_steps)
+        loss = sum(means.values())
+        lr = max(group["lr"] for group in optimizer.param_groups)
+        self.write({"kind": "step", "step": progress.step, "epoch": progress.epoch,
+                    "train_seconds": round(progress.seconds, 3), "lr": lr,
+                    "images_per_second": round(speed, 2), "loss": loss, "grad_norm": norm,
+                    "losses": means})
+        self.bar.set_postfix_str(
+            f"epoch {progress.epoch + 1} loss {loss:.3f} {speed:.1f} images/s")
+
     def _mean(self, name: str) -> float:
+        """Mean of a loss over the good steps; 0 counts where a step has no such loss."""
         return sum(losses.get(name, 0.0) for losses, _ in self.good_steps) / len(self.good_steps)
 
     def _report_speed(self, speed: float) -> None:
+        """Print, once, how long an epoch and the run are expected to take."""
         self.speed_reported = True
         seconds = self.batch.steps_per_epoch * self.batch.total / speed
         end = f", but --overfit ends at AP {OVERFIT_AP}" if self.run.overfit else ""
@@ -127,6 +133,7 @@ class RunLog:
                          "--resume and a larger number")
 
     def stopped(self, progress, signal: int) -> None:
+        """Say that a signal ended the run."""
         self.machine.say(f"stopped by signal {signal} at step {progress.step}, saved; continue "
                          "with --resume")
 
@@ -180,7 +187,7 @@ def remove_later_lines(path: Path, step: int) -> None:
     """Remove the lines of a log that belong to steps after `step`, and those that are broken."""
     if not path.exists():
         return
-    kept = []
+    remaining = []
     for line in path.read_text(errors="replace").splitlines(keepends=True):
         try:
             record = json.loads(line)
@@ -189,11 +196,11 @@ def remove_later_lines(path: Path, step: int) -> None:
             if record.get("kind") == "eval":
                 last += 1
             if line.endswith("\n") and last <= step:
-                kept.append(line)
+                remaining.append(line)
         except (ValueError, KeyError, TypeError, RecursionError):
             continue
     with complete_file(path) as temporary:
-        temporary.write_text("".join(kept))
+        temporary.write_text("".join(remaining))
 
 
 @torch.no_grad()
@@ -201,7 +208,8 @@ def first_bad_module(model, micro_batches, machine) -> str:
     """Name of the first module whose output is not finite when these micro-batches are run forward
     again, uncompiled, in training mode; "" when there is none. Batch statistics and random states
     stay as they were."""
-    bad, handles = [], []
+    bad = []
+    handles = []
 
     def watch(name):
         def hook(module, inputs, output):
@@ -229,9 +237,8 @@ def first_bad_module(model, micro_batches, machine) -> str:
 def opening_report(run, paper, cfg, recipe, batch, machine, train_set, val_set, model,
                    notes) -> str:
     """Describe the run in about ten lines: settings, machine, data, model, batch, weights."""
-    objects = describe_objects(train_set)
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    everything = sum(p.numel() for p in model.parameters())
+    parameters = sum(p.numel() for p in model.parameters())
     size = f"batch {batch.total}"
     if batch.micro < batch.total:
         size += f" = {batch.micro} x {run.accum} x {machine.world}"
@@ -243,9 +250,9 @@ def opening_report(run, paper, cfg, recipe, batch, machine, train_set, val_set, 
         f"device    {describe_machine(run, machine)}",
         f"data      {train_set.name}: {len(train_set)} images to train on, {len(val_set)} to "
         f"evaluate on; {machine.workers} workers",
-        f"objects   {objects}",
+        f"objects   {describe_objects(train_set)}",
         f"model     {' '.join((run.model, run.variant)).strip()}: {trainable / 1e6:.2f} M "
-        f"parameters to train of {everything / 1e6:.2f} M",
+        f"parameters to train of {parameters / 1e6:.2f} M",
         f"training  {size}, lr {lr:g}{batch_hint(run, paper, batch)}, "
         f"{plural(recipe.epochs, 'epoch')} of {plural(batch.steps_per_epoch, 'step')}, "
         f"seed {run.seed}"]

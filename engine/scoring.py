@@ -150,7 +150,9 @@ def merge(parts):
 
 
 def positions(counts, order):
-    """Where the members of entries lie that are put into this order; counts: members of each."""
+    """Positions that bring the members of the entries into this order of the entries.
+
+    counts (E,): members of each entry; order (E,): as of np.lexsort -> (sum of counts,)"""
     starts = counts.cumsum() - counts                                          # (E,)
     counts = counts[order]
     ends = counts.cumsum()
@@ -159,7 +161,7 @@ def positions(counts, order):
 
 
 def first_detections(matches, limit):
-    """Matches with the `limit` best detections of each entry; those of an entry are sorted."""
+    """Matches with the `limit` best detections of each entry, whose detections are sorted."""
     counts = matches.detections
     starts = counts.cumsum() - counts                                          # (E,)
     first = np.arange(counts.sum()) - np.repeat(starts, counts) < limit        # (D,)
@@ -184,13 +186,14 @@ def curves(matches, category_ids, iou_type):
     areas = len(evaluation.params.areaRng)
     place = matches.entries[:, 0] * areas + matches.entries[:, 1]              # (E,)
     places = np.arange(len(category_ids) * areas + 1)
-    entry = np.searchsorted(place, places)             # first entry of each class and area range
-    detection = np.append(0, matches.detections.cumsum())[entry]
-    object_ = np.append(0, matches.objects.cumsum())[entry]
+    # where the entries, detections and objects of each class and area range begin
+    entry_starts = np.searchsorted(place, places)
+    detection_starts = np.append(0, matches.detections.cumsum())[entry_starts]
+    object_starts = np.append(0, matches.objects.cumsum())[entry_starts]
     evaluation.evalImgs = []
     for k in places[:-1]:
-        d = slice(detection[k], detection[k + 1])
-        g = slice(object_[k], object_[k + 1])
+        d = slice(detection_starts[k], detection_starts[k + 1])
+        g = slice(object_starts[k], object_starts[k + 1])
         evaluation.evalImgs.append({
             "dtScores": matches.scores[d],
             "dtMatches": matches.matched[:, d],

@@ -148,6 +148,13 @@ def test_inference_is_timed_by_model_and_variant(small, capsys):
     assert names == ["64x96", "deformable_detr", "deformable_detr two_stage"]
 
 
+def test_models_and_variants_that_do_not_exist_are_refused():
+    with pytest.raises(UserError, match="expected a model among .* got 'yolo'"):
+        bench_models.inference(models=("yolo",))
+    with pytest.raises(UserError, match="expected --variant .* got 'x'"):
+        bench_onnx.raw_model("dino:x")
+
+
 def test_the_step_table_compares_both_kinds_of_attention(monkeypatch, capsys):
     monkeypatch.setitem(deformable_detr.SMALL, "batch_size", 1)
     bench_models.step("cpu", 1, ("deformable_detr",))
@@ -315,6 +322,14 @@ def test_a_run_beside_busy_programs_is_compared_with_one_alone(monkeypatch, caps
 
 
 # ---- command line --------------------------------------------------------------------------------
+
+def test_a_run_that_ends_without_a_word_is_reported_with_its_exit_code(monkeypatch):
+    ended = subprocess.CompletedProcess([], -9, stdout="", stderr="")
+    stand_in = types.SimpleNamespace(run=lambda command, **options: ended)
+    monkeypatch.setattr(bench_load, "subprocess", stand_in)
+    with pytest.raises(UserError, match="expected train.py to train 10 steps, got exit code -9"):
+        bench_load.images_per_second(10, 400)
+
 
 def test_without_a_name_every_table_is_made_in_its_own_process(monkeypatch):
     started = []

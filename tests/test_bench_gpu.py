@@ -355,6 +355,14 @@ def test_the_tables_are_written_between_the_markers(tmp_path, capsys):
         gpu_tables.gpu_tables("rehearsal.json", "page.md")
 
 
+def test_a_page_with_the_markers_twice_is_refused(tmp_path):
+    block = f"{gpu_tables.BEGIN}\nold\n{gpu_tables.END}\n"
+    (tmp_path / "page.md").write_text(block + block)
+    with pytest.raises(UserError, match="expected <!-- .* once each"):
+        gpu_tables.gpu_tables("none", "page.md")
+    assert (tmp_path / "page.md").read_text() == block + block
+
+
 def test_the_page_of_results_has_the_markers():
     text = (ROOT / "RESULTS.md").read_text()
     assert text.count(gpu_tables.BEGIN) == text.count(gpu_tables.END) == 1

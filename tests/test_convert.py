@@ -261,6 +261,17 @@ def test_a_table_may_name_splits_and_images_without_objects(tmp_path):
     assert boxes_of(out, "val") == [XYWH]
 
 
+def test_the_file_name_of_an_image_names_no_split(tmp_path):
+    """Only tables and folders do: the photograph of a valley or a test is not for validation."""
+    root = csv_folder(tmp_path / "in", "file,class,x,y,w,h\n" + "".join(
+        f"{name},dog,4,6,10,9\n" for name in ("0.png", "1.png", "test-1.png", "val_1.png")))
+    for name in ("test-1.png", "val_1.png"):
+        write_image(root / "images" / name)
+    out = convert_folder("csv", root, tmp_path / "out", val_share=0.5)
+    assert len(content_of(out)["images"]) == len(content_of(out, "val")["images"]) == 2
+    assert not (out / "annotations" / "instances_test2017.json").exists()
+
+
 @pytest.mark.parametrize("place", ["annotations/instances_default.json", "result.json"])
 def test_a_coco_json_of_all_images_is_divided_and_keeps_masks_and_crowds(place, tmp_path):
     root = coco_export(tmp_path / "in", place)
@@ -565,7 +576,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
 
 def test_an_unknown_format_or_share_is_refused(tmp_path):
     root = yolo_folder(tmp_path / "in")
-    with pytest.raises(UserError, match="expected --from yolo, voc, csv, coco, got 'kitti'"):
+    with pytest.raises(UserError, match="expected --from yolo or voc or csv or coco, got 'kitti'"):
         convert_folder("kitti", root, tmp_path / "out")
     with pytest.raises(UserError, match="--val_share"):
         convert_folder("yolo", root, tmp_path / "out", val_share=1.0)

@@ -216,10 +216,16 @@ def test_files_of_every_paper_agree_on_photographs(tmp_path, shared, name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["deformable_detr", "dino"])
 def test_files_of_the_published_sizes_agree_on_a_photograph(tmp_path, shared, name):
-    """800 x 1333 pixels, ResNet-50, random weights."""
+    """800 x 1333 pixels, ResNet-50, random weights.
+
+    Some of the 22,000 proposals have scores so near that rounding swaps their ranks. The content of
+    a DINO query belongs to its rank: with the same content for all, a swap changes no detection."""
     pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript")
     loaded = detector(name, sizes=None, values={})
+    if name == "dino":
+        content = loaded.model.tgt_embed.weight.data                    # (Nq, C)
+        content.copy_(content[:1].expand_as(content).clone())
     module = as_module(loaded, raw=False)
     inputs = export.example_inputs(photographs(shared), loaded.recipe, 1, (800, 1333))
     path = tmp_path / "model.onnx"

@@ -57,6 +57,12 @@ def test_every_detector_is_predicted(capsys):
     assert "co_detr          24_epochs" in capsys.readouterr().out
 
 
+def test_help_shows_how_to_name_a_recipe(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        predict_memory.main(["--help"])
+    assert "PAPER" in capsys.readouterr().out
+
+
 def test_other_names_are_refused():
     with pytest.raises(UserError, match="expected one of detr, .* got 'yolo'"):
         predict_memory.recipes(["yolo"])

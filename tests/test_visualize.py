@@ -83,7 +83,7 @@ def test_the_most_confident_detection_lies_on_top():
     assert (drawn[300, 200] == drawing.color(0)).all()
 
 
-def test_crowds_lose_their_labels_and_get_a_key_of_colors_below():
+def test_crowds_lose_their_labels_and_get_a_legend_of_colors_below():
     boxes = [[10 + 12 * i, 300, 20 + 12 * i, 310] for i in range(41)]
     names = ["cat", "dog"]
     few = draw((640, 480), found(boxes[:1], [0]), names)
@@ -96,13 +96,13 @@ def test_crowds_lose_their_labels_and_get_a_key_of_colors_below():
         assert (key == drawing.color(label)).all(1).sum() >= 100
 
 
-def test_a_key_of_many_classes_wraps_and_that_of_one_class_gives_its_count():
+def test_a_legend_of_many_classes_wraps_and_that_of_one_class_gives_its_count():
     image = Image.new("RGB", (300, 200))
     font = drawing.get_font(12)
     labels = list(range(30))
     names = [f"class number {label}" for label in labels]
-    wrapped = drawing.add_key(image, labels, names, font)
-    one_line = drawing.add_key(image, [0] * 30, ["nucleus"], font)
+    wrapped = drawing.add_legend(image, labels, names, font)
+    one_line = drawing.add_legend(image, [0] * 30, ["nucleus"], font)
     assert wrapped.height - 200 > 10 * (one_line.height - 200) > 0
 
 
@@ -232,6 +232,17 @@ def test_runs_are_compared_in_one_picture(tmp_path):
     out = tmp_path / "deeper" / "compare.png"
     visualize.main(["compare_curves", "--run_dirs", *runs, "--out", str(out), "--labels", "a", "b"])
     assert out.exists()
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--labels", "a"], "expected as many --labels as --run_dirs, got 1 and 2"),
+    (["--kind", "masks"], "bbox.*segm")])
+def test_labels_and_kinds_that_do_not_fit_the_runs_are_refused(flags, message, tmp_path):
+    runs = [str(write_log(tmp_path / name, 3)) for name in ("one", "two")]
+    out = tmp_path / "compare.png"
+    with pytest.raises(SystemExit, match=message):
+        visualize.main(["compare_curves", "--run_dirs", *runs, "--out", str(out), *flags])
+    assert not out.exists()
 
 
 def test_precision_and_recall_are_drawn_from_an_evaluation(checkpoint, tmp_path):
@@ -500,6 +511,21 @@ def test_noised_boxes_of_images_without_objects_are_refused(tmp_path):
     if queries is not None:
         with pytest.raises(UserError, match="at least one object"):
             visualize.noised_boxes([Image.new("RGB", (9, 9))], targets, queries, tmp_path / "n.jpg")
+
+
+def test_no_more_images_are_read_than_are_drawn(tmp_path, monkeypatch):
+    path = write_checkpoint(tmp_path / "dino.pt", "dino")
+    opened = []
+    open_picture = visualize.open_picture
+
+    def remember(dataset, index):
+        opened.append(index)
+        return open_picture(dataset, index)
+
+    monkeypatch.setattr(visualize, "open_picture", remember)
+    visualize.main(["noised_boxes", "--checkpoint", str(path), "--n", "1", "--out",
+                    str(tmp_path / "noised.jpg")])
+    assert len(opened) < 4
 
 
 def test_noised_boxes_need_an_image_with_two_objects(tmp_path):

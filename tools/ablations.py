@@ -5,11 +5,11 @@
     python -m tools.ablations convergence     AP along the training of DETR and its children
     python -m tools.ablations --models dino mine --seeds 3 --steps 1000     your model beside DINO
 
-All runs of a table train the small preset on generated scenes, or on those of --data, for the same
-number of steps, with seeds 0, 1, ... AP is the mean over the seeds, spread the largest minus the
-smallest. A row says whether its difference exceeds the spreads of both rows that it compares, and
-gives the difference of each seed. Runs that are in the folder already are read; those that were
-broken off are continued. Every run leaves a reduced log (tools/reduce_log.py).
+All runs of a table train the small preset on generated scenes, or on the images of --data, for the
+same number of steps, with seeds 0, 1, ... AP is the mean over the seeds; the spread is the largest
+AP minus the smallest. A row says whether its difference exceeds the spreads of both rows that it
+compares, and gives the difference of each seed. Runs that are complete are not trained again; those
+that were interrupted are continued. Every run leaves a reduced log (tools/reduce_log.py).
 """
 import json
 import statistics
@@ -25,6 +25,7 @@ import tyro
 from engine import checkpoints
 from engine.coco_json import json_path, read_json
 from engine.errors import UserError, user_errors
+from engine.flags import one_line_usage
 from engine.models import load_paper
 from engine.notices import plural
 from engine.plots import convergence as plot_convergence
@@ -42,10 +43,10 @@ ROOT = Path(__file__).resolve().parent.parent
 class Row:
     """One row of a table: a paper file, with what changes in its small preset."""
     title: str
-    model: str
-    flags: dict = field(default_factory=dict)
+    model: str             # the paper file
+    flags: dict = field(default_factory=dict)   # flags of train.py that differ from the preset
     baseline: str = ""     # the row that it is compared with
-    detector: str = ""     # the row of DETECTORS that it puts masks on
+    detector: str = ""     # of mask networks: the row of DETECTORS that is their frozen detector
     length: int = 1        # its epochs, as a multiple of those of the table
 
 
@@ -115,7 +116,8 @@ LADDER |= co_detr_rows("co_dino", "Co-DINO", {})
 LADDER |= single_scale_rows()
 
 
-# The first is --detector; the command trains the others when a row needs them.
+# Frozen detectors of the mask networks. --detector is the first; the others are trained when a row
+# needs them.
 DETECTORS = {
     "dino": Row("DINO", "dino"),
     "dino_2_layers": Row("DINO with two encoder layers", "dino", {"encoder_layers": 2}),
@@ -208,7 +210,7 @@ class Runs:
     out: Path                # folder of the runs, one folder each
     seeds: int = 3           # runs of every row
     threads: int = 1         # CPU threads of each run
-    data: str = ""           # COCO-layout folder, as crowded scenes are; none: the usual scenes
+    data: str = ""           # COCO-layout folder, of crowded scenes for example; none: usual scenes
     logs: str = ""           # folder for the reduced logs; default: logs/ in --out
 
     counts: ClassVar = ("seeds", "threads")     # fields that are at least 1
@@ -269,10 +271,10 @@ class Masks(Training):
 
     def train_detector(self, name: str) -> str:
         """Train a row of DETECTORS, once for all seeds -> its checkpoint"""
-        rows = {f"detector_{name}": DETECTORS[name]}
+        row_name = f"detector_{name}"
         options = replace(self, steps=self.detector_steps, seeds=1)
-        (record,), = train_rows(rows, options).values()
-        return str(record["out"] / "best.pt")
+        records = train_rows({row_name: DETECTORS[name]}, options)[row_name]
+        return str(records[0]["out"] / "best.pt")
 
 
 @dataclass
@@ -282,7 +284,7 @@ class Convergence(Training):
     out: Path = Path("runs/convergence")   # folder of the runs, one folder each
     steps: int = 6000                 # optimizer steps of every run
     eval_every: int = 1               # epochs between evaluations
-    rows: tuple[Literal[tuple(LADDER)], ...] = CONVERGENCE   # rows of the table, as of the ladder
+    rows: tuple[Literal[tuple(LADDER)], ...] = CONVERGENCE   # rows of the table
 
     def epochs_between_evaluations(self, epochs: int) -> int:
         return self.eval_every
@@ -299,9 +301,9 @@ class Convergence(Training):
 
 @dataclass
 class Compare(Training):
-    """Compare paper files with the first one. The name of this command can be left out."""
+    """Compare paper files with the first of them. The word `compare` can be left out."""
     out: Path = Path("runs/compare")    # folder of the runs, one folder each
-    models: tuple[str, ...] = ("deformable_detr", "dino")   # paper files
+    models: tuple[str, ...] = ("deformable_detr", "dino")   # paper files; the first: the baseline
 
     def run(self) -> None:
         first, *others = self.models
@@ -339,7 +341,8 @@ def train_rows(rows: dict[str, Row], options: Training) -> dict[str, list[dict]]
 
 def count_epochs(row: Row, steps: int, images: int) -> int:
     """How many epochs make `steps` optimizer steps with the batch size of the preset, even where
-    the row changes that size. images: of the training set. UserError unless epochs are complete."""
+    the row changes that size. images: of the training set. UserError where the steps end within an
+    epoch."""
     paper = load_paper(row.model)
     _, recipe = configure(paper, preset_values(paper, "small", row.flags.get("variant", "")))
     steps_per_epoch = images // recipe.batch_size
@@ -433,6 +436,7 @@ def ap(record: dict) -> float:
 
 
 def mean(records, kind, name) -> str:
+    """The mean of a figure over the seeds, as a cell. kind: bbox, segm or segm_cls"""
     return f"{statistics.mean(record[kind][name] for record in records):.3f}"
 
 
@@ -460,6 +464,7 @@ COMPARISON = ("AP", "spread", "compared with", "difference", "larger than the sp
 
 
 def box_table(name, rows, runs, options) -> None:
+    """Write the table of detectors."""
     cells = []
     for key, row in rows.items():
         records = runs[key]
@@ -471,6 +476,7 @@ def box_table(name, rows, runs, options) -> None:
 
 
 def mask_table(rows, runs, options) -> None:
+    """Write the table of mask networks."""
     cells = []
     for key, row in rows.items():
         records = runs[key]
@@ -505,9 +511,9 @@ def convergence_table(rows, curves, runs, options) -> None:
             for epoch in epochs:
                 values = [run[epoch][name] for run in curves[row.title]]
                 means.append(f"{statistics.mean(values):.3f}")
+            spread = max(values) - min(values)               # of the last epoch
             compared = comparison(rows, runs, key)[2:] if name == "AP" else [""] * 4
-            cells.append([row.title, objects, *means, f"{max(values) - min(values):.3f}",
-                          *compared, f"{ms:.0f}"])
+            cells.append([row.title, objects, *means, f"{spread:.3f}", *compared, f"{ms:.0f}"])
     columns = (heading(options), "objects", *[f"epoch {epoch}" for epoch in epochs],
                *COMPARISON[1:], "ms a step")
     write_table("convergence", DEVICE, columns, cells)
@@ -533,9 +539,10 @@ def main(argv=None) -> None:
     if argv and argv[0].startswith("--") and argv[0] != "--help":
         argv = ["compare", *argv]
     with user_errors("tools.ablations"):
-        command = tyro.extras.subcommand_cli_from_dict(
-            COMMANDS, args=argv, prog="python -m tools.ablations", use_underscores=True,
-            description=__doc__.partition("\n\n")[0])
+        with one_line_usage("python -m tools.ablations", argv):
+            command = tyro.extras.subcommand_cli_from_dict(
+                COMMANDS, args=argv, prog="python -m tools.ablations", use_underscores=True,
+                description=__doc__.partition("\n\n")[0])
         command.run()
 
 

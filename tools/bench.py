@@ -3,7 +3,7 @@
     python -m tools.bench                all tables that this machine can make, one after the other
     python -m tools.bench inference      one of them
     python -m tools.bench kernel --help  the flags of one of them
-    python -m tools.bench gpu            what only a GPU can tell, in under nine minutes
+    python -m tools.bench gpu            what can only be measured on a GPU, in under nine minutes
 
 Each command prints a table and writes it to runs/bench/, with date, device, versions and its own
 command line. A figure is the median of repeated calls. CPU threads: OMP_NUM_THREADS.
@@ -31,8 +31,9 @@ TABLES = {"kernel": kernel, "step": step, "compiled": compiled, "inference": inf
           "transformers": transformers, "onnx": onnx, "mask_cost": mask_cost, "memory": memory,
           "loading": loading, "scoring": scoring, "load": load}
 COMMANDS = {**TABLES, "gpu": gpu, "gpu_tables": gpu_tables}
-OPTIONAL = {"transformers": installed, "onnx": all_installed}   # need packages for tests
-UNPREPARED = ("transformers",)   # first times the package as it comes, without prepare_cpu
+# tables that need packages of tests/requirements.txt, and whether these are installed
+OPTIONAL = {"transformers": installed, "onnx": all_installed}
+UNPREPARED = ("transformers",)   # calls prepare_cpu itself, after timing the package without it
 
 
 def make_all() -> None:

@@ -59,6 +59,7 @@ def loading(data: str = "", images: int = 256, workers: tuple[int, ...] = (0, 1,
 
 
 def images_per_second(dataset, count, workers) -> float:
+    """How fast `count` samples arrive in batches; a smaller data set is read several times."""
     places = [k % len(dataset) for k in range(count)]
     indices = [places[k:k + BATCH] for k in range(0, count, BATCH)]
     begin = benchmark.timer()
@@ -80,8 +81,8 @@ def scoring(images: int = 1000, detections: int = 300, classes: int = 80,
             processes: tuple[int, ...] = (1, 2), repeats: int = 3):
     """Time COCO AP of results as DINO makes them on COCO, shared among processes.
 
-    Each process has the results of its own images. The time is that from there to the figures of
-    all images. CPU time is that of the busiest process: the same on an idle machine, and more
+    Each process has the results of its own images. The time runs from these results to the figures
+    of all images. CPU time is that of the busiest process: the same on an idle machine, and more
     reliable on a busy one. `peak` is the memory of the largest process.
 
     Args:
@@ -103,7 +104,8 @@ def scoring(images: int = 1000, detections: int = 300, classes: int = 80,
 
 
 def time_processes(case, world) -> tuple[float, float, float, float]:
-    """-> median seconds, median CPU seconds of the busiest process, peak GiB of a process, AP"""
+    """Score in `world` processes at the same time
+    -> median seconds, median CPU seconds of the busiest process, peak GiB of a process, AP"""
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(world, context) as pool:
         store = f"file://{folder}/store"
@@ -156,8 +158,8 @@ def simulated_results(case, image_ids) -> tuple[COCO, list[dict]]:
                                 "category_id": category_ids[label], "bbox": box.tolist(),
                                 "area": float(box[2] * box[3]), "iscrowd": 0})
         images.append({"id": image_id, "height": SIDE, "width": SIDE})
-        found = simulated_detections(boxes, labels, case, rng)
-        results += coco_results([found], [image_id], category_ids)
+        detections = simulated_detections(boxes, labels, case, rng)
+        results += coco_results([detections], [image_id], category_ids)
     truth = COCO()
     truth.dataset = {"images": images, "annotations": annotations, "categories": categories}
     with contextlib.redirect_stdout(io.StringIO()):
@@ -168,7 +170,7 @@ def simulated_results(case, image_ids) -> tuple[COCO, list[dict]]:
 def simulated_detections(boxes, labels, case, rng) -> dict:
     """Detections as `detect` gives them: copies of the boxes (x, y, w, h) shifted by a tenth of
     their size, half of them with the right class; random scores."""
-    if not len(boxes):
+    if not len(boxes):     # an image without objects: all its detections are false alarms
         boxes = np.array([[0.0, 0.0, SIDE, SIDE]])
         labels = np.array([0])
     source = rng.integers(len(boxes), size=case.detections)

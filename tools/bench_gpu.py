@@ -1,4 +1,4 @@
-"""Everything that this repository wants to know from a GPU, in one command and under nine minutes.
+"""Everything that can only be measured on a GPU, in one command and under nine minutes.
 
     python -m tools.bench gpu                 all parts; runs/bench/gpu_cuda.json and .md
     python -m tools.bench gpu --device cpu    a rehearsal: the same code with tiny shapes
@@ -6,8 +6,7 @@
 
 Every part runs in a process of its own with a time limit: a part that crashes, hangs or is not
 installed becomes one line of the tables, and the rows that it had measured stay. What matters most
-comes first. What a rehearsal cannot reach: CUDA graphs, the GPU's memory counters and the kernels
-themselves.
+comes first. A rehearsal does not run CUDA graphs, the GPU's memory counters and the CUDA kernels.
 
 Kernels are timed as one CUDA graph of many calls. A synchronization after every call would measure
 the launch instead: small kernels appear about four times as slow, and in another order. The part
@@ -48,9 +47,9 @@ from tools.timing import (FOLDER, Device, device_name, each_ms, median_ms, peak_
 ROOT = Path(__file__).resolve().parent.parent
 SECONDS = {"cuda": 0.2, "cpu": 0.01}     # how long each figure of a kernel is measured
 STEP_SECONDS = {"cuda": 3.0, "cpu": 0.1}
-LEAST = 5                                # seconds left below which no part begins
-SLOWER = {"cuda": 1, "cpu": 10}          # times the limits of the parts: cores are shared
-DECODER_CALLS = 20                       # in one graph: launching it must not count
+LEAST = 5                                # with fewer seconds left no part begins
+SLOWER = {"cuda": 1, "cpu": 10}          # factor of the time limits; CPU cores are shared
+DECODER_CALLS = 20                       # in one graph, about, so that its launch hardly counts
 
 TINY = [(8, 8), (4, 4)]
 CASES = {
@@ -64,14 +63,14 @@ CHECKED = {
              Case("decoder, small", 2, [(16, 20), (8, 10), (4, 5)], queries=100),
              Case("encoder, 800x1333", 1, FOUR)],
     "cpu": CASES["cpu"]}
-# Largest relative error, and that of the gradient of locations or offsets in any type: where a
-# point lies within rounding of a pixel's center, its gradient is that of either side.
-# `beside_centers` keeps most points away from there.
+# Largest relative error by type.
 LIMITS = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1.6e-2}
+# The gradient of locations or offsets may differ by this much in any type: for a point within
+# rounding of a pixel's center, it is that of either side. `beside_centers` avoids most such points.
 PLACE_LIMIT = 1e-2
-SHIFT = 0.3                              # of the checked points, pixels
+SHIFT = 0.3                              # by which `beside_centers` moves points, pixels
 
-# precision of float32 matrix products, bfloat16 autocast
+# name -> precision of float32 matrix products, whether bfloat16 autocast is on
 PRECISIONS = {"float32": ("highest", False), "TF32": ("high", False), "bfloat16": ("high", True)}
 IMAGE = {"cuda": (800, 1333), "cpu": (64, 64)}
 MEMORY = {"cuda": [("deformable_detr", 2), ("dino", 2), ("dino", 4), ("co_detr", 2)],
@@ -85,7 +84,7 @@ LOG_CHARACTERS = 3000                    # of a failed part or test, kept in the
 # ---- what the parts measure: every function yields rows ------------------------------------------
 
 def machine(device):
-    """What the device can do at most: bytes copied and products a second."""
+    """The most that the device can do in a second: bytes copied, operations of matrix products."""
     numbers = 1 << 28 if device == "cuda" else 1 << 10
     source = torch.randn(numbers, device=device)
     target = torch.empty_like(source)
@@ -109,10 +108,10 @@ def correctness(device):
         for dtype, limit in LIMITS.items():
             for name in ("ours", "ours, fused"):
                 inputs = beside_centers(case, make_inputs(case, device, dtype, False, 0))
-                found = errors(IMPLEMENTATIONS[name].prepare(case, inputs))
+                measured = errors(IMPLEMENTATIONS[name].prepare(case, inputs))
                 limits = [limit, limit, max(limit, PLACE_LIMIT), limit]
-                ok = all(error <= most for error, most in zip(found, limits))
-                yield {"what": f"{name}, {describe(case)}, {str(dtype)[6:]}", "errors": found,
+                ok = all(error <= most for error, most in zip(measured, limits))
+                yield {"what": f"{name}, {describe(case)}, {str(dtype)[6:]}", "errors": measured,
                        "limits": limits, "ok": ok}
     yield repeated_gradients(device)
 
@@ -166,7 +165,7 @@ def measure(name, case, dtype, device) -> dict:
     prepare = IMPLEMENTATIONS[name].prepare
     small = CHECKED[device][0]
     checked = beside_centers(small, make_inputs(small, device, dtype, False, 1))
-    found = errors(prepare(small, checked))
+    output_error, *gradient_errors = errors(prepare(small, checked))
     sets = input_sets(case, device, dtype, uniform=False)
     calls = [prepare(case, inputs) for inputs in sets]
     if case.queries:
@@ -179,7 +178,7 @@ def measure(name, case, dtype, device) -> dict:
     bounds = lower_bounds(case, sets[0])
     return {"forward_us": 1e3 * forward_ms, "both_us": 1e3 * both_ms,
             "how": how if how == both_how else f"{how}, {both_how}", "mib": mib,
-            "error": found[0], "gradient_error": torch.tensor(found[1:]).max().item(),
+            "error": output_error, "gradient_error": torch.tensor(gradient_errors).max().item(),
             "bytes_forward": bounds.forward, "bytes_both": bounds.both,
             "additions": bounds.additions}
 
@@ -271,8 +270,8 @@ def memory(device):
 
 
 def transformers(device):
-    """Two-stage Deformable DETR beside the package transformers, float32 products in TF32. Their
-    logits are compared before, in float32."""
+    """Two-stage Deformable DETR beside the package transformers, with float32 products in TF32;
+    first the logits of both are compared in float32."""
     size, batch = ((800, 1199), 2) if device == "cuda" else ((192, 256), 1)
     theirs, ours = bench_transformers.make_models()
     inputs = random_batch(size, batch)
@@ -375,7 +374,7 @@ def describe_run(device) -> dict:
 
 
 def run_part(name, device, left) -> dict:
-    """Run a part in a process of its own
+    """Run a part in a process of its own. left: seconds until the time of all parts is up
     -> {"rows", "failed": why, or "", "seconds", "log": the end of what a failed part wrote}"""
     nothing = {"rows": [], "seconds": 0.0, "log": ""}
     if not_installed(name):

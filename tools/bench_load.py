@@ -38,14 +38,17 @@ def load(busy: tuple[int, ...] = (0, 1, 2), steps: int = 100, scenes: int = 400)
 
 
 def images_per_second(steps: int, scenes: int) -> tuple[int, float]:
-    """Train DINO with default settings. -> the threads that it chose; images a second"""
+    """Train DINO with default settings -> the number of threads that it chose, images a second"""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "train.py", "--model", "dino", "--out", f"{folder}/run",
                    "--num_train", str(scenes), "--num_val", "8", "--max_steps", str(steps)]
-        environment = {name: x for name, x in os.environ.items() if name != "OMP_NUM_THREADS"}
+        environment = {**os.environ}
+        environment.pop("OMP_NUM_THREADS", None)      # the program chooses its threads
         done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
         if done.returncode:
-            raise UserError(f"train.py ended with {done.stderr.strip().splitlines()[-1]}")
+            lines = done.stderr.strip().splitlines() or ["it printed no reason"]
+            raise UserError(f"expected train.py to train {steps} steps, got exit code "
+                            f"{done.returncode}: {lines[-1]}")
         config = json.loads(Path(folder, "run", "config.json").read_text())
         lines = Path(folder, "run", "log.jsonl").read_text().splitlines()
     last = json.loads(lines[-1])

@@ -1,4 +1,5 @@
-"""What each part of the mask network of mask_frozen_detr.py costs."""
+"""Parameters, time and memory of each part of the mask network of mask_frozen_detr.py."""
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ def attention_flops(value, shapes, points, *rest, out_shape=None, **options) -> 
 class Part(NamedTuple):
     """A part of the network, and one pass through it."""
     modules: list
-    run: object
+    run: Callable
 
 
 def mask_cost(device: Device = DEVICE, seconds: float = 2.0,
@@ -105,7 +106,7 @@ def count_parameters(module) -> int:
 def saved_bytes(function, model) -> int:
     """Memory of all tensors that a function stores for its backward pass, without parameters."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    stored = {}
+    stored = {}      # address of the storage -> a tensor in it, which keeps the address taken
 
     def store(tensor):
         place = tensor.untyped_storage().data_ptr()
@@ -114,7 +115,5 @@ def saved_bytes(function, model) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(store, lambda tensor: tensor):
-        result = function()
-    total = sum(tensor.untyped_storage().nbytes() for tensor in stored.values())
-    del result     # not before: its graph keeps the tensors apart from each other
-    return total
+        function()
+    return sum(tensor.untyped_storage().nbytes() for tensor in stored.values())

@@ -1,5 +1,4 @@
 """Time and memory of whole models: training steps and inference."""
-import importlib
 import math
 import multiprocessing
 from concurrent.futures import ProcessPoolExecutor
@@ -17,7 +16,8 @@ from deformable_attn import MSDeformAttn
 from engine.datasets import build_datasets
 from engine.layers import compile_or_recompute
 from engine.machine import Machine, prepare_cpu
-from engine.recipe import configure
+from engine.models import load_paper
+from engine.recipe import configure, preset_values
 from tools.timing import (DEVICE, Device, alternating_ms, median_ms, peak_gib, show_progress,
                           write_table)
 
@@ -58,10 +58,10 @@ def random_batch(size, count):
 
 
 def logit_difference(logits, others) -> float:
-    """Largest difference of logits (N, K) of one image to the nearest row of others (N, K), and of
-    those to the nearest row of these; NaN if any is not finite.
+    """Largest difference between the logits (N, K) of one image and others (N, K): each row is
+    compared with the nearest one of the other tensor, in both directions. NaN if any is not finite.
 
-    In place would say too much: proposals whose scores differ by rounding change places."""
+    Row i is not compared with row i: proposals whose scores differ by rounding change places."""
     if not (logits.isfinite().all() and others.isfinite().all()):
         return math.nan
     distances = torch.cdist(logits, others, p=math.inf)                  # (N, N)
@@ -81,8 +81,8 @@ def step(device: Device = DEVICE, repeats: int = 9,
     """
     rows = []
     for name in models:
-        paper = importlib.import_module(name)
-        cfg, recipe = configure(paper, paper.SMALL)
+        paper = load_paper(name)
+        cfg, recipe = configure(paper, preset_values(paper, "small", ""))
         batch = scene_batch(recipe, recipe.batch_size)
         model, criterion = paper.build(cfg, num_classes=8)
         training = TrainingStep(paper, model, criterion, recipe, device)
@@ -129,8 +129,8 @@ def compiled(device: Device = DEVICE, repeats: int = 5, model: str = "dino",
         amp: Use bfloat16 autocast.
         size: Height and width of the images with the preset paper, in pixels.
     """
-    paper = importlib.import_module(model)
-    cfg, recipe = configure(paper, paper.SMALL if preset == "small" else {})
+    paper = load_paper(model)
+    cfg, recipe = configure(paper, preset_values(paper, preset, ""))
     if preset == "small":
         inputs = scene_batch(recipe, batch)
     else:
@@ -169,9 +169,7 @@ def inference(device: Device = DEVICE, seconds: float = 5.0, models: tuple[str, 
     """
     rows = []
     for text in models:
-        name, _, variant = text.partition(":")
-        paper = importlib.import_module(name)
-        cfg, _ = configure(paper, paper.VARIANTS[variant] if variant else {})
+        paper, cfg, _ = paper_of_size(text)
         model, _ = paper.build(cfg, num_classes=80)
         model.to(device).eval()
         cells = []
@@ -179,10 +177,17 @@ def inference(device: Device = DEVICE, seconds: float = 5.0, models: tuple[str, 
             call = detection(model, paper, cfg, size, device, amp)
             ms = median_ms(call, seconds)
             cells += [f"{ms:.0f}", f"{1e3 / ms:.2f}"]
-        rows.append([f"{name} {variant}".strip(), *cells])
+        rows.append([text.replace(":", " "), *cells])
         show_progress(rows[-1])
     columns = (f"{size[0]}x{size[1]}", "float32 ms", "images/s", "bfloat16 ms", "images/s")
     write_table("inference", device, columns, rows)
+
+
+def paper_of_size(text: str) -> tuple:
+    """FILE or FILE:VARIANT -> the paper file, its Config and its Recipe, at the published size."""
+    name, _, variant = text.partition(":")
+    paper = load_paper(name)
+    return paper, *configure(paper, preset_values(paper, "paper", variant))
 
 
 def detection(model, paper, cfg, size, device, amp):
@@ -254,10 +259,9 @@ def in_new_process(function, *arguments):
 def step_cost(setting: Setting) -> tuple[float, float]:
     """Median ms of a training step, and the peak memory of this process in GiB."""
     prepare_cpu()
-    paper = importlib.import_module(setting.model)
-    small = setting.preset == "small"
-    cfg, recipe = configure(paper, paper.SMALL if small else {})
-    if small:
+    paper = load_paper(setting.model)
+    cfg, recipe = configure(paper, preset_values(paper, setting.preset, ""))
+    if setting.preset == "small":
         batch = scene_batch(recipe, setting.batch)
     else:
         batch = random_batch(setting.size, setting.batch)

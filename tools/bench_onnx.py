@@ -1,5 +1,4 @@
 """Inference beside onnxruntime and OpenVINO, on the files that tools/export.py writes."""
-import importlib
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
@@ -8,9 +7,8 @@ import torch
 
 from engine.errors import UserError
 from engine.models import Loaded
-from engine.recipe import configure
 from tools import export
-from tools.bench_models import logit_difference, random_batch
+from tools.bench_models import logit_difference, paper_of_size, random_batch
 from tools.timing import alternating, show_progress, write_table
 
 PACKAGES = (*export.PACKAGES, "onnxruntime", "openvino")
@@ -24,10 +22,10 @@ def onnx(repeats: int = 5, models: tuple[str, ...] = ("dino", "deformable_detr:t
         repeats: Calls of each kind, in turns; the median is reported.
         models: Paper files, each with a variant if wanted: FILE:VARIANT.
         size: Height and width of the image in pixels.
-        folder: Where exported files lie or are written; none: they are not kept.
+        folder: Where exported files lie or are written; default: a temporary folder.
     """
     if not all_installed():
-        raise UserError(f"expected the packages {', '.join(PACKAGES)}, got not all of them: "
+        raise UserError(f"expected the packages {', '.join(PACKAGES)}, got only some of them: "
                         f"pip install {' '.join(PACKAGES)}")
     rows = []
     with tempfile.TemporaryDirectory() as temporary:
@@ -59,10 +57,8 @@ def all_installed() -> bool:
 
 
 def raw_model(text: str):
-    """A model of published size with random weights, as it is exported."""
-    name, _, variant = text.partition(":")
-    paper = importlib.import_module(name)
-    cfg, recipe = configure(paper, paper.VARIANTS[variant] if variant else {})
+    """A model of published size with random weights, as it is exported: see `paper_of_size`."""
+    paper, cfg, recipe = paper_of_size(text)
     torch.manual_seed(0)
     model, criterion = paper.build(cfg, num_classes=80)
     return export.as_module(Loaded(model.eval(), paper, cfg, recipe, {}, criterion), raw=True)

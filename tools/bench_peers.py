@@ -1,9 +1,9 @@
 """Implementations of deformable attention under one interface, ours and others, to compare their
 results and their times.
 
-They start from different inputs: "plain" from sampling locations and weights, "fused" from what the
-linear layers give, offsets and logits. DCNv4 takes locations and logits. What another program needs
-in another type or order is prepared before the clock starts.
+They start from different inputs: "plain" from sampling locations and weights, "fused" from the
+outputs of the linear layers, offsets and logits. DCNv4 takes locations and logits. Inputs that an
+implementation needs in another type or order are prepared before the clock starts.
 """
 import importlib
 import importlib.util
@@ -67,14 +67,14 @@ def plain_exact(case, value, locations, weights):
 # ---- others --------------------------------------------------------------------------------------
 
 def shapes_and_starts(case, inputs) -> tuple[Tensor, Tensor]:
-    """Level shapes (L, 2) and the first token of each level (L,), as others want them."""
+    """Level shapes (L, 2) and the first token of each level (L,), as tensors for the others."""
     shapes = torch.tensor(case.shapes, device=inputs.value.device)
     sizes = shapes.prod(1)
     return shapes, sizes.cumsum(0) - sizes
 
 
 def in_one_type(case, inputs) -> list[Tensor]:
-    """Value, locations and weights, all in the type of the values: others know no mixture."""
+    """Value, locations and weights, all in the type of the values: others accept one type only."""
     dtype = inputs.value.dtype
     places = [tensor.detach().to(dtype) for tensor in operator_inputs(case, inputs)]
     return [inputs.value, *(tensor.requires_grad_() for tensor in places)]
@@ -109,7 +109,7 @@ def authors(case, inputs) -> Call:
 
 
 def mmcv(case, inputs) -> Call:
-    """The authors' kernel as mmcv compiles it: in half precision too."""
+    """The authors' kernel as mmcv compiles it, for half precision too."""
     module = importlib.import_module("mmcv.ops.multi_scale_deform_attn")
     function = module.MultiScaleDeformableAttnFunction.apply
     shapes, starts = shapes_and_starts(case, inputs)
@@ -122,7 +122,7 @@ def mmcv(case, inputs) -> Call:
 
 
 def msda_triton(case, inputs) -> Call:
-    """roulbac/msda-triton"""
+    """The Triton kernel of roulbac/msda-triton."""
     function = importlib.import_module("msda_triton").multi_scale_deformable_attention
     shapes, starts = shapes_and_starts(case, inputs)
     trained = in_one_type(case, inputs)
@@ -134,8 +134,10 @@ def msda_triton(case, inputs) -> Call:
 
 
 def deformops(backend, case, inputs) -> Call:
-    """deformops 3 with one of its backends, as it chooses by itself: Triton sums the gradients of
-    values in their type from sm_90 on. Locations stay in float32."""
+    """deformops 3 with one of its backends, TRITON or CUDA. Locations stay in float32.
+
+    `fp32acc` is what deformops chooses by itself: from sm_90 on, Triton sums the gradients of the
+    values in the type of the values."""
     # Compile its CUDA kernels where none are installed.
     os.environ.setdefault("DEFORMOPS_COMPILE", "fallback")
     registry = importlib.import_module("deformops.registry")
@@ -156,7 +158,8 @@ def dcnv4(case, inputs) -> Call:
     """DCNv4's FlashDeformAttn: locations and logits of a head in one tensor of float16."""
     function = importlib.import_module("DCNv4.functions").FlashDeformAttnFunction.apply
     shapes, starts = shapes_and_starts(case, inputs)
-    L, K = len(case.shapes), case.points
+    L = len(case.shapes)
+    K = case.points
     locations, _ = operator_inputs(case, inputs)
     value = inputs.value
     parts = (locations.flatten(-3), inputs.logits.flatten(-2))
@@ -211,8 +214,8 @@ def errors(call: Call) -> list[float]:
 
 def fill_with_nan(tensors) -> None:
     """Leave NaN in the memory that tensors of these sizes are allocated from next."""
-    rubbish = [torch.full_like(tensor, torch.nan) for tensor in tensors for _ in range(2)]
-    del rubbish
+    filled = [torch.full_like(tensor, torch.nan) for tensor in tensors for _ in range(2)]
+    del filled
 
 
 def relative_error(x, exact) -> float:

@@ -41,7 +41,7 @@ def transformers(device: Device = DEVICE, repeats: int = 5,
         # our settings hold for the whole process, from then on
         rounds = [("no", ["transformers"] if as_it_comes else []), ("yes", list(passes))]
     rows = []
-    first = {}     # (what, dtype) -> ms of its first row, for the ratios
+    first = {}     # (what, dtype) -> ms of the first row, for the ratios
     for settings, names in rounds:
         if settings == "yes":
             prepare_cpu()
@@ -54,9 +54,9 @@ def transformers(device: Device = DEVICE, repeats: int = 5,
     rows.sort(key=lambda row: row[:2])
     columns = (f"{size[0]}x{size[1]}", "autocast", "implementation", "CPU settings", "ms",
                "all calls", "ratio")
-    notes = [f"Largest difference of the logits: {difference:.1e}. Ratio: to the first row of its "
-             "kind. CPU settings: those of `engine.machine.prepare_cpu`, for the whole process. "
-             "Calls of both implementations take turns."]
+    notes = [f"Largest difference of the logits: {difference:.1e}. Ratio: how many times as fast "
+             "as the first row of its kind. CPU settings: those of `engine.machine.prepare_cpu`, "
+             "for the whole process. Calls of both implementations take turns."]
     write_table("transformers", device, columns, rows, notes)
 
 
@@ -71,7 +71,9 @@ def require_installed() -> None:
 
 
 def time_calls(calls, repeats, first, kind) -> dict[str, list[str]]:
-    """Median, range, and ratio of the median to the first one of this kind, stored in `first`."""
+    """Time calls in turns -> {name: cells: median, range, how many times as fast as the first one}
+
+    first: medians by kind, to which the first one of a new kind is added"""
     try:
         times = alternating(calls, repeats, warm_up=1)
     except RuntimeError as error:   # the package, with half precision on a CPU
@@ -120,12 +122,13 @@ def trainable(model) -> list:
 
 @torch.inference_mode()
 def detect(model, images, mask, amp):
+    """mask (B, H, W): padding for our model, its inverse for theirs."""
     with torch.autocast(images.device.type, torch.bfloat16, enabled=amp):
         model.eval()(images, mask)
 
 
 def their_passes(model, inputs, device) -> dict:
-    """name -> function of amp"""
+    """The passes that are timed: {name: function of amp}"""
     images, padding, targets = inputs
     model.to(device)
     images = images.to(device)
@@ -150,7 +153,7 @@ def their_passes(model, inputs, device) -> dict:
 
 
 def our_passes(ours, inputs, device) -> dict:
-    """name -> function of amp"""
+    """The same passes of our model: {name: function of amp}"""
     model, criterion = ours
     images, padding, _ = inputs
     training = TrainingStep(deformable_detr, model, criterion, deformable_detr.RECIPE, device)

@@ -10,6 +10,7 @@ import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import tyro
@@ -32,7 +33,7 @@ LEVELS = ("fatal", "error", "warning")
 
 
 def file_problems(folder: Path, images: list[dict], decode: bool) -> list[Problem]:
-    """Report missing and unreadable files, wrong sizes, and EXIF rotation.
+    """Return missing and unreadable files, wrong sizes, and EXIF rotation.
 
     images: entries of a json; decode: read every pixel, else only the headers
     """
@@ -116,7 +117,7 @@ def check_split(directory: Path, split: str, decode: bool) -> list[Problem]:
     if any(problem.level == "fatal" for problem in problems):
         return problems
     if lvis.is_lvis(content):
-        lvis.read_federated(content, path)   # names what is wrong
+        lvis.read_federated(content, path)   # for its errors
     print(*(f"  {len(content[part])} {part}" for part in coco_json.FIELDS))
     print_table(content)
     problems += coco_json.segmentation_problems(content).values()
@@ -153,8 +154,9 @@ def check(directory: str | Path, full: bool = True) -> int:
     return errors
 
 
-def check_as_loaded(directory, split):
-    """Return problems that need a loaded data set: no objects, classes unlike those of train."""
+def check_as_loaded(directory: Path, split: str) -> list[Problem]:
+    """Return the problems that only a loaded data set shows: no objects, classes unlike those of
+    train."""
     try:
         train = CocoFolder(directory, "train")
     except UserError:
@@ -200,7 +202,7 @@ def quick_check(dataset: DetectionData, training: bool = True,
 
 
 def print_notes(dataset: DetectionData, num_queries: int) -> None:
-    """Print what is no fault and yet limits the result: small objects, crowded images."""
+    """Print what limits the result without being a fault: small objects, crowded images."""
     notes = []
     if isinstance(dataset, CocoFolder):
         notes.append(size_note(dataset))
@@ -212,7 +214,7 @@ def print_notes(dataset: DetectionData, num_queries: int) -> None:
 
 
 def unused_classes(dataset: DetectionData) -> list[Problem]:
-    """Report classes without one object in the training set."""
+    """Return the classes without an object in the training set."""
     problems = []
     for label in np.flatnonzero(class_counts(dataset) == 0):
         name = dataset.class_names[label]
@@ -257,7 +259,8 @@ class Options:
 
     fatal: training refuses the data set. error: training runs, but results may suffer. warning: the
     program handles it. Ends with exit code 1 if there are fatal problems or errors."""
-    directory: tyro.conf.Positional[str]   # data folder, with annotations/ and images
+    # data folder, with annotations/ and images
+    directory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
 
 
 def main(argv: list[str] | None = None) -> None:

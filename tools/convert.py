@@ -9,8 +9,8 @@ OUT gets annotations/instances_{train,val,test}2017.json and train2017/, val2017
 the images, as hard links: they need no disk space and stay when DIR is removed. Where links are
 impossible, between two disks for example, images are copied. OUT appears when it is complete.
 
-What is read, and how splits and classes are found, is at the top of tools/labels_yolo.py,
-labels_voc.py, labels_csv.py and labels_coco.py. A folder without val images is divided: --val_share
+The docstrings of tools/labels_yolo.py, labels_voc.py, labels_csv.py and labels_coco.py say what is
+read, and where splits and classes come from. A folder without val images is divided: --val_share
 of its images, chosen at random but always the same, are for validation. Every fault in the labels
 is printed with its file and line, and then nothing is written (--skip_faulty leaves the faulty
 labels and files out). Boxes without width or height are left out, as training would do.
@@ -49,7 +49,7 @@ def convert(source: str, directory: str, out: str, val_share: float = 0.2,
 
     Raises UserError for faults in the labels, after printing them; nothing is written then.
     """
-    require(source in READERS, f"--from {', '.join(READERS)}", source)
+    require(source in READERS, f"--from {' or '.join(READERS)}", source)
     require(0 < val_share < 1, "--val_share between 0 and 1", val_share)
     root = Path(directory)
     target = Path(out)
@@ -73,7 +73,8 @@ def convert(source: str, directory: str, out: str, val_share: float = 0.2,
 
 
 def read(source: str, root: Path) -> Labels:
-    """Read a folder in one of the formats. The error names another one if the folder looks so."""
+    """Read a folder in one of the formats. If it looks like another format, the error names that.
+    """
     try:
         return READERS[source](root)
     except UserError as error:
@@ -85,7 +86,7 @@ def read(source: str, root: Path) -> Labels:
 
 
 def refuse_normalized(labels: Labels) -> None:
-    """Raise UserError if most boxes lie within a single pixel: they were shares of the image."""
+    """Raise UserError if most boxes lie within one pixel: they are relative to the image size."""
     images = [image for split in labels.splits.values() for image in split]
     boxes = [item.box for image in images for item in image.objects]
     tiny = [box for box in boxes if max(box[0] + box[2], box[1] + box[3]) <= 1]
@@ -100,12 +101,13 @@ def divide(labels: Labels, val_share: float) -> None:
     undivided = splits.pop(UNDIVIDED, [])
     images = splits.pop("train", []) + undivided
     if not images:
-        raise UserError("expected images with labels to train on, got none")
+        raise UserError("expected images with labels to train on, got none: put some into a folder "
+                        "or list called train")
     if "val" not in splits:
-        count = round(val_share * len(images))
         if len(images) < 2:
             raise UserError("expected at least two images, one to train on and one to evaluate on, "
-                            f"got {len(images)}")
+                            f"got {len(images)}: add images with labels")
+        count = round(val_share * len(images))
         count = min(max(count, 1), len(images) - 1)
         order = np.random.default_rng(0).permutation(len(images))
         chosen = set(order[:count].tolist())
@@ -138,9 +140,8 @@ def write_folder(labels: Labels, target: Path) -> None:
 
 
 def file_names(images: list[LabeledImage]) -> list[str]:
-    """Return a file name for each image: its own; where two share one, with its folder's name.
-
-    If that is not enough, a number is added.
+    """Return a different file name for each image: its own name; if another image has that, its own
+    with the name of its folder, or a number, in front.
     """
     names = []
     used = set()
@@ -159,7 +160,7 @@ def file_names(images: list[LabeledImage]) -> list[str]:
 
 def link_or_copy(source: Path, target: Path) -> None:
     """Make a hard link, or a copy where the file system refuses one."""
-    source = source.resolve()      # a link to a symbolic link would break with it
+    source = source.resolve()      # a hard link to a symbolic link breaks when its target moves
     try:
         os.link(source, target)
     except OSError:

@@ -8,12 +8,13 @@ import ast
 import re
 import textwrap
 from pathlib import Path
-from typing import NamedTuple
+from typing import Annotated, NamedTuple
 
 import tyro
 
 from engine.errors import UserError, user_errors
 from engine.files import complete_file
+from engine.flags import one_line_usage
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "EXERCISES.md"
@@ -33,8 +34,7 @@ class Exercise(NamedTuple):
 
 def read_exercises() -> list[Exercise]:
     """The exercises of EXERCISES.md, in order."""
-    found = PATTERN.finditer(PAGE.read_text())
-    return [Exercise(**match.groupdict()) for match in found]
+    return [Exercise(**match.groupdict()) for match in PATTERN.finditer(PAGE.read_text())]
 
 
 def remove(text: str, file: str, function: str) -> str:
@@ -45,12 +45,14 @@ def remove(text: str, file: str, function: str) -> str:
 
 def remove_from_python(text: str, function: str) -> str:
     """Keep the signature and the docstring, and raise NotImplementedError."""
+    # the function: a child of the file, or of its class
     node = ast.parse(text)
     for name in function.split("."):
         children = [child for child in node.body if getattr(child, "name", "") == name]
         if len(children) != 1:
             raise UserError(f"expected one {function}, got {len(children)}")
         node = children[0]
+    # the body, without the docstring
     body = node.body
     first = body[1] if ast.get_docstring(node) is not None and len(body) > 1 else body[0]
     lines = text.splitlines(keepends=True)
@@ -71,11 +73,11 @@ def remove_from_cpp(text: str, function: str) -> str:
     return text[:start.end()] + "  // write this\n}" + text[end:]
 
 
-def main(number: int) -> None:
+def main(number: Annotated[int, tyro.conf.arg(metavar="NUMBER")]) -> None:
     """Remove the function of an exercise from this copy of the repository.
 
     Args:
-        number: Of the exercise in EXERCISES.md.
+        number: Number of the exercise in EXERCISES.md.
     """
     exercises = read_exercises()
     if not 1 <= number <= len(exercises):
@@ -93,5 +95,5 @@ def main(number: int) -> None:
 
 
 if __name__ == "__main__":
-    with user_errors("tools.exercises"):
+    with user_errors("tools.exercises"), one_line_usage("python -m tools.exercises", None):
         tyro.cli(tyro.conf.configure(tyro.conf.Positional)(main), prog="python -m tools.exercises")

@@ -51,7 +51,7 @@ from engine.images import read_image
 from scenes import Shapes
 
 OPSET = 18
-THRESHOLD = 0.3       # detections from this score on are compared
+THRESHOLD = 0.3       # least score of detections that are compared
 PACKAGES = ("onnx", "onnxscript")   # needed to write an .onnx file; onnxruntime only to check it
 
 
@@ -72,7 +72,8 @@ class Raw(nn.Module):
 
 
 class Detections(nn.Module):
-    """The same with sizes (B, 2) -> scores, labels, boxes and query of the paper's `detect`."""
+    """Images, padding and sizes (B, 2) -> scores, labels, boxes and query of the paper's `detect`.
+    """
     inputs = ("images", "padding", "sizes")
     outputs = ("scores", "labels", "boxes", "query")
 
@@ -129,11 +130,12 @@ def soft_nms_in_steps(boxes: Tensor, scores: Tensor, labels: Tensor, threshold: 
                       min_score: float, top_k: int) -> tuple[Tensor, Tensor]:
     """`heads.regions.soft_nms` with as many steps as there are rows. Where that ends early, rows
     of score 0 follow."""
-    iou = paired_iou(boxes[:, None], boxes[None])[0]             # (n, n)
+    iou = paired_iou(boxes[:, None], boxes[None])[0]                     # (n, n)
     lowers = (iou >= threshold) & (labels[:, None] == labels)            # (n, n)
     factors = torch.where(lowers, 1 - iou, 1)                            # (n, n)
     factors = factors * (1 - torch.eye(len(boxes)))                      # selects every box once
-    selected, lowered = [], []
+    selected = []
+    lowered = []
     for _ in range(min(top_k, len(boxes))):
         best = scores.argmax(0, keepdim=True)                            # (1,)
         selected.append(best)
@@ -223,7 +225,7 @@ def trace(module: nn.Module, inputs: tuple, dynamic: bool):
 
 
 def description(detector) -> dict:
-    """What a program that runs the file has to know, as text."""
+    """What a program that runs the file has to know: {name: JSON text}."""
     recipe = detector.recipe
     facts = {"class_names": detector.meta["class_names"], "mean": transforms.MEAN.tolist(),
              "std": transforms.STD.tolist(), "short_side": recipe.eval_size,
@@ -269,7 +271,8 @@ def file_runner(path: Path):
 
 
 def example_inputs(images: list, recipe, batch: int, size: tuple | None) -> tuple:
-    """PIL images, as often as the batch needs them -> images, padding, sizes of the first ones.
+    """A batch of PIL images, repeated where there are too few -> images (B, 3, H, W),
+    padding (B, H, W), sizes (B, 2) of the PIL images, height and width.
 
     size: height and width of the input, within which every image is resized; None: that of the
     recipe."""
@@ -281,8 +284,8 @@ def example_inputs(images: list, recipe, batch: int, size: tuple | None) -> tupl
         sizes.append([image.height, image.width])
         if size:
             scale = min(height / image.height, width / image.width)
-            within = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
-            samples.append((transforms.normalize(image.resize(within)), {}))
+            new_size = (max(1, int(image.width * scale)), max(1, int(image.height * scale)))
+            samples.append((transforms.normalize(image.resize(new_size)), {}))
         else:
             samples.append(data.eval_transform(recipe)(image))
     pixels, padding, _ = data.collate(samples)
@@ -295,7 +298,7 @@ def example_inputs(images: list, recipe, batch: int, size: tuple | None) -> tupl
 
 @dataclass
 class Difference:
-    """Of a file from its model."""
+    """How far the detections of a file differ from those of its model."""
     detections: int = 0      # that were compared
     lost: int = 0            # without a detection of the same label and nearly the same score
     scores: float = 0.0      # largest difference
@@ -304,9 +307,9 @@ class Difference:
 
 
 def compare(expected: dict, got: dict, threshold: float = THRESHOLD) -> Difference:
-    """Compare detections {name: (B, k, ...)} from a score on, each with the nearest box of its
-    label: detections with equal scores may change places. Masks of boxes narrower than a pixel are
-    left out: they cover none, and their logits depend on rounding."""
+    """Compare the detections {name: (B, k, ...)} whose score is at least the threshold, each with
+    the nearest box of its label: detections with equal scores may change places. Masks of boxes
+    narrower than a pixel are left out: they cover no pixel, and their logits depend on rounding."""
     result = Difference()
     for b, scores in enumerate(expected["scores"]):
         for i in (scores >= threshold).nonzero()[:, 0].tolist():

@@ -68,7 +68,7 @@ def follow(detector: Loaded, dataset, index: int) -> None:
 
 
 def say(step: str, text: str, *rest) -> None:
-    """Print a step: tensors by their shape, text as it is."""
+    """Print a step: a tensor by its shape, text as it is."""
     words = [text]
     for part in rest:
         words.append(part if isinstance(part, str) else str(tuple(part.shape)))
@@ -76,7 +76,7 @@ def say(step: str, text: str, *rest) -> None:
 
 
 def follow_data(dataset, index: int) -> tuple:
-    """Read, transform and batch an image. -> images, padding, targets"""
+    """Read, transform and batch an image -> images, padding, targets"""
     _, original = dataset.load_or_substitute(index)
     names = [dataset.class_names[label] for label in dataset.objects(index).labels]
     say("read", f"{dataset.file_name(index)}: {original.width} x {original.height} px, "
@@ -89,7 +89,7 @@ def follow_data(dataset, index: int) -> tuple:
 
 
 def follow_encoder(model, images, padding):
-    """Backbone, projections and encoder. -> Memory"""
+    """Run backbone, projections and encoder -> Memory"""
     memory = model.encode(images, padding)
     for number, feature in enumerate(memory.features, 2):
         say("backbone", f"C{number}", feature)
@@ -99,18 +99,20 @@ def follow_encoder(model, images, padding):
 
 
 def show_proposals(proposals: dict, targets: list[dict], names: list[str]) -> None:
-    """Print the best proposals: their score, and how well they fit the nearest object."""
+    """Print the best proposals: their scores, and their IoU with the nearest object."""
     scores = proposals["pred_logits"][0].sigmoid().amax(-1)              # (n,)
     best = scores.topk(min(SHOWN, len(scores))).indices
-    overlaps, nearest = fits(proposals["pred_boxes"][0][best], targets[0]["boxes"])
+    boxes = proposals["pred_boxes"][0][best]                             # (SHOWN, 4)
+    overlaps, nearest = nearest_objects(boxes, targets[0]["boxes"])
     for score, overlap, number in zip(scores[best], overlaps, nearest):
         name = names[targets[0]["labels"][number]] if len(targets[0]["labels"]) else "nothing"
         say("", f"proposal with score {score:.2f}: IoU {overlap:.2f} with the nearest object "
             f"({name})")
 
 
-def fits(boxes, objects) -> tuple:
-    """IoU of each box with its nearest object, and which one that is; 0 without objects."""
+def nearest_objects(boxes, objects) -> tuple:
+    """IoU of each box (n, 4) with its nearest object (n,), and the object's index (n,); zeros
+    without objects."""
     if not len(objects):
         return torch.zeros(len(boxes)), torch.zeros(len(boxes), dtype=torch.int64)
     corners = box_cxcywh_to_xyxy(boxes)
@@ -119,7 +121,8 @@ def fits(boxes, objects) -> tuple:
 
 
 def follow_matches(detector, outputs, layers, queries, target, names: list[str]) -> None:
-    """Print which query is matched to each object, and its IoU from the reference on."""
+    """Print which query is matched to each object, and the IoU of its box from layer to layer,
+    beginning with its reference where that is a box."""
     query, number = detector.criterion.match(outputs, [target])[0]
     steps = [queries.reference[0]] if queries.reference.shape[-1] == 4 else []
     steps += [layer["pred_boxes"][0] for layer in layers]
@@ -127,7 +130,7 @@ def follow_matches(detector, outputs, layers, queries, target, names: list[str])
     say("match", f"{len(number)} objects to queries; IoU of {first}layers 1 to {len(layers)}:")
     for q, n in zip(query.tolist(), number.tolist()):
         object_box = target["boxes"][n:n + 1]
-        overlaps = [fits(boxes[q:q + 1], object_box)[0].item() for boxes in steps]
+        overlaps = [nearest_objects(boxes[q:q + 1], object_box)[0].item() for boxes in steps]
         say("", f"{names[target['labels'][n]]:12} query {q:3}: "
             + "  ".join(f"{overlap:.2f}" for overlap in overlaps))
 
@@ -135,9 +138,10 @@ def follow_matches(detector, outputs, layers, queries, target, names: list[str])
 def show_detections(detector, outputs, targets, names: list[str]) -> None:
     """Print the best detections, boxes in pixels of the original image."""
     sizes = torch.stack([target["orig_size"] for target in targets])     # (1, 2)
-    found = detector.paper.detect(outputs, sizes, detector.cfg)[0]
-    say("detect", f"{len(found['scores'])} detections, the {SHOWN} best of them:")
-    rows = zip(found["scores"][:SHOWN].tolist(), found["labels"].tolist(), found["boxes"].tolist())
+    detection = detector.paper.detect(outputs, sizes, detector.cfg)[0]
+    scores = detection["scores"].tolist()
+    say("detect", f"{len(scores)} detections, the {SHOWN} best of them:")
+    rows = zip(scores[:SHOWN], detection["labels"].tolist(), detection["boxes"].tolist())
     for score, label, box in rows:
         say("", f"{names[label]:12} {score:.2f}  {[round(value) for value in box]} px")
 

@@ -1,7 +1,7 @@
 """The tables of RESULTS.md about GPUs, from the json that `python -m tools.bench gpu` writes.
 
-The tables stand between two markers of the page. What other projects publish stands in columns
-called "published", beside what was measured on the same GPU by the same program.
+The tables stand between two markers of the page. Columns called "published" hold the figures that
+other projects give; all other columns were measured on one GPU by one program.
 """
 import json
 from pathlib import Path
@@ -20,8 +20,8 @@ PUBLISHED_CASE = "decoder, 800x1333, batch 4, 300 queries"
 PUBLISHED = {("forward", "float32"): (12, 2.17), ("forward", "float16"): (8, 4.30),
              ("forward", "bfloat16"): (8, None), ("backward", "float32"): (92, 1.33),
              ("backward", "float16"): (56, 4.50), ("backward", "bfloat16"): (56, None)}
-# README of deformops 3: peak memory of both passes below the reference implementation at the scale
-# of an encoder.
+# README of deformops 3: by how much the peak memory of both passes lies below that of the reference
+# implementation, at the scale of an encoder.
 PUBLISHED_MEMORY = {"deformops, CUDA": "71 %", "deformops, Triton": "88 % (bfloat16)"}
 OURS = ("ours", "ours, fused")
 
@@ -30,8 +30,8 @@ def gpu_tables(file: str = "runs/bench/gpu_cuda.json", page: str = "RESULTS.md")
     """Write the tables of a json between the markers of a page.
 
     Args:
-        file: What `python -m tools.bench gpu` wrote; none: the published figures alone.
-        page: The page.
+        file: What `python -m tools.bench gpu` wrote; the word none: published figures alone.
+        page: The page, which has the two markers.
     """
     results = {}
     if file and file != "none":
@@ -47,10 +47,12 @@ def gpu_tables(file: str = "runs/bench/gpu_cuda.json", page: str = "RESULTS.md")
 
 def write_between(page: Path, text: str) -> None:
     """Replace what stands between the markers. UserError unless each is there once, in order."""
-    before, _, rest = page.read_text().partition(BEGIN)
-    old, _, after = rest.partition(END)
-    if (before + BEGIN + old + END + after) != page.read_text():
-        raise UserError(f"expected {BEGIN} and then {END} in {page}, once each")
+    old = page.read_text()
+    if old.count(BEGIN) != 1 or old.count(END) != 1 or old.index(BEGIN) > old.index(END):
+        raise UserError(f"expected {BEGIN} and then {END} in {page}, once each, got another page: "
+                        "put the markers where the tables belong")
+    before = old.partition(BEGIN)[0]
+    after = old.partition(END)[2]
     with complete_file(page) as temporary:
         temporary.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
 
@@ -59,13 +61,10 @@ def write_between(page: Path, text: str) -> None:
 
 def tables(results: dict) -> str:
     """All tables as Markdown; {}: the published figures alone."""
-    blocks = [heading(results)]
-    for make in (failures, ceilings, correctness, *kernels(results), published, memory_of_peers,
-                 timing, steps, memory, transformers):
-        block = make(results)
-        if block:
-            blocks.append(block)
-    return "\n\n".join(blocks)
+    blocks = [heading(results), failures(results), ceilings(results), correctness(results),
+              *kernels(results), published(results), memory_of_peers(results), timing(results),
+              steps(results), memory(results), transformers(results)]
+    return "\n\n".join(block for block in blocks if block)
 
 
 def heading(results) -> str:
@@ -110,17 +109,17 @@ def ceilings(results) -> str:
 def correctness(results) -> str:
     rows = []
     for row in rows_of(results, "correctness") + rows_of(results, "tests"):
-        found = " ".join(f"{error:.0e}" for error in row.get("errors", []))
-        most = " ".join(f"{limit:.0e}" for limit in row.get("limits", []))
-        rows.append([row["what"], found, most, "yes" if row["ok"] else "**no**"])
+        errors = " ".join(f"{error:.0e}" for error in row.get("errors", []))
+        limits = " ".join(f"{limit:.0e}" for limit in row.get("limits", []))
+        rows.append([row["what"], errors, limits, "yes" if row["ok"] else "**no**"])
     columns = ("correct?", "relative errors: output, gradients", "allowed", "right")
     return table(columns, rows)
 
 
-def kernels(results) -> list:
-    """A function for the table of every case."""
-    cases = list(dict.fromkeys(row["case"] for row in rows_of_all(results, "kernel: ")))
-    return [lambda results, case=case: kernel_table(results, case) for case in cases]
+def kernels(results) -> list[str]:
+    """A table for every case."""
+    cases = dict.fromkeys(row["case"] for row in rows_of_all(results, "kernel: "))
+    return [kernel_table(results, case) for case in cases]
 
 
 def kernel_table(results, case) -> str:
@@ -143,7 +142,7 @@ def kernel_table(results, case) -> str:
 
 
 def times(row) -> list[str]:
-    """Forward pass, and backward pass as the difference to both."""
+    """Microseconds of the forward pass, and of the backward pass: both passes less the forward."""
     return [f"{row['forward_us']:.1f}", f"{row['both_us'] - row['forward_us']:.1f}"]
 
 
@@ -159,8 +158,8 @@ def mebibytes(value) -> str:
 
 
 def lower_bound(results, row) -> list:
-    """What device memory allows our fused form at the measured rate of a copy, and the rows of 128
-    bytes that its backward pass added a second."""
+    """A row with the least time of our fused form, its bytes at the measured rate of a copy, and
+    how many rows of 128 bytes our backward pass added in a second. No row for other forms."""
     rates = [x["value"] for x in rows_of(results, "machine") if x["unit"] == "TB/s"]
     backward = row["both_us"] - row["forward_us"]
     if row["form"] != "fused" or not rates:
@@ -190,12 +189,14 @@ def published(results) -> str:
 def time_here(results, name, which, dtype) -> str:
     for row in rows_of(results, f"kernel: {name}"):
         if (row["case"], row["dtype"]) == (PUBLISHED_CASE, dtype) and "both_us" in row:
-            return times(row)[which == "backward"]
+            forward, backward = times(row)
+            return backward if which == "backward" else forward
     return ""
 
 
 def memory_of_peers(results) -> str:
-    """Memory of both passes below the reference implementation, at the first case."""
+    """How much less memory both passes need than the reference implementation, in the first case.
+    """
     rows = [row for row in rows_of_all(results, "kernel: ") if row.get("mib")]
     first = [row for row in rows if row["case"] == rows[0]["case"]]
     reference = {row["dtype"]: row["mib"] for row in first if row["implementation"] == "PyTorch"}

@@ -1,4 +1,4 @@
-"""Labeled images on their way from another format to COCO, and what is wrong with them.
+"""Labeled images that are converted from another format to COCO, and the faults in their labels.
 
 The readers (labels_yolo.py, labels_voc.py, labels_csv.py, labels_coco.py) return Labels; convert.py
 writes them.
@@ -47,7 +47,7 @@ class LabeledImage:
 
 @dataclass
 class Labels:
-    """What a reader found."""
+    """The result of a reader."""
     # split -> images; UNDIVIDED where the folder has no splits
     splits: dict[str, list[LabeledImage]] = field(default_factory=dict)
     names: list[str] = field(default_factory=list)       # of the classes, in their order
@@ -55,8 +55,8 @@ class Labels:
     notes: list[str] = field(default_factory=list)       # what was left out or assumed
 
     def fault(self, path: Path, line: int, error: ValueError | str) -> None:
-        """Add a fault in a line of a file; 0: in the file as a whole. A box without area is noted
-        and no fault, as training leaves such boxes out, too."""
+        """Add a fault in a line of a file; line 0: in the file as a whole. A box without area is
+        only a note, as training leaves such boxes out, too."""
         place = f"{path}:{line}" if line else str(path)
         text = f"{one_line(place, 300)}: {error}"
         if isinstance(error, NoArea):
@@ -92,9 +92,9 @@ def print_some(lines: list[str]) -> None:
 
 
 def read_text(path: Path, errors: str = "replace") -> str:
-    """Read a text file of labels. UserError for what is none: a pipe would block for ever.
+    """Read a text file of labels. UserError for anything else: reading a pipe would block forever.
 
-    errors: what happens to bytes that are no UTF-8, as for `open`
+    errors: what happens to bytes that are not UTF-8, as for `open`
     """
     if not path.is_file():
         raise UserError(f"{path}: expected a text file, got a folder or a device; remove it")
@@ -107,16 +107,16 @@ def read_text(path: Path, errors: str = "replace") -> str:
 
 def image_files(folder: Path) -> list[Path]:
     """Return the image files in a folder and its subfolders, sorted."""
-    found = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
-    return sorted(path for path in found if path.is_file())
+    paths = [path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES]
+    return sorted(path for path in paths if path.is_file())
 
 
 def files_by_name(folder: Path) -> dict[str, list[Path]]:
     """Return {name: image files with this name} of a folder and its subfolders."""
-    found = {}
+    files = {}
     for path in image_files(folder):
-        found.setdefault(path.name, []).append(path)
-    return found
+        files.setdefault(path.name, []).append(path)
+    return files
 
 
 def files_named(name: str, places: dict[str, list[Path]]) -> list[Path]:
@@ -132,7 +132,7 @@ def files_named(name: str, places: dict[str, list[Path]]) -> list[Path]:
 
 
 def split_of(path: Path, root: Path) -> str:
-    """Return the split that a folder on the way from `root` to `path` names, else UNDIVIDED."""
+    """Return the split that the first folder between `root` and `path` names, else UNDIVIDED."""
     for part in path.relative_to(root).parts[:-1]:
         if part.lower() in SPLITS:
             return SPLITS[part.lower()]
@@ -140,7 +140,8 @@ def split_of(path: Path, root: Path) -> str:
 
 
 def split_of_file(path: Path, root: Path) -> str:
-    """Return the split in the name of a file, as train_labels.csv, or of its folders."""
+    """Return the split in the name of a file of labels, such as train_labels.csv, else that of its
+    folders."""
     for word in re.split(r"[^a-z0-9]+", path.stem.lower()):
         if word in SPLITS:
             return SPLITS[word]
@@ -163,7 +164,8 @@ def image_size(path: Path, labels: Labels,
 
 
 def number(text: str) -> float:
-    """Return a finite number. Raises ValueError, with what was expected, for anything else."""
+    """Return a number below 1e9 in magnitude. Raises ValueError, with what was expected, for
+    anything else."""
     try:
         value = float(text)
     except ValueError:
@@ -196,7 +198,7 @@ def corner_box(corners: list[float], size: tuple[int, int]) -> tuple:
 def name_classes(root: Path, labels: Labels) -> None:
     """Set the class names: the lines of classes.txt, or those of the objects in alphabetical order.
 
-    An object whose class classes.txt lacks is a fault, and taken out.
+    An object of a class that classes.txt lacks is a fault, and is removed.
     """
     images = [image for split in labels.splits.values() for image in split]
     used = {item.name for image in images for item in image.objects}

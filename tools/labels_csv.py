@@ -7,9 +7,9 @@
     split    split or set, may be missing: train, val or valid, test
 
 Other columns are left out, except `width` and `height` beside corners: the size of the image, which
-must be that of the file. A row with an empty box is an image without objects; images in no row
-count as not labeled and are left out. Columns are separated by commas, semicolons or tabs. Without
-a column `split`, tables and folders called train, val or valid, test divide the images.
+must be that of the file. A row with an empty box is an image without objects; an image that no row
+names counts as not labeled and is left out. Columns are separated by commas, semicolons or tabs.
+Without a column `split`, tables and folders called train, val or valid, test divide the images.
 """
 import csv
 from pathlib import Path
@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.notices import one_line, plural
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box,
                           files_by_name, files_named, image_size, name_classes, number,
-                          read_text, split_of_file)
+                          read_text, split_of, split_of_file)
 
 FILE = ("file", "filename", "file_name", "image", "image_path", "path")
 CLASS = ("class", "label", "name", "category", "class_name")
@@ -110,7 +110,7 @@ def read_table(table: Path, folder: Path, places: dict, images: dict, labels: La
             if len(row) != len(columns.names):
                 raise ValueError(f"expected {len(columns.names)} columns, got {len(row)}")
             path = find_image(row[columns.file], table, folder, places)
-            split = row_split(row, columns) or table_split or split_of_file(path, folder)
+            split = row_split(row, columns) or table_split or split_of(path, folder)
             if (split, path) not in images:
                 size = image_size(path, labels, listed_size(row, columns))
                 if size is None:

@@ -108,7 +108,7 @@ def class_names(root: Path, path: Path, settings: dict) -> list[str]:
         wanted = list(range(len(names)))
         if sorted(names, key=str) != sorted(wanted, key=str):
             raise UserError(f"{path}: expected names numbered 0 to {len(names) - 1}, got "
-                            f"{one_line(list(names), 80)}")
+                            f"{one_line(list(names), 80)}; correct the numbers there")
         names = [names[k] for k in wanted]
     if not isinstance(names, list) or not names:
         raise UserError(f"{root}: expected the names of the classes in data.yaml (names: [...]) or "
@@ -116,14 +116,14 @@ def class_names(root: Path, path: Path, settings: dict) -> list[str]:
                         "the class numbers")
     if len(set(map(str, names))) < len(names):
         raise UserError(f"{root}: expected a different name for each class, got one twice in "
-                        f"{one_line(names, 200)}")
+                        f"{one_line(names, 200)}; rename one of the two")
     count = settings.get("nc", len(names))
     if count != len(names):
         raise UserError(f"{path}: expected as many names as nc, got {len(names)} names and nc "
-                        f"{one_line(count, 20)}")
+                        f"{one_line(count, 20)}; correct nc, or remove it")
     if "kpt_shape" in settings:
         raise UserError(f"{path}: expected boxes or polygons, got keypoints (kpt_shape), which are "
-                        "not read")
+                        "not read; export the boxes alone, without kpt_shape")
     return [str(name) for name in names]
 
 
@@ -151,7 +151,7 @@ def find_entry(path: Path, settings: dict, entry: str) -> Path | None:
     """Return what an entry of data.yaml means: relative to its `path`, or to its own folder.
 
     Exported files often name folders of another machine, or begin with "../" though the folder lies
-    beside them: then the last parts of the path decide.
+    beside them: then only the last parts of the path are used.
     """
     entry = entry.replace("\\", "/")
     parts = Path(entry).parts
@@ -184,7 +184,7 @@ def listed_file(text: str, folder: Path) -> Path | None:
     """Return the image that a line of a list file names, None if there is none.
 
     Lines often begin with folders of the machine that wrote them (data/images/train/1.jpg): then
-    the last parts of the path decide.
+    only the last parts of the path are used.
     """
     text = text.replace("\\", "/")
     inner = [part for part in Path(text).parts if part not in ("..", ".")]
@@ -219,7 +219,7 @@ def label_path(image: Path) -> Path:
 
 
 def moved(folder: Path, old: str, new: str) -> Path | None:
-    """Return a path with its last part called `old` renamed to `new`, None if it has none."""
+    """Return a path whose last part called `old` is renamed to `new`, None if no part is."""
     parts = list(folder.parts)
     for place in reversed(range(len(parts))):
         if parts[place] == old:
@@ -299,6 +299,8 @@ def is_label_file(path: Path) -> bool:
     """Whether the first line of a text file looks like labels."""
     words = read_text(path).partition("\n")[0].split()
     try:
-        return len(words) >= 5 and all(number(word) is not None for word in words)
+        for word in words:
+            number(word)
     except ValueError:
         return False
+    return len(words) >= 5

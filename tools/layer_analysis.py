@@ -33,9 +33,9 @@ COUNTS = (1, 3, 10, 30, 100, 300, 900)     # best proposals of an image
 def measure(detector, dataset, device, **common) -> dict:
     """The figures of a detector on a data set, a number for each decoder layer or count.
 
-    -> {"AP", "AP50", "duplicates": a number for each layer, "objects"}, and for two-stage
-    detectors {"counts", "recall"}: the share of objects with an IoU of at least OVERLAP with one of
-    so many proposals of the highest scores."""
+    -> {"AP", "AP50", "duplicates": a number for each layer, "objects": their number}, and for
+    two-stage detectors "counts", numbers of best proposals, and "recall", the share of objects with
+    an IoU of at least OVERLAP with one of so many."""
     limit = limit_of(dataset)
     cfg = allow_detections(detector.model, detector.cfg, limit)
     results = []
@@ -53,11 +53,11 @@ def measure(detector, dataset, device, **common) -> dict:
                 results.append([])
                 duplicates.append(0)
             # the layer's logits and boxes in place of the last one's
-            found = detect_on_canvas(detector.paper.detect, {**outputs, **layer},
-                                     canvas.to(device), sizes, cfg)
-            results[number] += coco_results(found, image_ids, dataset.category_ids)
-            for detections, target in zip(found, targets):
-                duplicates[number] += count_duplicates(detections, target)
+            detections = detect_on_canvas(detector.paper.detect, {**outputs, **layer},
+                                          canvas.to(device), sizes, cfg)
+            results[number] += coco_results(detections, image_ids, dataset.category_ids)
+            for detection, target in zip(detections, targets):
+                duplicates[number] += count_duplicates(detection, target)
         for b, target in enumerate(targets):
             count += len(target["labels"])
             if "enc_outputs" in outputs:
@@ -70,20 +70,25 @@ def measure(detector, dataset, device, **common) -> dict:
                "duplicates": [number / max(1, count) for number in duplicates],
                "objects": count}
     if ranks and count:
-        ranks = torch.cat(ranks)                                               # (objects,)
-        counts = [most for most in COUNTS if most < len(anchors)] + [len(anchors)]
-        figures["counts"] = counts
-        figures["recall"] = [float((ranks < most).float().mean()) for most in counts]
+        figures |= recall(torch.cat(ranks), len(anchors))
     return figures
 
 
-def count_duplicates(found: dict, target: dict) -> int:
+def recall(ranks: torch.Tensor, num_queries: int) -> dict:
+    """Recall of the best proposals from the `first_ranks` (n,) of all objects
+    -> {"counts": numbers of proposals, "recall": a number for each}"""
+    counts = [number for number in COUNTS if number < num_queries] + [num_queries]
+    return {"counts": counts,
+            "recall": [float((ranks < number).float().mean()) for number in counts]}
+
+
+def count_duplicates(detection: dict, target: dict) -> int:
     """How many confident detections of an image are not the first one of their object.
 
     A detection belongs to the object of its class with which it overlaps most, if by OVERLAP."""
-    confident = found["scores"].cpu() >= CONFIDENT
-    boxes = found["boxes"].cpu()[confident]                                    # (k, 4) px
-    labels = found["labels"].cpu()[confident]                                  # (k,)
+    confident = detection["scores"].cpu() >= CONFIDENT
+    boxes = detection["boxes"].cpu()[confident]                                # (k, 4) px
+    labels = detection["labels"].cpu()[confident]                              # (k,)
     height, width = target["canvas_size"].tolist()
     scale = torch.tensor([width, height, width, height])
     iou, _ = box_iou(boxes, box_cxcywh_to_xyxy(target["boxes"]) * scale)       # (k, n)
@@ -112,7 +117,7 @@ def layer_table(measures: dict) -> str:
     lines = [" " * 24 + "".join(f"{name:>{width}}" for name in measures)]
     for key, title in (("AP", "AP, layer"), ("AP50", "AP50, layer"),
                        ("duplicates", "duplicates, layer"), ("recall", "recall, proposals")):
-        columns = [named(figures, key) for figures in measures.values()]
+        columns = [by_place(figures, key) for figures in measures.values()]
         for place in sorted(set().union(*columns)):
             cells = [f"{column[place]:.3f}" if place in column else "-" for column in columns]
             lines.append(f"{title} {place}".ljust(24) + "".join(f"{x:>{width}}" for x in cells))
@@ -123,8 +128,8 @@ def layer_table(measures: dict) -> str:
     return "\n".join(lines)
 
 
-def named(figures: dict, key: str) -> dict[int, float]:
-    """{number of the layer, or count of proposals: figure}; nothing where it was not measured."""
+def by_place(figures: dict, key: str) -> dict[int, float]:
+    """{number of the layer, or number of proposals: figure}; {} where it was not measured."""
     values = figures.get(key, [])
     places = figures["counts"] if key == "recall" and values else range(1, len(values) + 1)
     return dict(zip(places, values))

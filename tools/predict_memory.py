@@ -9,24 +9,26 @@ most), in float32, with 20 objects of the 80 classes of COCO or the 1203 of LVIS
 
     for each image    what autograd saves. With --recompute: the inputs of the layers, what is saved
                       outside of them, and what the largest layer saves
-    for the model     parameters, gradients and two moments of AdamW, and the average where there is
-                      one, 4 bytes each
+    for the model     parameters, gradients, two moments of AdamW, and the EMA where there is one,
+                      4 bytes each
 
 Not counted: temporary tensors of single operations, losses, gradients of activations, the buckets
 of DistributedDataParallel (4 bytes a parameter), the CUDA context, fragmentation; for Co-DETR the
 RoI head. The figures are counts, not measurements; 10 to 20 % more should be free.
 """
-import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import SimpleNamespace
+from typing import Annotated
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
+import tyro
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from engine.commands import parse
 from engine.errors import UserError, user_errors
 from engine.layers import compile_or_recompute, find_layers
 from engine.models import load_paper
@@ -69,7 +71,8 @@ class SavedBytes:
 
     def __init__(self, model):
         own = [x.untyped_storage() for x in (*model.parameters(), *model.buffers())]
-        self.own = {storage._cdata: storage for storage in own}     # alive: no address comes twice
+        # the storages stay alive, so that none of their addresses is used again
+        self.own = {storage._cdata: storage for storage in own}
         self.storages = {}
 
     def add(self, x):
@@ -186,24 +189,35 @@ def largest_size(recipe) -> tuple[int, int]:
     return max(recipe.train_sizes), limit
 
 
-def recipes(argv: list[str]) -> list[tuple]:
-    """The paper files and variants that are asked for: (module, name, variant)."""
-    found = []
-    for name in argv[:1] or PAPERS:
+def recipes(words: list[str]) -> list[tuple]:
+    """The paper files and variants that are asked for: (module, name, variant).
+
+    words: a paper file and its variants; without variants all of them, without a file all files"""
+    chosen = []
+    for name in words[:1] or PAPERS:
         if name not in PAPERS:
             raise UserError(f"expected one of {', '.join(PAPERS)}, got {name!r}")
         paper = load_paper(name)
-        for variant in argv[1:] or ["", *paper.VARIANTS]:
+        for variant in words[1:] or ["", *paper.VARIANTS]:
             if variant and variant not in paper.VARIANTS:
                 raise UserError(f"expected a variant of {name} ({', '.join(paper.VARIANTS)}), got "
                                 f"{variant!r}")
-            found.append((paper, name, variant))
-    return found
+            chosen.append((paper, name, variant))
+    return chosen
 
 
-def main(argv: list[str]) -> None:
+@dataclass
+class Options:
+    """Predict the GPU memory that training needs, without a GPU."""
+    # one of the paper files and some of its variants; none: all recipes
+    recipe: Annotated[tyro.conf.Positional[list[str]],
+                      tyro.conf.arg(metavar="[PAPER [VARIANT ...]]")] = field(default_factory=list)
+
+
+def print_predictions(words: list[str]) -> None:
+    """Print a line for each of the `recipes` that differs from those before it."""
     printed = []
-    for paper, name, variant in recipes(argv):
+    for paper, name, variant in recipes(words):
         overrides = paper.VARIANTS[variant] if variant else {}
         cfg, recipe = configure(paper, overrides)
         size = largest_size(recipe)
@@ -218,6 +232,11 @@ def main(argv: list[str]) -> None:
               f"  with --recompute {result.recomputed / GIB:5.1f} GiB", flush=True)
 
 
-if __name__ == "__main__":
+def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.predict_memory"):
-        main(sys.argv[1:])
+        options = parse(Options, "python -m tools.predict_memory", __doc__, argv)
+        print_predictions(options.recipe)
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,7 @@
 - transformers: RT-DETR of that package at a similar size, from random weights, for as long as the
   run from scratch trained (tools/train_transformers.py)
 
-Runs that are in the folder already are read. Every run leaves a reduced log.
+Runs that are complete are not trained again. Every run leaves a reduced log.
 """
 import json
 import statistics
@@ -20,6 +20,7 @@ import tyro
 
 from engine.datasets import validation_set
 from engine.errors import UserError, user_errors
+from engine.flags import one_line_usage
 from engine.models import load_model
 from engine.notices import plural
 from eval import evaluate
@@ -33,7 +34,7 @@ class RealData(Runs):
     """What to train on, and how."""
     data: Path = tyro.MISSING             # COCO-layout folder
     out: Path = Path("runs/real_data")    # folder of the runs, one folder each
-    epochs: int = 40                      # of our runs
+    epochs: int = 40                      # epochs of our runs
     start: str = "dino_small"             # initial weights of the runs from scenes
     train_sizes: tuple[int, ...] = (144, 160, 176, 192)   # shorter side in training, px
     eval_size: int = 176                  # shorter side at evaluation, px
@@ -89,7 +90,7 @@ def evaluate_run(out: Path, max_dets: int) -> dict:
 
 
 def train_theirs(seed: int, minutes: float, options: RealData) -> dict:
-    """Train RT-DETR in a process of its own, unless the run is there. -> its record"""
+    """Train RT-DETR in a process of its own, unless the run is complete -> its record"""
     out = options.out / f"transformers_{seed}"
     log = out / "log.jsonl"
     if not log.exists():
@@ -107,8 +108,10 @@ def train_theirs(seed: int, minutes: float, options: RealData) -> dict:
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with user_errors("tools.real_data"):
-        compare(tyro.cli(RealData, args=argv, prog="python -m tools.real_data",
-                         use_underscores=True, description=__doc__.partition("\n\n")[0]))
+        with one_line_usage("python -m tools.real_data", argv):
+            options = tyro.cli(RealData, args=argv, prog="python -m tools.real_data",
+                               use_underscores=True, description=__doc__.partition("\n\n")[0])
+        compare(options)
 
 
 if __name__ == "__main__":

@@ -1,18 +1,19 @@
-"""Make a small weight file from a checkpoint: half precision, known by name.
+"""Make a small weight file, in half precision, from a checkpoint.
 
     python -m tools.ship runs/dino/best.pt assets/weights/dino_small.safetensors
 
-The file holds what inference and --init need: the averaged weights (EMA) where there are any, model
-and settings, class names, score thresholds, and the hash of its tensors. Read again, its weights
-are float32 numbers that half precision can represent, so the detections of the checkpoint and of
-the file differ by rounding. In assets/weights, `--checkpoint dino_small` finds it.
+The file holds what inference and --init need: the EMA weights where there are any, model and
+settings, class names, score thresholds, and the hash of its tensors. Read again, its weights are
+float32 numbers that half precision can represent, so the detections of the checkpoint and of the
+file differ by rounding. `--checkpoint dino_small` loads it from assets/weights by its name.
 
-The masks of a mask network belong to the exact weights of their detector. Ship the detector first
-and train the masks on the shipped file: --detector dino_small. A mask network that has trained its
-detector carries it, and its file too.
+A mask network works only with the exact weights of its detector. Ship the detector first, and train
+the mask network on the shipped file: --detector dino_small. A mask network that has trained its
+detector has it in its checkpoint, and in its shipped file.
 """
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import tyro
 
@@ -63,8 +64,10 @@ def described_run(state: dict) -> dict:
 @dataclass
 class Options:
     """Make a small weight file, in half precision, from a checkpoint."""
-    checkpoint: tyro.conf.Positional[str]   # best.pt of a run
-    out: tyro.conf.Positional[str]          # file to write: assets/weights/NAME.safetensors
+    # best.pt of a run
+    checkpoint: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="CHECKPOINT")]
+    # file to write: assets/weights/NAME.safetensors
+    out: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="OUT")]
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -19,6 +19,7 @@ import tyro
 from boxes import box_xyxy_to_cxcywh
 from data import CocoFolder
 from engine.errors import user_errors
+from engine.flags import one_line_usage
 from engine.machine import prepare_cpu
 from engine.scoring import score
 from eval import coco_results
@@ -32,10 +33,10 @@ class Settings:
     out: Path                            # folder for log.jsonl and config.json
     minutes: float                       # training time, without reading images and evaluation
     size: tuple[int, int] = (192, 256)   # height and width of all images, px; multiples of 32
-    num_queries: int = 100
-    batch_size: int = 8
+    num_queries: int = 100               # objects that the detector can find in an image
+    batch_size: int = 8                  # images of a step
     lr: float = 4e-4                     # learning rate of AdamW; cosine after a warmup of 4 %
-    seed: int = 0
+    seed: int = 0                        # of initial weights and the order of images
     threads: int = 1                     # CPU threads
     max_dets: int = 100                  # detections of an image and a class that count
 
@@ -79,7 +80,7 @@ def train(settings: Settings) -> dict:
 
 
 def make_model(settings: Settings, num_classes: int) -> tuple:
-    """Their image processor; their RT-DETR at about the size of our small DINO."""
+    """-> the image processor of the package, and its RT-DETR at about the size of our small DINO"""
     require_installed()
     import transformers
     height, width = settings.size
@@ -97,8 +98,9 @@ def make_model(settings: Settings, num_classes: int) -> tuple:
 
 
 def read(dataset: CocoFolder, processor) -> tuple:
-    """All images of a data set in one size (n, 3, h, w), and the labels in its form."""
-    pixels, labels = [], []
+    """All images of a data set in one size (n, 3, h, w), and their labels as RT-DETR takes them."""
+    pixels = []
+    labels = []
     for i in range(len(dataset)):
         _, image, target = dataset.pixel_sample(i)
         pixels.append(processor(image, return_tensors="pt")["pixel_values"])       # (1, 3, h, w)
@@ -129,6 +131,7 @@ def lr_factor(progress: float) -> float:
 
 
 def step(model, optimizer, images: torch.Tensor, labels: list[dict]) -> None:
+    """One training step, in bfloat16 autocast."""
     optimizer.zero_grad(set_to_none=True)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = model(pixel_values=images, labels=labels)
@@ -145,9 +148,9 @@ def evaluate(model, processor, dataset: CocoFolder, max_dets: int) -> dict:
     for i in range(len(dataset)):
         _, image = dataset.load_or_substitute(i)
         outputs = model(**processor(image, return_tensors="pt"))
-        found, = processor.post_process_object_detection(
+        detections = processor.post_process_object_detection(
             outputs, threshold=0.0, target_sizes=[(image.height, image.width)])
-        results += coco_results([found], [dataset.image_ids[i]], dataset.category_ids)
+        results += coco_results(detections, [dataset.image_ids[i]], dataset.category_ids)
     figures = score(dataset.coco(), results, "bbox", max_dets)
     del figures["curves"]
     return figures
@@ -156,8 +159,10 @@ def evaluate(model, processor, dataset: CocoFolder, max_dets: int) -> dict:
 def main(argv=None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     with user_errors("tools.train_transformers"):
-        train(tyro.cli(Settings, args=argv, prog="python -m tools.train_transformers",
-                       use_underscores=True, description=__doc__.partition("\n\n")[0]))
+        with one_line_usage("python -m tools.train_transformers", argv):
+            settings = tyro.cli(Settings, args=argv, prog="python -m tools.train_transformers",
+                                use_underscores=True, description=__doc__.partition("\n\n")[0])
+        train(settings)
 
 
 if __name__ == "__main__":
