@@ -177,8 +177,8 @@ def folder_of_sizes(source, root, size, orientation):
                    + row.format(1))
         folder = root / "images"
     elif source == "voc":
-        text = voc_text(("dog", BOX, 0), name="").replace(
-            f"<width>{WIDTH}</width><height>{HEIGHT}<", f"<width>{size[0]}</width><height>{size[1]}<")
+        listed = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+        text = voc_text(("dog", BOX, 0), size=listed, name="")
         voc_folder(root, text)
         folder = root / "JPEGImages"
     else:
@@ -477,7 +477,8 @@ FOLDERS = {
     "a path to nowhere": (lambda root: write_text(root / "data.yaml",
                                                   "train: photos\nnames: [cat, dog]\n"),
                           "expected the images of train at photos, got no such folder"),
-    "no file of names": (use_obj_data, "expected the names of the classes at my.names, got no such file"),
+    "no file of names": (use_obj_data,
+                         "expected the names of the classes at my.names, got no such file"),
     "broken image": (lambda root: write_text(root / "images/train/0.png", "none"),
                      r"0\.png: expected a readable image")}
 
