@@ -473,7 +473,9 @@ def run_on_images(options, detector, out):
         detect = partial(detect_image, detector, amp=options.amp)
     count = detect_images(paths, ids, detect, detector.meta["class_names"], category_ids, folder,
                           least_scores, options.boxes_only)
-    scores = ", ".join(f"{value:.2f}" for value in sorted(set(least_scores)))
+    scores = f"{min(least_scores):.2f}"
+    if max(least_scores) > min(least_scores):
+        scores += f" to {max(least_scores):.2f}, by class"
     print(f"{count} of {len(paths)} images drawn (scores of at least {scores}), see {folder}")
     if not count:
         raise UserError("--images: expected an image that can be read, got none among "

@@ -4,6 +4,7 @@ import os
 import shutil
 
 import pytest
+from PIL import Image
 
 import data
 from engine.errors import UserError
@@ -105,6 +106,33 @@ def test_class_names_of_a_darknet_export_are_read(tmp_path):
     assert class_of(convert_folder("yolo", root, tmp_path / "out")) == "dog"
 
 
+@pytest.mark.parametrize("place", ["", "data/"])
+def test_a_darknet_folder_is_read_as_its_obj_data_says(place, tmp_path):
+    root = tmp_path / "in"
+    for k in range(3):
+        write_image(root / place / f"obj/{k}.JPG")
+        write_text(root / place / f"obj/{k}.txt", f"1 {YOLO_BOX}\n")
+    write_text(root / place / "train.txt", "data/obj/0.JPG\r\ndata/obj/2.JPG\r\n")
+    write_text(root / place / "test.txt", "data/obj/1.JPG\n")
+    write_text(root / place / "my.names", "cat\ndog\n")
+    write_text(root / place / "obj.data",
+               "classes = 2\ntrain = data/train.txt\nvalid = data/test.txt\n"
+               "names = data/my.names\nbackup = backup/\n")
+    out = convert_folder("yolo", root, tmp_path / "out")
+    assert len(boxes_of(out)) == 2 and boxes_of(out, "val") == [XYWH]
+    assert class_of(out) == "dog"
+
+
+@pytest.mark.parametrize("entry", [r"..\images\{}", r"C:\data\images\{}", r".\images\{}"])
+def test_windows_paths_in_data_yaml_and_in_lists_are_read(entry, tmp_path):
+    root = yolo_folder(tmp_path / "in")
+    train, val = entry.format("train"), entry.format("val.txt")
+    write_text(root / "images/val.txt", entry.format("val") + "\\0.png\n")
+    write_text(root / "data.yaml", f"train: {train}\nval: {val}\nnames: [cat, dog]\n")
+    out = convert_folder("yolo", root, tmp_path / "out")
+    assert len(boxes_of(out)) == 2 and len(boxes_of(out, "val")) == 1
+
+
 def test_yolo_images_without_labels_stay_as_images_without_objects(tmp_path, capsys):
     root = yolo_folder(tmp_path / "in")
     (root / "labels/train/1.txt").unlink()
@@ -127,6 +155,59 @@ def test_voc_boxes_and_classes_are_read_and_difficult_objects_are_ignored(tmp_pa
     assert [row["iscrowd"] for row in rows] == [0, 1]
     assert [class_of(out, place) for place in (0, 1)] == ["dog", "ant"]
     assert len(boxes_of(out, "val")) == 1
+
+
+def test_lists_of_voc_may_hold_names_with_spaces_and_numbers_behind_them(tmp_path):
+    root = tmp_path / "in"
+    for name in ("große Zelle 1", "2"):
+        write_image(root / "JPEGImages" / f"{name}.png")
+        write_text(root / "Annotations" / f"{name}.xml",
+                   voc_text(("dog", BOX, 0), name=f"{name}.png"))
+    write_text(root / "ImageSets/Main/train.txt", "große Zelle 1\n")
+    write_text(root / "ImageSets/Main/val.txt", "2  1\n")
+    out = convert_folder("voc", root, tmp_path / "out")
+    assert boxes_of(out) == boxes_of(out, "val") == [XYWH]
+
+
+def folder_of_sizes(source, root, size, orientation):
+    """A folder with two images of 40 x 30 px for which the labels list another size."""
+    row = f"{{}}.png,{size[0]},{size[1]},dog,4,6,14,15\n"
+    if source == "csv":
+        csv_folder(root, "file,width,height,class,xmin,ymin,xmax,ymax\n" + row.format(0)
+                   + row.format(1))
+        folder = root / "images"
+    elif source == "voc":
+        listed = f"<size><width>{size[0]}</width><height>{size[1]}</height></size>"
+        text = voc_text(("dog", BOX, 0), size=listed, name="")
+        voc_folder(root, text)
+        folder = root / "JPEGImages"
+    else:
+        coco_export(root)
+        path = root / "annotations/instances_default.json"
+        content = json.loads(path.read_text())
+        for image in content["images"]:
+            image["width"], image["height"] = size
+        write_text(path, json.dumps(content))
+        folder = root / "images"
+    for path in folder.iterdir():
+        exif = Image.Exif()
+        exif[274] = orientation
+        Image.open(path).save(path, exif=exif)
+    return root
+
+
+@pytest.mark.parametrize("source", ["voc", "csv", "coco"])
+def test_width_and_height_that_are_swapped_are_refused_unless_the_image_is_rotated(
+        source, tmp_path):
+    upright = folder_of_sizes(source, tmp_path / "upright", (HEIGHT, WIDTH), 1)
+    with pytest.raises(UserError, match=r"expected the size of .*, 40 x 30 px, got 30 x 40"):
+        convert_folder(source, upright, tmp_path / "out")
+    for name, size in (("rotated", (HEIGHT, WIDTH)), ("unrotated", (WIDTH, HEIGHT))):
+        root = folder_of_sizes(source, tmp_path / name, size, 6)
+        out = convert_folder(source, root, tmp_path / f"out_{name}")
+        image = content_of(out)["images"][0]
+        assert (image["width"], image["height"]) == size
+        assert check_data.check(out) == 0
 
 
 def test_boxes_of_the_voc_challenge_count_pixels_from_one(tmp_path):
@@ -156,6 +237,20 @@ def test_tables_of_every_accepted_form_are_read(table, tmp_path):
     text = "\n".join([head, row.format("0.png"), row.format("1.png")])
     out = convert_folder("csv", csv_folder(tmp_path / "in", text), tmp_path / "out")
     assert boxes_of(out) == boxes_of(out, "val") == [XYWH] and class_of(out) == "dog"
+
+
+@pytest.mark.parametrize("source", ["csv", "coco"])
+def test_images_whose_suffix_is_in_capitals_are_found_by_their_listed_names(source, tmp_path):
+    row = "{}.png,dog,4,6,14,15\n"
+    text = "file,class,xmin,ymin,xmax,ymax\n" + row.format(0) + row.format(1)
+    if source == "csv":
+        root = csv_folder(tmp_path / "in", text)
+    else:
+        root = coco_export(tmp_path / "in")
+    for path in list((root / "images").iterdir()):
+        path.rename(path.with_suffix(".PNG"))
+    out = convert_folder(source, root, tmp_path / "out")
+    assert XYWH in boxes_of(out) and XYWH in boxes_of(out, "val")
 
 
 def test_a_table_may_name_splits_and_images_without_objects(tmp_path):
@@ -360,6 +455,11 @@ def test_a_table_without_the_columns_says_which_are_accepted(tmp_path):
         convert_folder("csv", root, tmp_path / "out")
 
 
+def use_obj_data(root):
+    (root / "data.yaml").unlink()
+    write_text(root / "obj.data", "names = my.names\n")
+
+
 FOLDERS = {
     "label without image": (lambda root: (root / "images/train/1.png").unlink(),
                             r"labels.train.1\.txt: expected its image in .*images.train, got none"),
@@ -377,6 +477,8 @@ FOLDERS = {
     "a path to nowhere": (lambda root: write_text(root / "data.yaml",
                                                   "train: photos\nnames: [cat, dog]\n"),
                           "expected the images of train at photos, got no such folder"),
+    "no file of names": (use_obj_data,
+                         "expected the names of the classes at my.names, got no such file"),
     "broken image": (lambda root: write_text(root / "images/train/0.png", "none"),
                      r"0\.png: expected a readable image")}
 

@@ -119,6 +119,18 @@ def files_by_name(folder: Path) -> dict[str, list[Path]]:
     return files
 
 
+def files_named(name: str, places: dict[str, list[Path]]) -> list[Path]:
+    """Return the image files of this name, [] if there is none. Else .JPG counts as .jpg.
+
+    places: what files_by_name returns
+    """
+    stem, dot, suffix = name.rpartition(".")
+    for spelling in (name, stem + dot + suffix.lower(), stem + dot + suffix.upper()):
+        if spelling in places:
+            return places[spelling]
+    return []
+
+
 def split_of(path: Path, root: Path) -> str:
     """Return the split that the first folder between `root` and `path` names, else UNDIVIDED."""
     for part in path.relative_to(root).parts[:-1]:
@@ -136,10 +148,15 @@ def split_of_file(path: Path, root: Path) -> str:
     return split_of(path, root)
 
 
-def image_size(path: Path, labels: Labels) -> tuple[int, int] | None:
-    """Return (width, height) of an image as it is displayed; a fault and None if unreadable."""
+def image_size(path: Path, labels: Labels,
+               listed: tuple[int, int] | None = None) -> tuple[int, int] | None:
+    """Return (width, height) of an image as it is displayed; a fault and None if unreadable.
+
+    listed: the size that belongs to its boxes. It is returned if it is that of the unrotated pixels
+        of an image that is displayed rotated
+    """
     try:
-        size, _ = upright_size(read_header(path), None)
+        size, _ = upright_size(read_header(path), listed)
     except UnreadableImage as error:
         labels.faults.append(one_line(str(error), 400))
         return None

@@ -13,8 +13,8 @@ from pathlib import Path
 from engine import coco_json
 from engine.errors import UserError
 from engine.notices import plural
-from tools.labels import (LabeledImage, Labels, Object, files_by_name, image_size, read_text,
-                          split_of_file)
+from tools.labels import (LabeledImage, Labels, Object, files_by_name, files_named, image_size,
+                          read_text, split_of_file)
 
 FIELDS = ("area", "segmentation")
 
@@ -84,18 +84,18 @@ def find_image(name: str, path: Path, root: Path, places: dict) -> Path | None:
     for folder in (path.parent, root, root / "images"):
         if (folder / name).is_file():
             return folder / name
-    found = places.get(name.rpartition("/")[2], [])
+    found = files_named(name.rpartition("/")[2], places)
     return found[0] if len(found) == 1 else None
 
 
 def agreed_size(entry: dict, image: Path, path: Path, labels: Labels) -> tuple[int, int] | None:
     """Return (width, height) to which the boxes belong; a fault and None if the file has another
     size. The json may list the size of the unrotated pixels."""
-    size = image_size(image, labels)
     listed = coco_json.listed_size(entry)
+    size = image_size(image, labels, listed)
     if size is None or 0 in listed:
         return size
-    if listed not in (size, size[::-1]):
+    if listed != size:
         labels.fault(path, 0, f"expected the size of {image.name}, {size[0]} x {size[1]} px, got "
                               f"{listed[0]} x {listed[1]}; the boxes belong to another image")
         return None

@@ -17,8 +17,8 @@ from pathlib import Path
 from engine.errors import UserError
 from engine.notices import one_line, plural
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box,
-                          files_by_name, image_size, name_classes, number, read_text, split_of,
-                          split_of_file)
+                          files_by_name, files_named, image_size, name_classes, number,
+                          read_text, split_of, split_of_file)
 
 FILE = ("file", "filename", "file_name", "image", "image_path", "path")
 CLASS = ("class", "label", "name", "category", "class_name")
@@ -112,7 +112,7 @@ def read_table(table: Path, folder: Path, places: dict, images: dict, labels: La
             path = find_image(row[columns.file], table, folder, places)
             split = row_split(row, columns) or table_split or split_of(path, folder)
             if (split, path) not in images:
-                size = image_size(path, labels)
+                size = image_size(path, labels, listed_size(row, columns))
                 if size is None:
                     continue
                 images[split, path] = LabeledImage(path, size)
@@ -130,11 +130,22 @@ def find_image(text: str, table: Path, folder: Path, places: dict) -> Path:
     for place in (table.parent / name, folder / name):
         if name and place.is_file():
             return place
-    found = places.get(name.rpartition("/")[2], [])
+    found = files_named(name.rpartition("/")[2], places)
     if len(found) != 1:
         raise ValueError(f"expected an image file, got {one_line(text, 100)!r}, which names "
                          f"{plural(len(found), 'file')} in {folder}")
     return found[0]
+
+
+def listed_size(row: list[str], columns: Columns) -> tuple[int, int] | None:
+    """Return the width and height of the image that a row lists, None if it lists none."""
+    if not columns.size:
+        return None
+    cells = [row[place].strip() for place in columns.size]
+    if not any(cells):
+        return None
+    width, height = (int(number(cell)) for cell in cells)
+    return width, height
 
 
 def row_split(row: list[str], columns: Columns) -> str:
@@ -158,11 +169,10 @@ def read_object(row: list[str], columns: Columns, size: tuple[int, int]) -> Obje
         return None
     if not name:
         raise ValueError("expected a class, got none")
-    if columns.size:
-        listed = tuple(int(number(row[place])) for place in columns.size)
-        if listed not in (size, size[::-1]):
-            raise ValueError(f"expected the size of the image, {size[0]} x {size[1]} px, got "
-                             f"{listed[0]} x {listed[1]}")
+    listed = listed_size(row, columns)
+    if listed and listed != size:
+        raise ValueError(f"expected the size of the image, {size[0]} x {size[1]} px, got "
+                         f"{listed[0]} x {listed[1]}")
     values = [number(cell) for cell in cells]
     if not columns.is_corners:
         x, y, width, height = values

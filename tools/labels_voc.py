@@ -29,7 +29,7 @@ def read(root: Path) -> Labels:
     files = sorted(root.rglob("*.xml"))
     if not files:
         raise UserError(f"{root}: expected XML files of labels, got none")
-    sets = image_sets(root)
+    sets = image_sets(root, {path.stem for path in files})
     used = set()
     left_out = 0
     for path in files:
@@ -53,10 +53,12 @@ def read(root: Path) -> Labels:
     return labels
 
 
-def image_sets(root: Path) -> dict[str, str]:
+def image_sets(root: Path, names: set[str]) -> dict[str, str]:
     """Return {name without suffix: split} of ImageSets/Main, {} if there is none.
 
     Without train.txt, what trainval.txt lists is undivided.
+
+    names: those of the XML files. They may hold spaces; else a number may follow a name.
     """
     folder = next(iter(sorted(root.rglob("ImageSets/Main"))), None)
     if folder is None:
@@ -70,8 +72,11 @@ def image_sets(root: Path) -> dict[str, str]:
         if split is None:
             continue        # lists of single classes, such as cat_train.txt
         for line in read_text(path).splitlines():
-            if line.strip():
-                found[line.split()[0]] = split
+            name = line.strip()
+            if name and name not in names:
+                name = name.split()[0]
+            if name:
+                found[name] = split
     return found
 
 
@@ -106,11 +111,8 @@ def read_file(path: Path, image: Path, labels: Labels) -> LabeledImage | None:
         line = getattr(error, "position", (0, 0))[0]
         labels.fault(path, line, f"expected XML, got a file that cannot be parsed ({error})")
         return None
-    size = image_size(image, labels)
-    if size is None:
-        return None
     line = text.count("\n", 0, max(text.find("<size>"), 0)) + 1
-    size = agreed_size(annotation, size, path, line, labels)
+    size = agreed_size(annotation, image, path, line, labels)
     if size is None:
         return None
     first = 1 if "VOC" in annotation.findtext("source/database", "") else 0
@@ -125,12 +127,13 @@ def read_file(path: Path, image: Path, labels: Labels) -> LabeledImage | None:
     return LabeledImage(image, size, objects)
 
 
-def agreed_size(annotation, size: tuple[int, int], path: Path, line: int,
+def agreed_size(annotation, image: Path, path: Path, line: int,
                 labels: Labels) -> tuple[int, int] | None:
     """Return the (width, height) to which the boxes of an XML file belong; a fault and None if they
     belong to another image.
 
-    size: that of the image file as displayed. The XML file may list the unrotated one instead.
+    The XML file may list the size of the unrotated pixels.
+
     line: that of <size> in the XML file
     """
     try:
@@ -138,11 +141,14 @@ def agreed_size(annotation, size: tuple[int, int], path: Path, line: int,
                        for side in ("width", "height"))
     except ValueError:
         listed = (0, 0)
+    size = image_size(image, labels, listed)
+    if size is None:
+        return None
     if min(listed) <= 0:
         labels.notes.append(f"{path}:{line}: expected <size> with width and height, got none; "
                             f"that of the image is used, {size[0]} x {size[1]} px")
         return size
-    if listed not in (size, size[::-1]):
+    if listed != size:
         labels.fault(path, line, f"expected the size of the image, {size[0]} x {size[1]} px, got "
                                  f"{listed[0]} x {listed[1]}; the boxes belong to another image")
         return None

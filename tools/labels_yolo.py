@@ -5,9 +5,10 @@
 
 The class is a number from 0. Class names come from data.yaml (any .yaml file of the folder with
 `names`), or from classes.txt, obj.names, labels.txt, _darknet.labels: a name a line. The images of
-a split are where data.yaml says, else in folders called train, val or valid, test. Labels lie
-beside their image, or in a folder `labels` beside its folder `images`. An image without a label
-file, or with an empty one, has no objects, as YOLO trainers read it.
+a split are where data.yaml says, else in folders called train, val or valid, test. In a Darknet
+folder obj.data (any .data file with `names`) stands for data.yaml. Labels lie beside their image,
+or in a folder `labels` beside its folder `images`. An image without a label file, or with an empty
+one, has no objects, as YOLO trainers read it.
 """
 from pathlib import Path
 
@@ -57,7 +58,9 @@ def read(root: Path) -> Labels:
 # ---- classes and splits --------------------------------------------------------------------------
 
 def read_settings(root: Path) -> tuple[Path, dict]:
-    """Return data.yaml, or another .yaml file with `names`, and its content; {} if none is there.
+    """Return data.yaml, or another .yaml file with `names`, and its content.
+
+    Without one: Darknet's obj.data and its content in the same form, {} if that lacks, too.
     """
     for path in sorted([*root.glob("*.yaml"), *root.glob("*.yml")]):
         try:
@@ -70,7 +73,32 @@ def read_settings(root: Path) -> tuple[Path, dict]:
                             f"({one_line(reason, 300)}); correct it") from error
         if isinstance(content, dict) and "names" in content:
             return path, content
+    for path in sorted(root.rglob("*.data")):
+        content = read_darknet(path)
+        if content:
+            return path, content
     return root / "data.yaml", {}
+
+
+def read_darknet(path: Path) -> dict:
+    """Return the entries of Darknet's obj.data (a line `key = value` each) as those of data.yaml,
+    {} for a file without `names`."""
+    entries = {}
+    for line in read_text(path).splitlines():
+        key, _, value = line.partition("=")
+        entries[key.strip().lower()] = value.strip()
+    if not entries.get("names"):
+        return {}
+    place = find_entry(path, {}, entries["names"])
+    if place is None:
+        raise UserError(f"{path}: expected the names of the classes at "
+                        f"{one_line(entries['names'])}, got no such file; correct the path there")
+    content = {key: value for key, value in entries.items() if key in SPLITS}
+    content["names"] = listed_names(place.parent, (place.name,))
+    count = entries.get("classes", "")
+    if count:
+        content["nc"] = int(count) if count.isdecimal() else count
+    return content
 
 
 def class_names(root: Path, path: Path, settings: dict) -> list[str]:
@@ -125,6 +153,7 @@ def find_entry(path: Path, settings: dict, entry: str) -> Path | None:
     Exported files often name folders of another machine, or begin with "../" though the folder lies
     beside them: then only the last parts of the path are used.
     """
+    entry = entry.replace("\\", "/")
     parts = Path(entry).parts
     base = path.parent / str(settings.get("path") or "")
     inner = [part for part in parts if part not in ("..", ".")]
@@ -157,6 +186,7 @@ def listed_file(text: str, folder: Path) -> Path | None:
     Lines often begin with folders of the machine that wrote them (data/images/train/1.jpg): then
     only the last parts of the path are used.
     """
+    text = text.replace("\\", "/")
     inner = [part for part in Path(text).parts if part not in ("..", ".")]
     endings = [folder.joinpath(*inner[first:]) for first in range(len(inner))]
     places = [Path(text), folder / text, *endings]
