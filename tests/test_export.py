@@ -4,6 +4,8 @@ Tracing a model takes seconds: most tests run the exported function itself, one 
 the slow tests write the files of all papers and of full-size models."""
 import importlib
 import json
+import logging
+import warnings
 
 import pytest
 import torch
@@ -285,6 +287,17 @@ def test_the_command_writes_a_file_and_says_how_far_it_differs(tmp_path, monkeyp
     export.main(["--checkpoint", str(path), "--out", str(out), "--size", "64", "96"])
     assert json.loads(json.loads(out.read_text())["class_names"])[0]
     assert "boxes 0.0e+00 px" in capsys.readouterr().out
+
+
+def test_warnings_of_the_exporter_are_not_shown_and_later_ones_are(caplog, recwarn):
+    log = logging.getLogger("torch.onnx")
+    with export.without_messages():
+        log.warning("torchvision is not installed")
+        warnings.warn("deprecated", FutureWarning)
+        log.error("the file cannot be written")
+    log.warning("later")
+    assert [record.message for record in caplog.records] == ["the file cannot be written", "later"]
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize("words, message", [

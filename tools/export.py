@@ -27,6 +27,8 @@ another size, as it stores the numbers of tokens; scripting stops at `{**diction
 import contextlib
 import io
 import json
+import logging
+import warnings
 from dataclasses import dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -224,6 +226,21 @@ def trace(module: nn.Module, inputs: tuple, dynamic: bool):
         return torch.export.export(module, inputs, dynamic_shapes=shapes, strict=False)
 
 
+@contextlib.contextmanager
+def without_messages():
+    """Inside the block, PyTorch's exporter shows errors only.
+
+    Its warnings are about torchvision, and about optimizations that it leaves out. What the file
+    computes is compared with the model afterwards."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
 def description(detector) -> dict:
     """What a program that runs the file has to know: {name: JSON text}."""
     recipe = detector.recipe
@@ -337,7 +354,7 @@ def check(path: Path, module: nn.Module, inputs: tuple) -> str:
         return "not checked: pip install onnxruntime to compare the file with the model"
     with torch.no_grad():
         expected = dict(zip(module.outputs, module(*inputs)))
-    got = dict(zip(module.outputs, run(*inputs)))
+        got = dict(zip(module.outputs, run(*inputs)))
     count, _, height, width = inputs[0].shape
     where = f"{count} x {height} x {width} px"
     if "scores" not in expected:
@@ -395,11 +412,12 @@ def export(options: Options) -> str:
     path = Path(options.out)
     inputs = example_inputs(images, detector.recipe, options.batch, options.size)
     inputs = inputs[:len(module.inputs)]
-    program = trace(module, inputs, dynamic=options.size is None)
-    if path.suffix == ".onnx":
-        write_onnx(path, program, module, description(detector))
-    else:
-        write_program(path, program, description(detector))
+    with without_messages():
+        program = trace(module, inputs, dynamic=options.size is None)
+        if path.suffix == ".onnx":
+            write_onnx(path, program, module, description(detector))
+        else:
+            write_program(path, program, description(detector))
     return f"{path}, {path.stat().st_size / 2 ** 20:.1f} MiB. " + check(path, module, inputs)
 
 
