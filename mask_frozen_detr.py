@@ -669,9 +669,9 @@ def build(cfg: Config, num_classes: int, detector) -> tuple[MaskFrozenDETR, Crit
     `engine.models.load_model` returned; it is frozen from now on, or copied and trained."""
     names = detector.meta["class_names"]
     if len(names) != num_classes:
-        raise UserError(f"expected a detector of {num_classes} classes, as the data has, got one "
-                        f"with {len(names)}: train it on this data first (train.py --init copies "
-                        "class rows by name)")
+        raise UserError(f"expected a detector with as many classes as the data, {num_classes}, "
+                        f"got one with {len(names)}: train it on this data first (train.py "
+                        "--init copies class rows by name)")
     kind = f"{detector.paper.__name__} {detector.cfg.backbone}"
     if cfg.expected_detector not in ("", kind):
         raise UserError(f"expected a detector of the kind {cfg.expected_detector}, got {kind}: "

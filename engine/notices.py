@@ -33,6 +33,6 @@ def one_line(value, limit: int = 200) -> str:
     return text if len(text) <= limit else text[:limit - 3] + "..."
 
 
-def plural(count: int, noun: str) -> str:
-    """Return e.g. "1 error", "2 errors"."""
-    return f"{count} {noun}" + ("" if count == 1 else "s")
+def plural(count: int, noun: str, several: str = "") -> str:
+    """Return e.g. "1 error", "2 errors"; several: the plural where it needs more than an s."""
+    return f"{count} {noun}" if count == 1 else f"{count} {several or noun + 's'}"

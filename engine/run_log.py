@@ -288,7 +288,7 @@ def describe_objects(dataset) -> str:
     first = ", ".join(f"{name} {count}" for count, name in counts[:12])
     more = ", ..." if len(counts) > 12 else ""
     total = sum(count for count, _ in counts)
-    return f"{total} in {len(counts)} classes{without}: {first}{more}"
+    return f"{total} in {plural(len(counts), 'class', 'classes')}{without}: {first}{more}"
 
 
 def describe_machine(run, machine) -> str:

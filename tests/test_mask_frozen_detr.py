@@ -838,7 +838,7 @@ def test_a_mask_network_is_no_detector_and_classes_must_agree(tmp_path, trained,
     out = ("--out", str(tmp_path / "other"))
     with pytest.raises(SystemExit, match="expected a detector, got"):
         run(*MASKS, "--detector", str(masks_folder / "best.pt"), *out)
-    with pytest.raises(UserError, match="a detector of 3 classes"):
+    with pytest.raises(UserError, match="as many classes as the data, 3, got one with"):
         mfd.build(Config(), 3, models.load_detector(trained))
     state = checkpoints.load(trained)
     state["class_names"] = state["class_names"][::-1]

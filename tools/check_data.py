@@ -118,7 +118,10 @@ def check_split(directory: Path, split: str, decode: bool) -> list[Problem]:
         return problems
     if lvis.is_lvis(content):
         lvis.read_federated(content, path)   # for its errors
-    print(*(f"  {len(content[part])} {part}" for part in coco_json.FIELDS))
+    sizes = (plural(len(content["images"]), "image"),
+             plural(len(content["annotations"]), "annotation"),
+             plural(len(content["categories"]), "category", "categories"))
+    print("  " + "   ".join(sizes))
     print_table(content)
     problems += coco_json.segmentation_problems(content).values()
     folder = coco_json.images_folder(directory, split, content)
