@@ -18,9 +18,9 @@ from pathlib import Path
 
 import tyro
 
+from engine import commands
 from engine.datasets import validation_set
 from engine.errors import UserError, user_errors
-from engine.flags import one_line_usage
 from engine.models import load_model
 from engine.notices import plural
 from eval import evaluate
@@ -107,12 +107,8 @@ def train_theirs(seed: int, minutes: float, options: RealData) -> dict:
 
 
 def main(argv=None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     with user_errors("tools.real_data"):
-        with one_line_usage("python -m tools.real_data", argv):
-            options = tyro.cli(RealData, args=argv, prog="python -m tools.real_data",
-                               use_underscores=True, description=__doc__.partition("\n\n")[0])
-        compare(options)
+        compare(commands.parse(RealData, "python -m tools.real_data", __doc__, argv))
 
 
 if __name__ == "__main__":

@@ -8,18 +8,16 @@ and mirrored images. All images become one size. It stands beside our models in 
 import json
 import math
 import random
-import sys
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
-import tyro
 
 from boxes import box_xyxy_to_cxcywh
 from data import CocoFolder
+from engine import commands
 from engine.errors import user_errors
-from engine.flags import one_line_usage
 from engine.machine import prepare_cpu
 from engine.scoring import score
 from eval import coco_results
@@ -157,12 +155,8 @@ def evaluate(model, processor, dataset: CocoFolder, max_dets: int) -> dict:
 
 
 def main(argv=None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     with user_errors("tools.train_transformers"):
-        with one_line_usage("python -m tools.train_transformers", argv):
-            settings = tyro.cli(Settings, args=argv, prog="python -m tools.train_transformers",
-                                use_underscores=True, description=__doc__.partition("\n\n")[0])
-        train(settings)
+        train(commands.parse(Settings, "python -m tools.train_transformers", __doc__, argv))
 
 
 if __name__ == "__main__":
