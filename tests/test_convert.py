@@ -299,7 +299,8 @@ COCO_FAULTS = {
                    "expected the size of 1.png, 20 x 20 px, got 40 x 30"),
     "listed twice": (lambda root: shutil.copy(root / "annotations/instances_default.json",
                                               root / "again.json"),
-                     "expected every image in one json and once, got 3 images listed again"),
+                     "expected every image in one split and listed once, got 3 images listed "
+                     "several times"),
     "no json": (lambda root: shutil.rmtree(root / "annotations"), "expected a COCO json with"),
     "unknown class": (lambda root: write_text(root / "a.json", json.dumps(
         {"images": [{"id": 1, "file_name": "0.png"}], "categories": [{"id": 1, "name": "a"}],
@@ -528,6 +529,60 @@ def test_every_fault_is_printed_with_its_own_line(tmp_path, capsys):
     with pytest.raises(UserError, match="got 8 faults"):
         convert_folder("yolo", root, tmp_path / "out")
     assert len(capsys.readouterr().out.splitlines()) == 8
+
+
+def repeat_in_csv(root):
+    """0.png in train, val and test; 1.png in train alone."""
+    rows = "".join(f"{name}.png,dog,4,6,10,9,{split}\n" for name, split in (
+        (0, "train"), (1, "train"), (0, "valid"), (0, "test")))
+    return csv_folder(root, "file,class,x,y,w,h,split\n" + rows)
+
+
+def repeat_in_tables(root):
+    """0.png in train.csv and val.csv."""
+    for split in ("train", "val"):
+        csv_folder(root, "file,class,x,y,w,h\n0.png,dog,4,6,10,9\n")
+        (root / "labels.csv").rename(root / f"{split}.csv")
+    return root
+
+
+def repeat_in_yolo(root):
+    """train/0.png in both lists."""
+    yolo_folder(root)
+    write_text(root / "train.txt", "images/train/0.png\nimages/train/1.png\n")
+    write_text(root / "val.txt", "images/val/0.png\nimages/val/../train/0.png\n")
+    write_text(root / "data.yaml", "train: train.txt\nval: val.txt\nnames: [cat, dog]\n")
+    return root
+
+
+def repeat_in_voc(root):
+    """0 in both lists."""
+    voc_folder(root)
+    write_text(root / "ImageSets/Main/train.txt", "0\n1\n")
+    write_text(root / "ImageSets/Main/val.txt", "0\n")
+    return root
+
+
+@pytest.mark.parametrize("source, made, splits", [
+    ("csv", repeat_in_csv, "train, val, test"), ("csv", repeat_in_tables, "train, val"),
+    ("yolo", repeat_in_yolo, "train, val"), ("voc", repeat_in_voc, "train, val")])
+def test_an_image_in_two_splits_is_refused(source, made, splits, tmp_path):
+    """Figures on an image that was trained on say nothing."""
+    root = made(tmp_path / "in")
+    with pytest.raises(UserError, match=rf"got 1 image listed several times, first: .*0\.png "
+                                        rf"\({splits}\); leave"):
+        convert_folder(source, root, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_images_of_trainval_that_val_lists_are_for_validation(tmp_path):
+    """Without train.txt, those of trainval.txt that no other list has are for training."""
+    root = voc_folder(tmp_path / "in")
+    write_text(root / "ImageSets/Main/trainval.txt", "0\n1\n")
+    write_text(root / "ImageSets/Main/val.txt", "1\n")
+    out = convert_folder("voc", root, tmp_path / "out")
+    assert [image["file_name"] for image in content_of(out)["images"]] == ["0.png"]
+    assert [image["file_name"] for image in content_of(out, "val")["images"]] == ["1.png"]
 
 
 def test_boxes_without_area_are_left_out_and_named(tmp_path, capsys):

@@ -63,6 +63,7 @@ def convert(source: str, directory: str, out: str, val_share: float = 0.2,
                         "images would be read twice; name another one")
     labels = read(source, root)
     labels.refuse_faults(skip_faulty)
+    labels.refuse_repeated(root)
     refuse_normalized(labels)
     print_some([f"note: {note}" for note in labels.notes])
     divide(labels, val_share)

@@ -82,6 +82,21 @@ class Labels:
                             f"{self.faults[0]}; correct them, or leave them out with "
                             "--skip_faulty; nothing was written")
 
+    def refuse_repeated(self, root: Path) -> None:
+        """Raise UserError if an image is in two splits, or twice in one: images without a val split
+        are divided at random, and one of the two may be for validation."""
+        places = {}
+        for split, images in self.splits.items():
+            for image in images:
+                places.setdefault(image.path.resolve(), []).append(split or "undivided")
+        several = [path for path, splits in places.items() if len(splits) > 1]
+        if several:
+            first = several[0]
+            raise UserError(f"{root}: expected every image in one split and listed once, got "
+                            f"{plural(len(several), 'image')} listed several times, first: {first} "
+                            f"({', '.join(places[first])}); leave each in one split, and in one "
+                            "list or json; nothing was written")
+
 
 def print_some(lines: list[str]) -> None:
     """Print the first lines, and how many more there are."""

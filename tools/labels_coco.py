@@ -7,12 +7,10 @@ of its name. Categories of several jsons are put together by name. Segmentations
 stay as they are.
 """
 import json
-from collections import Counter
 from pathlib import Path
 
 from engine import coco_json
 from engine.errors import UserError
-from engine.notices import plural
 from tools.labels import (LabeledImage, Labels, Object, files_by_name, files_named, image_size,
                           read_text, split_of_file)
 
@@ -29,12 +27,6 @@ def read(root: Path) -> Labels:
     places = files_by_name(root)
     for path in files:
         read_file(path, root, places, labels)
-    counts = Counter(image.path for images in labels.splits.values() for image in images)
-    several = [path for path, count in counts.items() if count > 1]
-    if several:
-        raise UserError(f"{root}: expected every image in one json and once, got "
-                        f"{plural(len(several), 'image')} listed again, first: {several[0]}; "
-                        "leave one json in the folder")
     return labels
 
 

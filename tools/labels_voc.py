@@ -42,7 +42,8 @@ def read(root: Path) -> Labels:
         used.add(image)
         labeled = read_file(path, image, labels)
         if labeled is not None:
-            labels.add(sets.get(path.stem) or split_of(path, root), labeled)
+            for split in sets.get(path.stem, [UNDIVIDED]):
+                labels.add(split or split_of(path, root), labeled)
     name_classes(root, labels)
     if left_out:
         labels.notes.append(f"{plural(left_out, 'XML file')} in no list of ImageSets/Main left out")
@@ -53,10 +54,10 @@ def read(root: Path) -> Labels:
     return labels
 
 
-def image_sets(root: Path, names: set[str]) -> dict[str, str]:
-    """Return {name without suffix: split} of ImageSets/Main, {} if there is none.
+def image_sets(root: Path, names: set[str]) -> dict[str, list[str]]:
+    """Return {name without suffix: its splits} of ImageSets/Main, {} if there is none.
 
-    Without train.txt, what trainval.txt lists is undivided.
+    Without train.txt, what only trainval.txt lists is undivided.
 
     names: those of the XML files. They may hold spaces; else a number may follow a name.
     """
@@ -76,8 +77,8 @@ def image_sets(root: Path, names: set[str]) -> dict[str, str]:
             if name and name not in names:
                 name = name.split()[0]
             if name:
-                found[name] = split
-    return found
+                found.setdefault(name, set()).add(split)
+    return {name: sorted(splits - {UNDIVIDED}) or [UNDIVIDED] for name, splits in found.items()}
 
 
 def find_image(path: Path, labels: Labels) -> Path | None:
