@@ -4,7 +4,9 @@ import sys
 
 from data import IF_COMPLETE, CocoFolder, eval_transform, train_transform
 from engine.class_labels import match_classes
+from engine.coco_json import Problem
 from engine.errors import UserError
+from engine.notices import one_line
 from engine.processes import from_rank_0, own_place
 from engine.sampling import repeat_factors
 from scenes import NUM_TRAIN, NUM_VAL, Shapes
@@ -31,6 +33,8 @@ def build_datasets(data, recipe, seed, load_masks=False, overfit=0, num_train=NU
         return train, copy.copy(train)
     val = open_split(data, "val", num_val, load_masks)
     match_classes(val, train.class_names, train.category_ids)
+    if data:
+        val.problems = [*val.problems, *shared_images(train, val)]
     if jitter and not train.has_masks and own_place().rank == 0:
         print(f"{train.name}: no mask for every object, so --augment lsj pastes no objects and "
               "clips the boxes of cropped ones", file=sys.stderr)
@@ -46,6 +50,24 @@ def open_split(data, split, count, load_masks):
     if data:
         return read_once(lambda: CocoFolder(data, split, load_masks=load_masks))
     return Shapes(split, count, load_masks=load_masks)
+
+
+def shared_images(train, other):
+    """Return the images of a split that are also in the training set, as problems.
+
+    train, other: two CocoFolders
+    """
+    learned = set(image_paths(train))
+    problems = []
+    for path in image_paths(other):
+        if path in learned:
+            problems.append(Problem("error", "image also in train", one_line(str(path), 300)))
+    return problems
+
+
+def image_paths(dataset):
+    folder = dataset.folder.resolve()
+    return [folder / name for name in dataset.files]
 
 
 def read_once(open_folder):

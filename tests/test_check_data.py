@@ -1,5 +1,6 @@
 """The data set check: every problem is reported by file and id, and nothing ends in a traceback."""
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,7 @@ from pycocotools import mask as coco_mask
 import data
 from coco_folders import (POLYGON, annotation, category, edit_json, image_entry, json_file,
                           truncate, write_folder)
+from engine.datasets import build_datasets
 from engine.errors import UserError
 from engine.recipe import Recipe
 from engine.segmentations import decode_counts, segmentation_fault
@@ -337,6 +339,21 @@ def test_truncated_images_are_found_by_the_full_check_only(tmp_path, capsys):
     truncate(root / "val2017" / "1.jpg")
     assert check_data.check(root, full=False) == 0 and check_data.check(root) == 1
     assert "unreadable image" in capsys.readouterr().out
+
+
+def test_images_of_val_that_are_also_in_train_are_errors(tmp_path, capsys):
+    """Both splits name files of one folder; a run begins with a warning of them."""
+    root = write_folder(tmp_path, [(40, 30)] * 2, [(1, 1, (5, 6, 10, 8))])
+    assert check_data.check(root) == 0                 # other images of the same names
+    (root / "train2017").rename(root / "images")
+    shutil.rmtree(root / "val2017")
+    edit_json(root, lambda content: content["images"].pop(0), "val")
+    assert check_data.check(root) == 1
+    text = capsys.readouterr().out
+    assert f"error: image also in train (1)\n      {root / 'images' / '1.jpg'}\n" in text
+    _, val = build_datasets(root, Recipe(), 0)
+    check_data.quick_check(val, training=False)
+    assert "warning: image also in train (1)" in capsys.readouterr().out
 
 
 def test_the_check_lists_16_bit_images_and_files_of_several_pages(tmp_path, capsys):

@@ -20,6 +20,7 @@ from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_count
 from engine import coco_json, lvis
 from engine.class_labels import match_classes
 from engine.coco_json import Problem
+from engine.datasets import shared_images
 from engine.errors import UserError, printable, user_errors
 from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
@@ -159,7 +160,7 @@ def check(directory: str | Path, full: bool = True) -> int:
 
 def check_as_loaded(directory: Path, split: str) -> list[Problem]:
     """Return the problems that only a loaded data set shows: no objects, classes unlike those of
-    train."""
+    train, images that are also in train."""
     try:
         train = CocoFolder(directory, "train")
     except UserError:
@@ -171,7 +172,7 @@ def check_as_loaded(directory: Path, split: str) -> list[Problem]:
     other = CocoFolder(directory, split)
     before = len(other.problems)
     match_classes(other, train.class_names, train.category_ids)
-    return other.problems[before:]
+    return [*other.problems[before:], *shared_images(train, other)]
 
 
 def quick_check(dataset: DetectionData, training: bool = True,
