@@ -392,7 +392,7 @@ VOC_FILES = {
     "outside": (change_voc("<xmax>14<", "<xmax>50<"),
                 r"0\.xml:5: expected a box inside the image of 40 x 30 px"),
     "another size": (change_voc("<width>40<", "<width>80<"),
-                     r"0\.xml:4: expected the size of the image, 40 x 30 px, got 80 x 30"),
+                     r"0\.xml:4: expected the size of 0\.png, 40 x 30 px, got 80 x 30; the boxes"),
     "no image": (change_voc("0.png", "9.png").replace("0.png", ""), None)}
 
 
@@ -607,6 +607,14 @@ def test_faulty_labels_and_files_are_left_out_on_request(tmp_path, capsys):
     out = convert_folder("voc", root, tmp_path / "b", skip_faulty=True)
     assert boxes_of(out) == boxes_of(out, "val") == [XYWH]
     assert check_data.check(out) == 0
+
+
+def test_an_image_whose_rows_list_another_size_is_left_out_on_request(tmp_path):
+    """It would else be learned as an image without objects."""
+    rows = "".join(f"{k}.png,{width},30,dog,4,6,14,15\n" for k, width in enumerate((40, 80, 40)))
+    root = csv_folder(tmp_path / "in", f"file,width,height,class,x1,y1,x2,y2\n{rows}", 3)
+    out = convert_folder("csv", root, tmp_path / "out", skip_faulty=True)
+    assert len(content_of(out)["images"]) == len(content_of(out, "val")["images"]) == 1
 
 
 def test_an_existing_folder_is_never_written_to(tmp_path):

@@ -178,6 +178,20 @@ def image_size(path: Path, labels: Labels,
     return size
 
 
+def size_fits(image: LabeledImage, listed: tuple[int, int], labels: Labels, path: Path,
+              line: int = 0) -> bool:
+    """Return whether the labels list the size of their image; if not, it is a fault.
+
+    listed: width and height in px; path, line: where they are listed
+    """
+    if listed == image.size:
+        return True
+    width, height = image.size
+    labels.fault(path, line, f"expected the size of {image.path.name}, {width} x {height} px, got "
+                             f"{listed[0]} x {listed[1]}; the boxes belong to another image")
+    return False
+
+
 def number(text: str) -> float:
     """Return a number below 1e9 in magnitude. Raises ValueError, with what was expected, for
     anything else."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from engine import coco_json
 from engine.errors import UserError
 from tools.labels import (LabeledImage, Labels, Object, files_by_name, files_named, image_size,
-                          read_text, split_of_file)
+                          read_text, size_fits, split_of_file)
 
 FIELDS = ("area", "segmentation")
 
@@ -58,10 +58,14 @@ def read_file(path: Path, root: Path, places: dict, labels: Labels) -> None:
             labels.fault(path, 0, f"expected an image file, got {entry['file_name'][:100]!r}, which"
                                   " is not there; remove it from the json, or add the image")
             continue
-        size = agreed_size(entry, found, path, labels)
-        if size:
-            images[entry["id"]] = LabeledImage(found, size)
-            labels.add(split_of_file(path, root), images[entry["id"]])
+        listed = coco_json.listed_size(entry)
+        size = image_size(found, labels, listed)
+        if size is None:
+            continue
+        image = LabeledImage(found, size)
+        if 0 in listed or size_fits(image, listed, labels, path):
+            images[entry["id"]] = image
+            labels.add(split_of_file(path, root), image)
     for row in content["annotations"]:
         if row["image_id"] in images:
             fields = {name: row[name] for name in FIELDS if row.get(name)}
@@ -78,17 +82,3 @@ def find_image(name: str, path: Path, root: Path, places: dict) -> Path | None:
             return folder / name
     found = files_named(name.rpartition("/")[2], places)
     return found[0] if len(found) == 1 else None
-
-
-def agreed_size(entry: dict, image: Path, path: Path, labels: Labels) -> tuple[int, int] | None:
-    """Return (width, height) to which the boxes belong; a fault and None if the file has another
-    size. The json may list the size of the unrotated pixels."""
-    listed = coco_json.listed_size(entry)
-    size = image_size(image, labels, listed)
-    if size is None or 0 in listed:
-        return size
-    if listed != size:
-        labels.fault(path, 0, f"expected the size of {image.name}, {size[0]} x {size[1]} px, got "
-                              f"{listed[0]} x {listed[1]}; the boxes belong to another image")
-        return None
-    return listed

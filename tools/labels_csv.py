@@ -18,7 +18,7 @@ from engine.errors import UserError
 from engine.notices import one_line, plural
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box,
                           files_by_name, files_named, image_size, name_classes, number,
-                          read_text, split_of, split_of_file)
+                          read_text, size_fits, split_of, split_of_file)
 
 FILE = ("file", "filename", "file_name", "image", "image_path", "path")
 CLASS = ("class", "label", "name", "category", "class_name")
@@ -87,8 +87,8 @@ def read(root: Path) -> Labels:
     used = {image.path for image in images.values()}
     unlabeled = [image for group in places.values() for image in group if image not in used]
     if unlabeled:
-        labels.notes.append(f"{plural(len(unlabeled), 'image')} in no row left out, first: "
-                            f"{min(unlabeled)}")
+        labels.notes.append(f"{plural(len(unlabeled), 'image')} without a usable row left out, "
+                            f"first: {min(unlabeled)}")
     return labels
 
 
@@ -111,12 +111,16 @@ def read_table(table: Path, folder: Path, places: dict, images: dict, labels: La
                 raise ValueError(f"expected {len(columns.names)} columns, got {len(row)}")
             path = find_image(row[columns.file], table, folder, places)
             split = row_split(row, columns) or table_split or split_of(path, folder)
-            if (split, path) not in images:
-                size = image_size(path, labels, listed_size(row, columns))
+            listed = listed_size(row, columns)
+            image = images.get((split, path))
+            if image is None:
+                size = image_size(path, labels, listed)
                 if size is None:
                     continue
-                images[split, path] = LabeledImage(path, size)
-            image = images[split, path]
+                image = LabeledImage(path, size)
+            if listed and not size_fits(image, listed, labels, table, rows.line_num):
+                continue
+            images[split, path] = image
             found = read_object(row, columns, image.size)
             if found:
                 image.objects.append(found)
@@ -169,10 +173,6 @@ def read_object(row: list[str], columns: Columns, size: tuple[int, int]) -> Obje
         return None
     if not name:
         raise ValueError("expected a class, got none")
-    listed = listed_size(row, columns)
-    if listed and listed != size:
-        raise ValueError(f"expected the size of the image, {size[0]} x {size[1]} px, got "
-                         f"{listed[0]} x {listed[1]}")
     values = [number(cell) for cell in cells]
     if not columns.is_corners:
         x, y, width, height = values

@@ -17,7 +17,7 @@ from engine.errors import UserError
 from engine.images import SUFFIXES
 from engine.notices import one_line, plural
 from tools.labels import (SPLITS, UNDIVIDED, LabeledImage, Labels, Object, corner_box, image_files,
-                          image_size, name_classes, number, read_text, split_of)
+                          image_size, name_classes, number, read_text, size_fits, split_of)
 
 IMAGE_FOLDERS = ("JPEGImages", "images", "Images")
 CORNERS = ("xmin", "ymin", "xmax", "ymax")
@@ -113,47 +113,35 @@ def read_file(path: Path, image: Path, labels: Labels) -> LabeledImage | None:
         labels.fault(path, line, f"expected XML, got a file that cannot be parsed ({error})")
         return None
     line = text.count("\n", 0, max(text.find("<size>"), 0)) + 1
-    size = agreed_size(annotation, image, path, line, labels)
-    if size is None:
-        return None
-    first = 1 if "VOC" in annotation.findtext("source/database", "") else 0
-    lines = [text.count("\n", 0, found.start()) + 1 for found in re.finditer("<object>", text)]
-    objects = []
-    for count, element in enumerate(annotation.findall("object")):
-        line = lines[count] if count < len(lines) else 0
-        try:
-            objects.append(read_object(element, size, first))
-        except ValueError as error:
-            labels.fault(path, line, error)
-    return LabeledImage(image, size, objects)
-
-
-def agreed_size(annotation, image: Path, path: Path, line: int,
-                labels: Labels) -> tuple[int, int] | None:
-    """Return the (width, height) to which the boxes of an XML file belong; a fault and None if they
-    belong to another image.
-
-    The XML file may list the size of the unrotated pixels.
-
-    line: that of <size> in the XML file
-    """
-    try:
-        listed = tuple(int(number(annotation.findtext(f"size/{side}", "")))
-                       for side in ("width", "height"))
-    except ValueError:
-        listed = (0, 0)
+    listed = listed_size(annotation)
     size = image_size(image, labels, listed)
     if size is None:
         return None
-    if min(listed) <= 0:
+    labeled = LabeledImage(image, size)
+    if listed is None:
         labels.notes.append(f"{path}:{line}: expected <size> with width and height, got none; "
                             f"that of the image is used, {size[0]} x {size[1]} px")
-        return size
-    if listed != size:
-        labels.fault(path, line, f"expected the size of the image, {size[0]} x {size[1]} px, got "
-                                 f"{listed[0]} x {listed[1]}; the boxes belong to another image")
+    elif not size_fits(labeled, listed, labels, path, line):
         return None
-    return listed
+    first = 1 if "VOC" in annotation.findtext("source/database", "") else 0
+    lines = [text.count("\n", 0, found.start()) + 1 for found in re.finditer("<object>", text)]
+    for count, element in enumerate(annotation.findall("object")):
+        line = lines[count] if count < len(lines) else 0
+        try:
+            labeled.objects.append(read_object(element, size, first))
+        except ValueError as error:
+            labels.fault(path, line, error)
+    return labeled
+
+
+def listed_size(annotation) -> tuple[int, int] | None:
+    """Return the width and height of the image that an XML file lists, None if it lists none."""
+    try:
+        width = int(number(annotation.findtext("size/width", "")))
+        height = int(number(annotation.findtext("size/height", "")))
+    except ValueError:
+        return None
+    return (width, height) if min(width, height) > 0 else None
 
 
 def read_object(element, size: tuple[int, int], first: int) -> Object:
