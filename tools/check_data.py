@@ -17,12 +17,11 @@ import tyro
 
 from data import (LARGE_AREA, SMALL_AREA, CocoFolder, DetectionData, class_counts,
                   objects_per_image)
-from engine import coco_json, lvis
+from engine import coco_json, commands, lvis
 from engine.class_labels import match_classes
 from engine.coco_json import Problem
 from engine.datasets import shared_images
 from engine.errors import UserError, printable, user_errors
-from engine.flags import one_line_usage
 from engine.images import UnreadableImage, read_header, read_image, upright_size
 from engine.notices import one_line, plural
 from transforms import resized_size
@@ -259,18 +258,14 @@ def size_note(dataset: CocoFolder) -> str:
 
 @dataclass
 class Options:
-    """Check a COCO-layout data set: a table of its classes, and every problem by file and id.
-
-    fatal: training refuses the data set. error: training runs, but results may suffer. warning: the
-    program handles it. Ends with exit code 1 if there are fatal problems or errors."""
+    """Check a COCO-layout data set: a table of its classes, and every problem by file and id."""
     # data folder, with annotations/ and images
     directory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
 
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.check_data"):
-        with one_line_usage("python -m tools.check_data", argv):
-            options = tyro.cli(Options, args=argv, prog="python -m tools.check_data")
+        options = commands.parse(Options, "python -m tools.check_data", __doc__, argv)
         sys.exit(1 if check(options.directory) else 0)
 
 

@@ -1,4 +1,4 @@
-"""Convert labels in another format or layout into a COCO-layout folder, and check it.
+"""Convert labels in another format to COCO layout, and check them: exit code 1 for errors.
 
     python -m tools.convert --from yolo DIR OUT
     python -m tools.convert --from voc DIR OUT
@@ -27,9 +27,8 @@ import numpy as np
 import tyro
 
 from engine import coco_json
-from engine.commands import require
+from engine.commands import parse, require
 from engine.errors import UserError, user_errors
-from engine.flags import one_line_usage
 from engine.notices import plural
 from tools import check_data, labels_coco, labels_csv, labels_voc, labels_yolo
 from tools.labels import UNDIVIDED, LabeledImage, Labels, print_some
@@ -203,11 +202,7 @@ def polygon_area(polygon: list[float]) -> float:
 
 @dataclass
 class Options:
-    """Convert labels in YOLO, Pascal VOC or CSV format, or a COCO json that is not divided into
-    train and val, into a COCO-layout folder, and check it.
-
-    Images are hard links where the disk allows it, copies elsewhere. Ends with exit code 1 if the
-    check finds errors."""
+    """Convert labels in another format to COCO layout, and check them."""
     # folder of images and labels; for csv also one table
     directory: Annotated[tyro.conf.Positional[str], tyro.conf.arg(metavar="DIR")]
     # COCO-layout folder to write, which may not exist
@@ -220,9 +215,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.convert"):
-        with one_line_usage("python -m tools.convert", argv):
-            options = tyro.cli(Options, args=argv, prog="python -m tools.convert",
-                               use_underscores=True)
+        options = parse(Options, "python -m tools.convert", __doc__, argv)
         convert(options.source, options.directory, options.out, options.val_share,
                 options.skip_faulty)
         print()

@@ -17,9 +17,8 @@ from typing import Annotated
 
 import tyro
 
-from engine import assets, checkpoints, weight_files
+from engine import assets, checkpoints, commands, weight_files
 from engine.errors import UserError, user_errors
-from engine.flags import one_line_usage
 
 FIELDS = ("format", "model_name", "variant", "config", "recipe", "class_names", "category_ids",
           "detector", "epoch", "step", "best", "thresholds")
@@ -72,8 +71,7 @@ class Options:
 
 def main(argv: list[str] | None = None) -> None:
     with user_errors("tools.ship"):
-        with one_line_usage("python -m tools.ship", argv):
-            options = tyro.cli(Options, args=argv, prog="python -m tools.ship")
+        options = commands.parse(Options, "python -m tools.ship", __doc__, argv)
         ship(options.checkpoint, options.out)
 
 
