@@ -116,6 +116,15 @@ def test_one_seed_has_no_spread_to_compare_with(tmp_path, capsys):
     assert rows_of(capsys.readouterr().out)[2][3:6] == ["dino", "+0.400", "one seed"]
 
 
+def test_the_time_of_a_step_is_that_between_lines_of_the_log():
+    """Without the first steps, which are slow, unless the log has no other steps."""
+    first, second, third = [{"step": step, "train_seconds": seconds}
+                            for step, seconds in ((5, 10), (15, 12), (20, 14))]
+    assert ablations.step_ms([first]) == 2000
+    assert ablations.step_ms([first, second]) == 200
+    assert ablations.step_ms([first, second, third]) == 300
+
+
 def test_the_mask_table_reads_finished_runs(tmp_path, capsys):
     flags = {"model": "mask_frozen_detr", "detector": "d"}
     write_run(tmp_path / "default_0", 0.5, epoch=1, **flags)

@@ -420,7 +420,10 @@ def words_of(flags: dict) -> list[str]:
 
 
 def step_ms(steps: list[dict]) -> float:
-    """Median time of a training step between two lines of a log."""
+    """Median time of a training step between two lines of a log. A log of one line has only the
+    time since the start of the run, whose first steps are slow."""
+    if len(steps) == 1:
+        steps = [{"step": 0, "train_seconds": 0}, *steps]
     times = []
     for first, second in zip(steps, steps[1:]):
         seconds = second["train_seconds"] - first["train_seconds"]
