@@ -1,5 +1,7 @@
 """Plots of what happens inside detectors: the figures of analysis.py and tools/layer_analysis.py.
 """
+from pathlib import Path
+
 import matplotlib
 matplotlib.use("Agg")   # draws into files; no display is needed
 import matplotlib.pyplot as plt
@@ -44,7 +46,7 @@ def plot_instability(axis, analyses):
                    fontsize=9)
 
 
-def layers(measures, out="layers.png"):
+def layers(measures: dict[str, dict], out: str | Path = "layers.png") -> Path:
     """What tools/layer_analysis.py measured, {checkpoint: figures}: AP and duplicates over the
     decoder layers, and recall over the number of proposals where the detector makes any."""
     figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))

@@ -49,7 +49,7 @@ def clean_axis(axis):
 
 # ---- one run -------------------------------------------------------------------------------------
 
-def read_log(run_dir):
+def read_log(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """log.jsonl of a run folder -> its step lines and its eval lines, in order.
 
     Broken lines are left out, and counted on stderr; a killed run may leave one."""
@@ -69,7 +69,7 @@ def read_log(run_dir):
     return lines["step"], lines["eval"]
 
 
-def read_line(text):
+def read_line(text: str) -> dict | None:
     """One line of a log; None where it is broken."""
     try:
         line = json.loads(text)
@@ -82,7 +82,7 @@ def read_line(text):
     return None if mismatch(line, {**form, **kinds}) else line
 
 
-def curves(run_dir: str):
+def curves(run_dir: str) -> Path:
     """Plot log.jsonl of a run folder to its curves.png: AP over training minutes and steps, losses
     by group, learning rate.
 
@@ -155,7 +155,7 @@ def plot_losses(total, parts, steps):
         parts.legend(ncols=2, frameon=False, fontsize=8)
 
 
-def loss_group(name):
+def loss_group(name: str) -> str:
     """Group of a loss: each term of the last layer, such as cls, is a group of its own; "aux2.cls"
     belongs to "aux (sum)", "dn.l1" to "dn (sum)"."""
     if "." not in name:
@@ -176,7 +176,7 @@ def smooth(values, window=9):
 # ---- several runs --------------------------------------------------------------------------------
 
 def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: Kind = "bbox",
-                   labels: list[str] | None = None):
+                   labels: list[str] | None = None) -> Path:
     """AP (solid) and AP50 (dashed) over training minutes of several runs.
 
     Args:
@@ -204,7 +204,7 @@ def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: K
     return save_figure(figure, out, dpi=100)
 
 
-def ladder(scores, out="ladder.png"):
+def ladder(scores: dict[str, list[float]], out: str | Path = "ladder.png") -> Path:
     """Ablations, {title: [AP of each seed]}: a bar for the mean, a dot for every seed."""
     titles = list(scores)
     means = [np.mean(ap) for ap in scores.values()]
@@ -220,7 +220,7 @@ def ladder(scores, out="ladder.png"):
     return save_figure(figure, out)
 
 
-def convergence(curves, out="convergence.png"):
+def convergence(curves: dict[str, list], out: str | Path = "convergence.png") -> Path:
     """AP over epochs, {title: [{epoch: {"AP": .., "APs": ..}} of each seed]}, of all objects and of
     small ones: a line for the mean, an area from the lowest to the highest seed."""
     panels = (("AP", "all objects"), ("APs", "small objects"))
@@ -243,7 +243,8 @@ def convergence(curves, out="convergence.png"):
 
 # ---- one evaluation ------------------------------------------------------------------------------
 
-def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: Kind = "bbox"):
+def precision_recall(evaluation: str, out: str = "precision_recall.png",
+                     kind: Kind = "bbox") -> Path:
     """Precision over recall at IoU 0.5 of each class, with the threshold of its best F1 (dot).
 
     Args:
