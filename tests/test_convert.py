@@ -212,7 +212,7 @@ def test_width_and_height_that_are_swapped_are_refused_unless_the_image_is_rotat
 
 def test_boxes_of_the_voc_challenge_count_pixels_from_one(tmp_path):
     root = voc_folder(tmp_path / "in", voc_text(("dog", (5, 7, 14, 15), 0),
-                                                source="The VOC2007 Database"))
+                                                source="The VOC2007 Database", name=""))
     assert boxes_of(convert_folder("voc", root, tmp_path / "out")) == [XYWH]
 
 
@@ -563,10 +563,16 @@ def repeat_in_voc(root):
     return root
 
 
+def repeat_in_xml(root):
+    """Both XML files name 0.png."""
+    return voc_folder(root, voc_text(("dog", BOX, 0), name="0.png"))
+
+
 @pytest.mark.parametrize("source, made, splits", [
     ("csv", repeat_in_csv, "train, val, test"), ("csv", repeat_in_tables, "train, val"),
-    ("yolo", repeat_in_yolo, "train, val"), ("voc", repeat_in_voc, "train, val")])
-def test_an_image_in_two_splits_is_refused(source, made, splits, tmp_path):
+    ("yolo", repeat_in_yolo, "train, val"), ("voc", repeat_in_voc, "train, val"),
+    ("voc", repeat_in_xml, "undivided, undivided")])
+def test_an_image_in_two_splits_or_listed_twice_is_refused(source, made, splits, tmp_path):
     """Figures on an image that was trained on say nothing."""
     root = made(tmp_path / "in")
     with pytest.raises(UserError, match=rf"got 1 image listed several times, first: .*0\.png "

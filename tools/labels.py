@@ -95,7 +95,7 @@ class Labels:
             raise UserError(f"{root}: expected every image in one split and listed once, got "
                             f"{plural(len(several), 'image')} listed several times, first: {first} "
                             f"({', '.join(places[first])}); leave each in one split, and in one "
-                            "list or json; nothing was written")
+                            "list, json or XML file; nothing was written")
 
 
 def print_some(lines: list[str]) -> None:
