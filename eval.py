@@ -33,9 +33,11 @@ import numpy as np
 import torch
 import tyro
 from pycocotools import mask as rle
+from torch import nn
 from tqdm import tqdm
 
 import visualize
+from data import DetectionData
 from engine import commands, files, lvis
 from engine.commands import open_detector
 from engine.coco_json import json_problems, read_json, refuse_fatal
@@ -59,8 +61,9 @@ _TRUTHS = weakref.WeakKeyDictionary()
 
 # ---- AP ------------------------------------------------------------------------------------------
 
-def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=0, amp=False,
-             workers=0, rank=0, world=1):
+def evaluate(model: nn.Module, detect, dataset: DetectionData, cfg, device: str | torch.device,
+             batch_size: int = 1, max_dets: int = 0, amp: bool = False, workers: int = 0,
+             rank: int = 0, world: int = 1) -> dict:
     """AP of a model on a data set.
 
     detect: the paper file's. max_dets: see `limit_of`. With `world` processes each rank runs and
@@ -84,7 +87,7 @@ def evaluate(model, detect, dataset, cfg, device, batch_size=1, max_dets=0, amp=
             "score_seconds": end - scoring}
 
 
-def limit_of(dataset, max_dets=0):
+def limit_of(dataset, max_dets: int = 0) -> int:
     """How many detections count: `max_dets`, 0 for 100 of each image and class, as COCO's figures
     have it, or on LVIS 300 of each image."""
     return max_dets or (lvis.LIMIT if dataset.federated else 100)
@@ -174,7 +177,8 @@ def ground_truth(dataset, rank=0, world=1):
     return shares[rank, world]
 
 
-def coco_results(detections, image_ids, category_ids):
+def coco_results(detections: list[dict], image_ids: list[int],
+                 category_ids: list[int]) -> list[dict]:
     """Detections in COCO's results format, a list of {image_id, category_id, bbox, score}.
 
     detections: one {scores (k,), labels (k,), boxes (k, 4) xyxy px, masks (k, h, w) or k RLEs
@@ -213,7 +217,7 @@ def encode_masks(masks):
     return encoded
 
 
-def table(metrics, classes=True):
+def table(metrics: dict, classes: bool = True) -> str:
     """The figures of `evaluate` as text: one line per kind, then (`classes`) one line per class."""
     kinds = [kind for kind in KINDS if kind in metrics]
     recalls = [key for key in metrics["bbox"] if re.fullmatch(r"AR\d+", key)]
@@ -253,7 +257,7 @@ def threshold_table(metrics):
     return "\n".join(lines)
 
 
-def thresholds(metrics):
+def thresholds(metrics: dict) -> dict[str, float]:
     """{class name: threshold with the best F1} for classes that were detected at all.
 
     train.py stores it in best.pt, where --images finds it."""
@@ -267,7 +271,7 @@ def cell(value, width=8):
 
 # ---- your own images -----------------------------------------------------------------------------
 
-def find_images(patterns):
+def find_images(patterns: list[str]) -> list[Path]:
     """Files, folders and glob patterns -> image files, sorted within each, none twice. UserError
     names what matched nothing."""
     found = {}
@@ -287,7 +291,7 @@ def find_images(patterns):
     return list(found)
 
 
-def image_ids(paths, listed=None):
+def image_ids(paths: list[Path], listed: list[dict] | None = None) -> list[int]:
     """Image ids of files, for the results json.
 
     listed: the `images` of a COCO json; ids are then those of its file names, and a file that it

@@ -35,6 +35,7 @@ from analysis import (decoder_attention, discriminability, encoder_norms, read_a
                       recorded_attention)
 from boxes import box_cxcywh_to_xyxy
 from data import eval_transform
+from engine.analysis_plots import analysis_panels, plot_conflict, plot_iof_iob, plot_map
 from engine.commands import open_detector, require, with_data
 from engine.drawing import color, draw_detections, get_font, save_picture, tile
 from engine.errors import UserError, user_errors
@@ -44,8 +45,9 @@ from engine.inference import (above, allow_detections, as_rgb, class_thresholds,
                               detect_on_canvas, detect_with, infer, require_finite,
                               require_finite_outputs)
 from engine.mistakes import KINDS, find_mistakes
-from engine.plots import (analysis_panels, compare_curves, curves, ladder, precision_recall,
-                          read_log, save_figure)
+from engine.notices import plural
+from engine.plots import (compare_curves, curves, ladder, precision_recall, read_log,
+                          save_figure)
 from engine.ranges import check_values
 from explorer import explore
 from scenes import Shapes
@@ -207,21 +209,27 @@ def mistakes(checkpoint: str, out: str = "mistakes.jpg", data: str = "", n: int 
             shown = above(detect_image(detector, image), thresholds)
             truth = ground_truth(dataset, index, image)
             found += [(mistake, index) for mistake in find_mistakes(shown, truth)]
+    if not found:
+        raise UserError("expected mistakes to draw, got none on "
+                        f"{plural(len(dataset), 'image')} of {dataset.name}: a lower "
+                        "--score_threshold shows more false alarms")
+
     pictures = []
     titles = []
+    note = "white: ground truth; red: the mistake"
     for kind in KINDS:
         row = [pair for pair in found if pair[0].kind == kind]
         row.sort(key=lambda pair: -pair[0].rank)
-        count = len(row)
-        for place in range(n):
-            if place < count:
-                mistake, index = row[place]
-                pictures.append(draw_mistake(dataset, index, mistake))
-                titles.append(mistake_title(mistake, dataset.class_names))
-            else:
-                pictures.append(Image.new("RGB", (MISTAKE_SIDE, MISTAKE_SIDE), "white"))
-                titles.append(f"{kind}: none" if count == 0 and place == 0 else "")
-    return tile(pictures, out, n, titles, note="white: ground truth; red: the mistake")
+        if not row:
+            note += f"; {kind}: none"
+            continue
+        for mistake, index in row[:n]:
+            pictures.append(draw_mistake(dataset, index, mistake))
+            titles.append(mistake_title(mistake, dataset.class_names))
+        for _ in range(n - len(row)):
+            pictures.append(Image.new("RGB", (MISTAKE_SIDE, MISTAKE_SIDE), "white"))
+            titles.append("")
+    return tile(pictures, out, n, titles, note=note)
 
 
 def mistake_title(mistake, class_names):
@@ -497,44 +505,6 @@ def analysis(analysis: str, out: str = "analysis.png", data: str = "", n: int = 
     figure.text(0.5, -0.015, "maps: discriminability (Co-DETR, Eq. 7); brighter: larger within its "
                 "map", ha="center", fontsize=8)
     return save_figure(figure, out, dpi=80)
-
-
-def plot_map(axis, picture, scores, title):
-    axis.imshow(picture)
-    axis.imshow(scores, cmap="inferno", alpha=0.75, extent=(0, picture.width, picture.height, 0))
-    axis.set(xticks=[], yticks=[])
-    axis.set_title(title, fontsize=9)
-
-
-def plot_iof_iob(axis, part, analyses):
-    """The curve of every checkpoint; the area under it in the legend."""
-    for number, (name, a) in enumerate(analyses.items()):
-        if part in a:
-            curve = a[part]
-            axis.plot(curve["IoB"], curve["IoF"], color=f"C{number}",
-                      label=f"{name}: {curve['area']:.3f}")
-    axis.plot((0, 1), (1, 0), color="#777777", linewidth=0.8, linestyle=":", label="random: 0.5")
-    axis.set(xlim=(0, 1), ylim=(0, 1))
-    axis.set_title(f"{part}: objects against background", fontsize=9)
-    axis.set_xlabel("IoB, background below the threshold", fontsize=8)
-    axis.set_ylabel("IoF, objects above the threshold", fontsize=8)
-    axis.legend(loc="lower left", frameon=False, fontsize=8, title="area under the curve",
-                title_fontsize=8)
-
-
-def plot_conflict(axis, name, conflict):
-    """The divergences between the heads of one model as a table of shades."""
-    axis.imshow(conflict["S"], cmap="Blues")
-    largest = max(map(max, conflict["S"]))
-    for i, row in enumerate(conflict["S"]):
-        for j, value in enumerate(row):
-            ink = "white" if value > 0.6 * largest else "black"
-            axis.text(j, i, f"{value:.2f}", ha="center", va="center", fontsize=8, color=ink)
-    ticks = range(len(conflict["heads"]))
-    axis.set(xticks=ticks, yticks=ticks)
-    axis.set_title(f"{name}: conflict of heads\nKL(row's map || column's)", fontsize=9)
-    axis.set_xticklabels(conflict["heads"], fontsize=8)
-    axis.set_yticklabels(conflict["heads"], fontsize=8)
 
 
 def discriminability_maps(checkpoint, folder, n, device):

@@ -6,10 +6,12 @@ have one class only, each object has a color of its own.
 import colorsys
 import math
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from matplotlib import font_manager
 from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
 
 from engine.files import complete_picture, picture_format
 
@@ -18,7 +20,7 @@ MAX_LABELS = 40  # with more objects, boxes are thin and a legend replaces the l
 GAP = 8          # px around labels and pictures
 
 
-def color(label):
+def color(label: int) -> tuple[int, int, int]:
     """RGB of a class, 0..255: hues a golden section apart, so that successive classes differ most.
     """
     hue = (0.02 + label * 0.618034) % 1
@@ -27,7 +29,8 @@ def color(label):
     return tuple(round(255 * value) for value in rgb)
 
 
-def draw_detections(image, detection, class_names, side=None):
+def draw_detections(image: Image.Image, detection: dict[str, Tensor], class_names: list[str],
+                    side: int | None = None) -> Image.Image:
     """The image with its detections, the most confident on top -> a new PIL image.
 
     detection: labels (k,), boxes (k, 4) xyxy px, and optionally scores (k,) and masks (k, h, w)
@@ -65,7 +68,7 @@ def draw_detections(image, detection, class_names, side=None):
     return canvas
 
 
-def get_font(size):
+def get_font(size: int) -> ImageFont.FreeTypeFont:
     return ImageFont.truetype(font_manager.findfont("DejaVu Sans"), size)
 
 
@@ -82,7 +85,7 @@ def blend_masks(canvas, masks, colors):
     return Image.fromarray(pixels.astype(np.uint8))
 
 
-def eroded(mask, steps):
+def eroded(mask: np.ndarray, steps: int) -> np.ndarray:
     """The mask without the pixels that are within `steps` of its border."""
     for _ in range(steps):
         padded = np.pad(mask, 1)
@@ -166,7 +169,7 @@ def tile(pictures, path, columns, titles=None, gap=GAP, note=""):
     return save_picture(sheet, path)
 
 
-def save_picture(picture, path):
+def save_picture(picture: Image.Image, path: str | Path) -> str | Path:
     """Write a picture; the file is complete or absent. -> path"""
     with complete_picture(path) as file:
         kind = picture_format(path)

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageOps
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import data
@@ -89,7 +90,7 @@ def detect_with(model, detect, transform, image, cfg, device, amp=False, name="t
     return detection
 
 
-def detect_image(detector, image, amp=False):
+def detect_image(detector, image, amp: bool = False) -> dict[str, Tensor]:
     """The `cfg.top_k` best detections of one image, best first, in its pixels.
 
     detector: a `Loaded`, see `load_model`. image: whatever `as_rgb` reads; images that carry an
@@ -101,11 +102,11 @@ def detect_image(detector, image, amp=False):
                        detector.cfg, device_of(detector.model), amp, name)
 
 
-def device_of(model):
+def device_of(model: nn.Module) -> torch.device:
     return next(model.parameters()).device
 
 
-def as_rgb(image):
+def as_rgb(image) -> Image.Image:
     """A path, a PIL image of any mode, or a NumPy array -> PIL RGB image, upright.
 
     Arrays: (h, w) gray of uint8 or uint16, (h, w, 3) RGB or (h, w, 4) RGBA of uint8 (OpenCV's
@@ -124,7 +125,7 @@ def as_rgb(image):
         raise UserError(f"expected an image that Pillow can decode, got {error}") from error
 
 
-def from_array(array):
+def from_array(array: np.ndarray) -> Image.Image:
     """A NumPy array as a PIL image of the same bit depth."""
     kind = array.shape[2:], array.dtype.name
     if array.ndim < 2 or kind not in ARRAY_KINDS:
@@ -134,7 +135,7 @@ def from_array(array):
     return Image.fromarray(np.ascontiguousarray(array))
 
 
-def require_finite(detection, name):
+def require_finite(detection: dict[str, Tensor], name: str) -> None:
     """UserError for NaN or infinite scores, boxes or mask scores. pycocotools would count a NaN box
     as a hit."""
     for key in ("scores", "boxes", "mask_scores"):
@@ -147,7 +148,7 @@ def require_finite(detection, name):
                             "its training diverged; use an earlier checkpoint")
 
 
-def require_finite_outputs(outputs, name):
+def require_finite_outputs(outputs: dict[str, Tensor], name: str) -> None:
     """UserError for NaN or infinite logits or boxes: what is measured on them would be wrong."""
     for key in ("pred_logits", "pred_boxes"):
         if key in outputs and not outputs[key].isfinite().all():
@@ -156,7 +157,7 @@ def require_finite_outputs(outputs, name):
                             "checkpoint")
 
 
-def class_thresholds(meta, given=None):
+def class_thresholds(meta: dict, given: float | None = None) -> list[float]:
     """The minimum score of each class: the given one, else that of the checkpoint, else 0.3.
 
     meta: of a `Loaded`; a run stores the threshold with the best F1 of each class"""
@@ -166,13 +167,13 @@ def class_thresholds(meta, given=None):
     return [stored.get(name, DEFAULT_THRESHOLD) for name in meta["class_names"]]
 
 
-def reaches(detection, thresholds):
+def reaches(detection: dict[str, Tensor], thresholds: list[float]) -> Tensor:
     """Which detections have at least the score thresholds[label] -> (k,) bool."""
     least = torch.tensor([thresholds[label] for label in detection["labels"].tolist()])
     return detection["scores"] >= least.to(detection["scores"].device)
 
 
-def above(detection, threshold):
+def above(detection: dict[str, Tensor], threshold: float | list[float]) -> dict[str, Tensor]:
     """The detections with at least this score; threshold: one, or a list with one of each class."""
     if isinstance(threshold, list):
         keep = reaches(detection, threshold)

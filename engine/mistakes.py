@@ -19,7 +19,7 @@ class Mistake(NamedTuple):
     box: Tensor              # (4,) xyxy of the detection, or of the missed object, px
 
 
-def find_mistakes(detection, truth):
+def find_mistakes(detection: dict[str, Tensor], truth: dict[str, Tensor]) -> list[Mistake]:
     """Mistakes of one image: false alarms, wrong classes, missed objects.
 
     detection: scores (k,), labels (k,), boxes (k, 4) xyxy px, best first; truth: labels (n,), boxes
@@ -53,7 +53,7 @@ def find_mistakes(detection, truth):
     return mistakes
 
 
-def assign(iou):
+def assign(iou: Tensor) -> dict[int, int]:
     """Greedy assignment by IoU (k, n), rows in order -> {row: column}."""
     pairs = {}
     free = torch.ones(iou.shape[1], dtype=torch.bool)

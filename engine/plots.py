@@ -49,7 +49,7 @@ def clean_axis(axis):
 
 # ---- one run -------------------------------------------------------------------------------------
 
-def read_log(run_dir):
+def read_log(run_dir: str | Path) -> tuple[list[dict], list[dict]]:
     """log.jsonl of a run folder -> its step lines and its eval lines, in order.
 
     Broken lines are left out, and counted on stderr; a killed run may leave one."""
@@ -69,7 +69,7 @@ def read_log(run_dir):
     return lines["step"], lines["eval"]
 
 
-def read_line(text):
+def read_line(text: str) -> dict | None:
     """One line of a log; None where it is broken."""
     try:
         line = json.loads(text)
@@ -82,7 +82,7 @@ def read_line(text):
     return None if mismatch(line, {**form, **kinds}) else line
 
 
-def curves(run_dir: str):
+def curves(run_dir: str) -> Path:
     """Plot log.jsonl of a run folder to its curves.png: AP over training minutes and steps, losses
     by group, learning rate.
 
@@ -155,7 +155,7 @@ def plot_losses(total, parts, steps):
         parts.legend(ncols=2, frameon=False, fontsize=8)
 
 
-def loss_group(name):
+def loss_group(name: str) -> str:
     """Group of a loss: each term of the last layer, such as cls, is a group of its own; "aux2.cls"
     belongs to "aux (sum)", "dn.l1" to "dn (sum)"."""
     if "." not in name:
@@ -176,7 +176,7 @@ def smooth(values, window=9):
 # ---- several runs --------------------------------------------------------------------------------
 
 def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: Kind = "bbox",
-                   labels: list[str] | None = None):
+                   labels: list[str] | None = None) -> Path:
     """AP (solid) and AP50 (dashed) over training minutes of several runs.
 
     Args:
@@ -204,7 +204,7 @@ def compare_curves(run_dirs: list[str], out: str = "compare_curves.png", kind: K
     return save_figure(figure, out, dpi=100)
 
 
-def ladder(scores, out="ladder.png"):
+def ladder(scores: dict[str, list[float]], out: str | Path = "ladder.png") -> Path:
     """Ablations, {title: [AP of each seed]}: a bar for the mean, a dot for every seed."""
     titles = list(scores)
     means = [np.mean(ap) for ap in scores.values()]
@@ -220,7 +220,7 @@ def ladder(scores, out="ladder.png"):
     return save_figure(figure, out)
 
 
-def convergence(curves, out="convergence.png"):
+def convergence(curves: dict[str, list], out: str | Path = "convergence.png") -> Path:
     """AP over epochs, {title: [{epoch: {"AP": .., "APs": ..}} of each seed]}, of all objects and of
     small ones: a line for the mean, an area from the lowest to the highest seed."""
     panels = (("AP", "all objects"), ("APs", "small objects"))
@@ -241,74 +241,10 @@ def convergence(curves, out="convergence.png"):
     return save_figure(figure, out)
 
 
-# ---- inside detectors ----------------------------------------------------------------------------
-
-def analysis_panels(analyses):
-    """Functions (axis, analyses) that draw what analysis.json has: ATD, instability."""
-    panels = []
-    if any("ATD" in a for a in analyses.values()):
-        panels.append(plot_atd)
-    if any("instability" in a for a in analyses.values()):
-        panels.append(plot_instability)
-    return panels
-
-
-def plot_atd(axis, analyses):
-    """ATD of every checkpoint, a group of bars for each object size (DINO, figure 4)."""
-    sizes = {"all": "ATD", "small": "ATD_small", "medium": "ATD_medium", "large": "ATD_large"}
-    width = 0.8 / len(analyses)
-    for number, (name, a) in enumerate(analyses.items()):
-        heights = [max(0.0, a.get(key, 0.0)) for key in sizes.values()]    # -1: no such object
-        places = np.arange(len(sizes)) + (number - (len(analyses) - 1) / 2) * width
-        axis.bar(places, heights, width, color=f"C{number}", label=name)
-    ks = sorted({a["k"] for a in analyses.values() if "k" in a})
-    axis.set_xticks(range(len(sizes)), sizes, fontsize=8)
-    axis.set_title(f"ATD({', '.join(map(str, ks))}): anchors to objects", fontsize=9)
-    axis.set_xlabel("object size; lower is better", fontsize=8)
-    axis.margins(y=0.1 + 0.12 * len(analyses))     # room for the legend
-    axis.legend(loc="upper center", frameon=False, fontsize=8)
-
-
-def plot_instability(axis, analyses):
-    """Instability of each checkpoint beside the one before (DN-DETR, Eq. 2)."""
-    found = {name: a["instability"] for name, a in analyses.items() if "instability" in a}
-    axis.plot(range(len(found)), found.values(), "o-", color="C0")
-    axis.set_xticks(range(len(found)), found, fontsize=8, rotation=30, ha="right")
-    axis.set_ylim(0, None)
-    axis.set_title("instability: queries whose object\nchanged since the checkpoint before",
-                   fontsize=9)
-
-
-def layers(measures, out="layers.png"):
-    """What tools/layer_analysis.py measured, {checkpoint: figures}: AP and duplicates over the
-    decoder layers, and recall over the number of proposals where the detector makes any."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 3.6))
-    for number, (name, figures) in enumerate(measures.items()):
-        color = f"C{number}"
-        places = range(1, len(figures["AP"]) + 1)
-        axes[0].plot(places, figures["AP"], "o-", color=color, label=name)
-        axes[1].plot(places, figures["duplicates"], "o-", color=color, label=name)
-        if "recall" in figures:
-            axes[2].plot(figures["counts"], figures["recall"], "o-", color=color, label=name)
-    axes[0].set(title="AP by decoder layer", xlabel="decoder layer", ylim=(0, 1))
-    axes[1].set(title="duplicates an object, by decoder layer", xlabel="decoder layer",
-                ylim=(0, None))
-    axes[2].set(title="recall of the encoder's proposals, IoU 0.5", xlabel="best proposals",
-                xscale="log", ylim=(0, 1.02))
-    for axis in axes[:2]:
-        axis.xaxis.get_major_locator().set_params(integer=True)
-    for axis in axes:
-        clean_axis(axis)
-        if axis.lines:
-            axis.legend(loc="best", frameon=False, fontsize=9)
-        else:
-            axis.text(0.5, 0.5, "no proposals", ha="center", transform=axis.transAxes)
-    return save_figure(figure, out)
-
-
 # ---- one evaluation ------------------------------------------------------------------------------
 
-def precision_recall(evaluation: str, out: str = "precision_recall.png", kind: Kind = "bbox"):
+def precision_recall(evaluation: str, out: str = "precision_recall.png",
+                     kind: Kind = "bbox") -> Path:
     """Precision over recall at IoU 0.5 of each class, with the threshold of its best F1 (dot).
 
     Args:

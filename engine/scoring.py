@@ -40,7 +40,8 @@ class Matches(NamedTuple):
     gt_ignored: np.ndarray     # (G,) bool: the object is a crowd or of another size
 
 
-def score(gt, results, iou_type="bbox", max_dets=100, rank=0, world=1):
+def score(gt: COCO, results: list[dict], iou_type: str = "bbox", max_dets: int = 100,
+          rank: int = 0, world: int = 1) -> dict:
     """COCO's figures for a list of results against the ground truth `gt` (a pycocotools COCO).
 
     iou_type: "bbox" or "segm". Only the `max_dets` best detections per image and class count. With
@@ -64,7 +65,7 @@ def score(gt, results, iou_type="bbox", max_dets=100, rank=0, world=1):
     return answer[0]
 
 
-def match_images(gt, results, iou_type, max_dets):
+def match_images(gt: COCO, results: list[dict], iou_type: str, max_dets: int) -> Matches:
     """Match the results of the images of `gt` with its objects -> Matches."""
     detections = results_as_coco(gt, results, iou_type)
     evaluation = make_evaluation(gt, detections, iou_type, sorted(gt.cats), max_dets)
@@ -108,7 +109,7 @@ def make_evaluation(gt, detections, iou_type, category_ids, max_dets):
     return evaluation
 
 
-def accumulate(parts, category_ids, iou_type, max_dets):
+def accumulate(parts: list[Matches], category_ids: list[int], iou_type: str, max_dets: int):
     """Matches of all ranks -> pycocotools' precision (T, R, K, A) and scores of the same shape,
     recall (T, K, A), and {limit: recall (T, K)} for every limit of detections.
 
@@ -125,7 +126,7 @@ def accumulate(parts, category_ids, iou_type, max_dets):
     return precision, scores, recall, by_limit
 
 
-def merge(parts):
+def merge(parts: list[Matches]) -> Matches:
     """Matches of all ranks as one, with entries in the order of a single process: by class, area
     range and image."""
     columns = {}
@@ -149,7 +150,7 @@ def merge(parts):
         gt_ignored=matches.gt_ignored[g])
 
 
-def positions(counts, order):
+def positions(counts: np.ndarray, order: np.ndarray) -> np.ndarray:
     """Positions that bring the members of the entries into this order of the entries.
 
     counts (E,): members of each entry; order (E,): as of np.lexsort -> (sum of counts,)"""
@@ -160,7 +161,7 @@ def positions(counts, order):
     return np.repeat(shifts, counts) + np.arange(counts.sum())
 
 
-def first_detections(matches, limit):
+def first_detections(matches: Matches, limit: int) -> Matches:
     """Matches with the `limit` best detections of each entry, whose detections are sorted."""
     counts = matches.detections
     starts = counts.cumsum() - counts                                          # (E,)
@@ -204,7 +205,7 @@ def curves(matches, category_ids, iou_type):
     return [evaluation.eval[name][..., 0] for name in ("precision", "scores", "recall")]
 
 
-def figures(parts, categories, iou_type, max_dets):
+def figures(parts: list[Matches], categories: list[dict], iou_type: str, max_dets: int) -> dict:
     """The table of `score` from the Matches of all ranks."""
     category_ids = [category["id"] for category in categories]
     precision, scores, recall, by_limit = accumulate(parts, category_ids, iou_type, max_dets)
@@ -238,7 +239,7 @@ def class_figures(precision, scores, categories, counts):
     return {"per_class": per_class, "curves": class_curves}
 
 
-def operating_point(precision, score):
+def operating_point(precision: list[float], score: list[float]) -> dict[str, float]:
     """The score threshold with the best F1 of one class at IoU 0.5.
 
     precision, score: 101 numbers each, at recall 0, 0.01, ..., 1, as pycocotools makes them: the
@@ -254,7 +255,7 @@ def operating_point(precision, score):
             "recall": float(recall[best]), "F1": float(f1[best])}
 
 
-def count_objects(parts, num_classes):
+def count_objects(parts: list[Matches], num_classes: int) -> list[int]:
     """Objects of each class, crowds not counted."""
     counts = np.zeros(num_classes, int)
     for part in parts:
@@ -265,13 +266,13 @@ def count_objects(parts, num_classes):
     return counts.tolist()
 
 
-def mean(values):
+def mean(values: np.ndarray) -> float:
     """Mean of the entries that exist; pycocotools marks the others, and we their mean, with -1."""
     existing = values[values > -1]
     return float(existing.mean()) if existing.size else -1.0
 
 
-def results_as_coco(gt, results, iou_type):
+def results_as_coco(gt: COCO, results: list[dict], iou_type: str) -> COCO:
     """Results as the second COCO object of COCOeval.
 
     `COCO.loadRes` cannot be used: it fails on an empty list, changes the caller's rows, and uses
@@ -304,7 +305,7 @@ def results_as_coco(gt, results, iou_type):
     return coco
 
 
-def require_finite_row(result):
+def require_finite_row(result: dict) -> None:
     """UserError for a result with a NaN or infinite score or box: pycocotools would take a NaN box
     for a hit."""
     numbers = (result["score"], *result.get("bbox", ()))

@@ -1,5 +1,6 @@
-"""visualize.py, engine/drawing.py and engine/plots.py: every picture is made from tiny models, and
-what is drawn is checked where it can be: pixels of a box, boxes of the denoising queries."""
+"""visualize.py, engine/drawing.py, engine/plots.py and engine/analysis_plots.py: every picture is
+made from tiny models, and what is drawn is checked where it can be: pixels of a box, boxes of the
+denoising queries."""
 import importlib
 import inspect
 import json
@@ -17,10 +18,10 @@ import data
 import eval as evaluation
 import scenes
 import visualize
-from engine import checkpoints, drawing, plots
+from engine import analysis_plots, checkpoints, drawing, plots
 from engine.commands import open_detector
 from engine.errors import UserError
-from engine.mistakes import find_mistakes
+from engine.mistakes import KINDS, Mistake, find_mistakes
 from engine.recipe import configure
 
 
@@ -406,15 +407,34 @@ def test_mistakes_by_hand():
                       "missed: dog"]
 
 
-def test_the_worst_mistakes_are_one_sheet(checkpoint, tmp_path):
+def alarm(kind="false alarm"):
+    return Mistake(kind, 0.5, 0, 0, torch.tensor([2.0, 2, 9, 9]))
+
+
+def test_the_worst_mistakes_are_one_sheet_without_rows_of_kinds_that_do_not_occur(
+        checkpoint, tmp_path, monkeypatch):
     out = tmp_path / "mistakes.png"
-    visualize.main(["mistakes", "--checkpoint", str(checkpoint), "--out", str(out), "--n", "2"])
-    assert Image.open(out).size == (2 * 168 + 8, 3 * 188 + 8 + 20)       # 20 px for the colors
+    command = ["mistakes", "--checkpoint", str(checkpoint), "--out", str(out), "--n", "2"]
+    for kinds in (("missed",), ("missed", "false alarm"), KINDS):
+        found_here = [alarm(kind) for kind in kinds]
+        monkeypatch.setattr(visualize, "find_mistakes", lambda det, truth: found_here)
+        visualize.main(command)
+        # 20 px below for the line of colors
+        assert Image.open(out).size == (2 * 168 + 8, len(kinds) * 188 + 8 + 20)
+
+
+def test_no_mistakes_are_said_and_no_picture_is_written(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(visualize, "find_mistakes", lambda det, truth: [])
+    out = tmp_path / "mistakes.png"
+    with pytest.raises(SystemExit, match="expected mistakes to draw, got none on .* images? of "):
+        visualize.main(["mistakes", "--checkpoint", str(checkpoint), "--out", str(out)])
+    assert not out.exists()
 
 
 def test_mistakes_are_those_at_the_thresholds_of_the_checkpoint(checkpoint, tmp_path, monkeypatch):
     seen = []
-    monkeypatch.setattr(visualize, "find_mistakes", lambda det, truth: seen.append(det) or [])
+    monkeypatch.setattr(visualize, "find_mistakes",
+                        lambda det, truth: seen.append(det) or [alarm()])
     state = checkpoints.load(checkpoint)
     for stored, words, expected in ((0.0, [], True), (1.0, [], False),
                                     (1.0, ["--score_threshold", "0"], True)):
@@ -555,12 +575,13 @@ def test_atd_has_a_bar_for_every_size_and_checkpoint_and_instability_a_point():
     _, (left, right) = plots.plt.subplots(1, 2)
     analyses = {"a": {"ATD": 0.4, "ATD_small": 0.2, "ATD_medium": 0.5, "ATD_large": -1.0, "k": 9},
                 "b": {"ATD": 0.3, "ATD_small": 0.1, "k": 9, "instability": 2.5}}
-    assert plots.analysis_panels(analyses) == [plots.plot_atd, plots.plot_instability]
-    assert plots.analysis_panels({"c": {}}) == []
-    plots.plot_atd(left, analyses)
+    panels = [analysis_plots.plot_atd, analysis_plots.plot_instability]
+    assert analysis_plots.analysis_panels(analyses) == panels
+    assert analysis_plots.analysis_panels({"c": {}}) == []
+    analysis_plots.plot_atd(left, analyses)
     bars = [[bar.get_height() for bar in group] for group in left.containers]
     assert bars == [[0.4, 0.2, 0.5, 0], [0.3, 0.1, 0, 0]]
-    plots.plot_instability(right, analyses)
+    analysis_plots.plot_instability(right, analyses)
     assert list(right.lines[0].get_ydata()) == [2.5]
     plots.plt.close()
 

@@ -17,11 +17,11 @@ import torch
 from analysis import run_names
 from boxes import box_cxcywh_to_xyxy, box_iou
 from engine import commands, files
+from engine.analysis_plots import layers as plot_layers
 from engine.errors import user_errors
 from engine.inference import (allow_detections, detect_on_canvas, predict,
                               require_finite_outputs)
 from engine.machine import prepare_cpu
-from engine.plots import layers as plot_layers
 from eval import coco_results, limit_of, score_results
 
 CONFIDENT = 0.3          # score of a detection that counts as a duplicate (our choice)
