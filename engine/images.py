@@ -56,7 +56,7 @@ def open_and(function, path: str | Path):
         with Image.open(path) as image:
             return function(image)
     except Exception as error:   # damaged files make Pillow's decoders raise nearly every type
-        text = str(error).replace(repr(str(path)), "the file").replace(str(path), "the file")
+        text = str(error).replace(f" {str(path)!r}", "").replace(str(path), "the file")
         reason = getattr(error, "strerror", "") or text or type(error).__name__
         raise UnreadableImage(f"{path}: expected a readable image, got: {reason}") from error
 

@@ -87,7 +87,7 @@ def test_a_file_that_is_no_image_is_named_once(tmp_path):
     path.write_text("no image")
     with pytest.raises(data.UnreadableImage) as caught:
         data.read_image(path)
-    assert str(caught.value).endswith("got: cannot identify image file the file")
+    assert str(caught.value).endswith("got: cannot identify image file")
     assert str(caught.value).count("notes.txt") == 1
 
 
