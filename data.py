@@ -429,8 +429,8 @@ class CocoFolder(DetectionData):
 def train_transform(recipe, seed: int = 0, keep_masks: bool = False):
     """Transform for training, by `augment` of a recipe: none, flip, paper or lsj.
 
-    paper: the sizes, crop and color_jitter of the recipe. keep_masks: large-scale jitter, which
-    reads masks in any case, leaves them in the targets.
+    paper: the sizes, crop, color_jitter and vertical_flip of the recipe. keep_masks: large-scale
+    jitter, which reads masks in any case, leaves them in the targets.
     """
     if recipe.augment == "lsj":
         return LargeScaleJitter(recipe.lsj_size, tuple(recipe.lsj_ratios), seed, keep_masks)
@@ -444,6 +444,7 @@ def train_transform(recipe, seed: int = 0, keep_masks: bool = False):
         augment=True,
         crop=recipe.crop,
         color_jitter=recipe.color_jitter,
+        vertical_flip=recipe.vertical_flip,
         seed=seed,
     )
 

@@ -92,6 +92,16 @@ def flip(image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
     return image.transpose(Image.Transpose.FLIP_LEFT_RIGHT), result
 
 
+def flip_vertically(image: Image.Image, target: dict) -> tuple[Image.Image, dict]:
+    """Mirror an image and its target top to bottom."""
+    x0, y0, x1, y1 = target["boxes"].T
+    boxes = np.stack([x0, image.height - y1, x1, image.height - y0], 1)              # (n, 4)
+    result = dict(target, boxes=boxes)
+    if "masks" in target:
+        result["masks"] = target["masks"][:, ::-1]
+    return image.transpose(Image.Transpose.FLIP_TOP_BOTTOM), result
+
+
 class Crop(NamedTuple):
     """Resize the short side to `short_side`, then cut out a window of the result; all in px."""
     short_side: int
@@ -144,11 +154,12 @@ def normalize(image: Image.Image, colors: Colors = Colors()) -> Tensor:
 
 
 class Augmentation(NamedTuple):
-    """The random choices for one training sample, in the order in which they are applied."""
+    """The random choices for one training sample."""
     flip: bool = False
     crop: Crop | None = None
     short_side: int | None = None      # px after resizing, None keeps the size
     colors: Colors = Colors()
+    flip_vertically: bool = False
 
 
 @dataclass(frozen=True)
@@ -160,12 +171,14 @@ class Transform:
     augment: choose one of `sizes` at random, and flip horizontally with probability 1/2
     crop: if augment, crop before resizing with probability 1/2
     color_jitter: if augment, change colors
+    vertical_flip: if augment, also flip vertically with probability 1/2
     """
     sizes: tuple = ()
     max_size: int | None = None
     augment: bool = False
     crop: bool = False
     color_jitter: bool = False
+    vertical_flip: bool = False
     seed: int = 0
 
     def __call__(self, image, target=None, epoch=0, index=0, dataset=None):
@@ -189,12 +202,15 @@ class Transform:
         if self.crop and rng.random() < 0.5 and max(size) <= MAX_CROP_RATIO * min(size):
             window = draw_crop(size, rng)
         colors = draw_colors(rng) if self.color_jitter else Colors()
-        return Augmentation(flipped, window, short_side, colors)
+        upside_down = self.vertical_flip and bool(rng.random() < 0.5)
+        return Augmentation(flipped, window, short_side, colors, upside_down)
 
     def apply(self, image: Image.Image, target: dict, choices: Augmentation) -> tuple[Tensor, dict]:
         """Apply given choices to an image and its pixel target."""
         if choices.flip:
             image, target = flip(image, target)
+        if choices.flip_vertically:
+            image, target = flip_vertically(image, target)
         if choices.crop:
             image, target = crop(image, target, choices.crop)
         if choices.short_side:

@@ -33,6 +33,8 @@ class Recipe:
     oversample: float = 0.0
     crop: bool = True               # crop a random part of half of the training images
     color_jitter: bool = False      # change the colors of training images at random
+    # also flip training images vertically: for views from above and through a microscope
+    vertical_flip: bool = False
     eval_size: int = 800            # shorter side at evaluation, px
     lsj_size: int = 1024            # augment lsj: side of the squares that images fill, px
     # augment lsj: lowest and highest longer side of a training image, in lsj_size

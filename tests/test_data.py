@@ -34,6 +34,7 @@ SMALL = Recipe(train_sizes=(128,), max_size=200, crop=False, color_jitter=True, 
 PAPER = Recipe(train_sizes=tuple(range(480, 801, 32)), max_size=1333, crop=True,
                color_jitter=False, eval_size=800)
 JITTER = replace(PAPER, color_jitter=True)
+VERTICAL = replace(SMALL, vertical_flip=True)
 FULL = Recipe(train_sizes=(64,), max_size=1333, crop=False, color_jitter=False, eval_size=64)
 
 
@@ -162,10 +163,11 @@ def marked_image(width, height, box):
     return Image.fromarray(pixels), target
 
 
-@pytest.mark.parametrize("recipe", [SMALL, PAPER, JITTER], ids=["small", "paper", "jitter"])
+@pytest.mark.parametrize("recipe", [SMALL, PAPER, JITTER, VERTICAL],
+                         ids=["small", "paper", "jitter", "vertical"])
 def test_boxes_and_masks_follow_the_pixels_through_every_augmentation(recipe):
     transform = data.train_transform(recipe, seed=1)
-    flips, cropped, lost = 0, 0, 0
+    flips, upside_down, cropped, lost = 0, 0, 0, 0
     for epoch in range(25):
         image, target = marked_image(300, 200, (20, 50, 90, 180))
         tensor, out = transform(image, target, epoch, 5)
@@ -185,8 +187,11 @@ def test_boxes_and_masks_follow_the_pixels_through_every_augmentation(recipe):
         assert (found - expected).abs().max() <= 1.5, (epoch, found, expected)
         assert (seen != out["masks"][0]).float().mean() < 0.02
         flips += cx > width / 2
+        upside_down += cy < height / 2
         cropped += abs(w / width - 70 / 300) > 0.02
     assert 5 < flips < 20
+    if not recipe.crop:      # a crop moves the center
+        assert (5 < upside_down < 20) == recipe.vertical_flip
     assert (5 < cropped + lost < 20) == recipe.crop
 
 

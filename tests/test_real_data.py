@@ -39,10 +39,10 @@ def write_record(folder, ap, seconds, **settings):
 def test_the_table_compares_three_ways_and_gives_the_package_the_same_time(
         data, tmp_path, monkeypatch, capsys):
     options = RealData(data=data, out=tmp_path / "runs", epochs=3, seeds=1, train_sizes=(64,),
-                       crop=True)
+                       crop=True, vertical_flip=True, color_jitter=False)
     flags = {"model": "dino", "epochs": 3, "data": str(data), "preset": "small", "seed": 0,
              "num_queries": 100, "top_k": 100, "train_sizes": [64], "eval_size": 176,
-             "max_size": 260, "crop": True}
+             "max_size": 260, "crop": True, "vertical_flip": True, "color_jitter": False}
     # runs with other settings would be refused: each row has its own initial weights
     write_record(tmp_path / "runs/scratch_0", 0.4, 120, init="none", **flags)
     write_record(tmp_path / "runs/scenes_0", 0.5, 130, init="dino_small", **flags)

@@ -40,6 +40,8 @@ class RealData(Runs):
     eval_size: int = 176                  # shorter side at evaluation, px
     max_size: int = 260                   # maximum longer side, px
     crop: bool = False                    # crop a random part of half of our training images
+    vertical_flip: bool = False           # also flip our training images vertically
+    color_jitter: bool = True             # change the colors of our training images at random
     num_queries: int = 100                # objects that a detector can find in an image
     max_dets: int = 100                   # detections of an image and a class that count
     their_size: tuple[int, int] = (192, 256)   # height and width for transformers, px
@@ -55,7 +57,8 @@ def compare(options: RealData) -> None:
     options.check()
     flags = {"num_queries": options.num_queries, "top_k": options.max_dets,
              "train_sizes": list(options.train_sizes), "eval_size": options.eval_size,
-             "max_size": options.max_size, "crop": options.crop}
+             "max_size": options.max_size, "crop": options.crop,
+             "vertical_flip": options.vertical_flip, "color_jitter": options.color_jitter}
     rows = {
         "scratch": Row("DINO, from scratch", "dino", flags),
         "scenes": Row(f"DINO, from {options.start}", "dino", {**flags, "init": options.start},
