@@ -198,8 +198,7 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
                         log.evaluation(record)
                         if record["AP"] >= progress.best:
                             progress.best = record["AP"]
-                            folder.save("best.pt", progress, model, ema,
-                                        thresholds=thresholds(record))
+                            folder.save_best(progress, model, ema, thresholds(record))
                         draw(run, ema.module, paper, val_set, cfg, machine)
                 progress.epoch = epoch + 1
                 progress.batch = 0

@@ -385,6 +385,16 @@ class RunFolder:
         if self.machine.is_main:
             save(self.path / name, state, keep_previous=optimizer is not None)
 
+    def save_best(self, progress, model, ema, thresholds: dict) -> None:
+        """Write best.pt, from rank 0; all ranks call this. A run that was resumed after its last
+        evaluation has written it already, and leaves it."""
+        if self.run.resume and self.machine.is_main:
+            with contextlib.suppress(UserError):     # none yet, or a damaged one
+                written = load(self.path / "best.pt")
+                if (written.get("step"), written.get("best")) == (progress.step, progress.best):
+                    return
+        self.save("best.pt", progress, model, ema, thresholds=thresholds)
+
     def restore(self, progress, model, ema, optimizer, steps_per_epoch: int,
                 class_names: list[str]):
         """Restore the run that `run.resume` names: weights, EMA, optimizer and random states.

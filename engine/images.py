@@ -56,8 +56,8 @@ def open_and(function, path: str | Path):
         with Image.open(path) as image:
             return function(image)
     except Exception as error:   # damaged files make Pillow's decoders raise nearly every type
-        reason = getattr(error, "strerror", "") or str(error).replace(str(path), "the file")
-        reason = reason or type(error).__name__
+        text = str(error).replace(f" {str(path)!r}", "").replace(str(path), "the file")
+        reason = getattr(error, "strerror", "") or text or type(error).__name__
         raise UnreadableImage(f"{path}: expected a readable image, got: {reason}") from error
 
 

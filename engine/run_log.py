@@ -46,10 +46,11 @@ class RunLog:
         if machine.is_main:
             for name in ("log.jsonl", "nan_report.jsonl"):
                 remove_later_lines(self.out / name, progress.step)
-        images_per_epoch = batch.steps_per_epoch * batch.total
+        images = recipe.epochs * batch.steps_per_epoch * batch.total
+        done = progress.step * batch.total
         self.bar = tqdm(
-            total=recipe.epochs * images_per_epoch, initial=progress.step * batch.total,
-            unit="image", disable=not machine.is_main, dynamic_ncols=True,
+            total=images, initial=done, unit="image",
+            disable=not machine.is_main or done == images, dynamic_ncols=True,
             mininterval=0.5 if sys.stderr.isatty() else 60, delay=0.001,
             bar_format="{percentage:3.0f}%|{bar}| {elapsed}, left {remaining} {postfix}")
 

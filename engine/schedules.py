@@ -9,7 +9,7 @@ def other_length(paper, variant: str, recipe: Recipe, epochs: int) -> tuple[dict
 
     Uses the published run of that length where there is one: the variant that the paper file calls
     "<variant>_<epochs>_epochs" (or, with no variant, "<epochs>_epochs"), or the main one where the
-    variant itself is such a run. Else lr_drop moves in proportion."""
+    variant itself is such a run. Else the lr_drop of the schedule "step" moves in proportion."""
     if epochs == recipe.epochs:
         return {}, ""
     variants = getattr(paper, "VARIANTS", {})
@@ -22,11 +22,13 @@ def other_length(paper, variant: str, recipe: Recipe, epochs: int) -> tuple[dict
         if main["epochs"] == epochs:
             replaced = {field: main[field] for field in variants[variant] if field in main}
             return replaced, f"--epochs {epochs}: the published recipe {family or 'of the paper'}"
-    drop = max(1, round(recipe.lr_drop * epochs / recipe.epochs))
+    changes = {}
     text = f"--epochs {epochs}: no published recipe of this length; "
     if recipe.schedule == "step":
+        drop = max(1, round(recipe.lr_drop * epochs / recipe.epochs))
+        changes = {"lr_drop": drop}
         text += f"lr drops after epoch {drop}, "
-    return {"lr_drop": drop}, text + f"all else as for {recipe.epochs} epochs"
+    return changes, text + f"all else as for {recipe.epochs} epochs"
 
 
 def is_kept(keep_every: int, recipe: Recipe, epoch: int, steps_per_epoch: int) -> bool:

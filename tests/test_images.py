@@ -82,6 +82,15 @@ def test_floating_point_images_are_refused_with_the_reason(tmp_path):
         data.read_image(tmp_path / "a.tiff")
 
 
+def test_a_file_that_is_no_image_is_named_once(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("no image")
+    with pytest.raises(data.UnreadableImage) as caught:
+        data.read_image(path)
+    assert str(caught.value).endswith("got: cannot identify image file")
+    assert str(caught.value).count("notes.txt") == 1
+
+
 def save_with_orientation(path, pixels, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation

@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 import co_detr
+import dino
 import train
 from engine.recipe import Recipe, configure
 from engine.ema import ema_decay
@@ -36,6 +37,13 @@ def test_another_length_is_published_or_moves_the_drop_in_proportion():
     assert changes == {"lr_drop": 33} and "no published recipe of this length" in text
     assert other_length(SimpleNamespace(), "", recipe, 1)[0] == {"lr_drop": 1}
     assert other_length(paper, "big", recipe, 12) == ({}, "")
+
+
+def test_a_drop_moves_only_in_the_schedule_that_has_one():
+    _, recipe = configure(dino, dino.SMALL)
+    assert recipe.schedule == "cosine"
+    changes, text = other_length(SimpleNamespace(), "", recipe, 30)
+    assert changes == {} and "lr" not in text
 
 
 def test_a_variant_of_another_length_takes_the_main_recipe_where_that_is_asked_for():

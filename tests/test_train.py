@@ -104,6 +104,23 @@ def test_resume_after_a_crash_goes_on_from_the_last_save(
     ), "a resumed run repeats no line of its log"
 
 
+def test_a_finished_run_that_is_resumed_leaves_its_files_and_shows_no_bar(tmp_path, capsys):
+    settings = config("deformable_detr", epochs=1)
+    train.train(run(tmp_path), *settings)
+    folder = tmp_path / "run"
+    before = (folder / "best.pt").read_bytes()
+    capsys.readouterr()
+    train.train(run(tmp_path, resume=str(folder / "last.pt")), *settings)
+    assert (folder / "best.pt").read_bytes() == before
+    printed = capsys.readouterr()
+    assert "trained to the end: evaluates again" in printed.out
+    assert "left" not in printed.err
+    # a damaged best.pt is written again
+    (folder / "best.pt").write_bytes(before[:1000])
+    train.train(run(tmp_path, resume=str(folder / "last.pt")), *settings)
+    assert checkpoints.load(folder / "best.pt")["step"] == 3
+
+
 @pytest.mark.parametrize("model", MODELS)
 def test_same_seed_bit_equal(tmp_path, model):
     """Two steps; the test of resuming makes more."""
