@@ -60,7 +60,7 @@ from engine.errors import UserError, user_errors
 from engine.layers import compile_or_recompute
 from engine.machine import (Machine, StopSignals, lost_peers, memory_advice, prepare_cpu,
                             set_up_machine)
-from engine.models import load_paper, make_model
+from engine.models import load_paper, make_model, require_detector
 from engine.muon import Muon, split_groups
 from engine.processes import from_rank_0
 from engine.recipe import Recipe
@@ -130,6 +130,8 @@ def train(run: Run, cfg, recipe: Recipe) -> dict:
     Raises FloatingPointError after three bad steps in a row. Stopped by a signal, it saves and
     exits with the code 128 + signal."""
     paper = load_paper(run.model)
+    if getattr(paper, "NEEDS_DETECTOR", False) and not run.resume:
+        require_detector(run.detector)
     machine = set_up_machine(run)
     with RunFolder(run, machine) as folder:
         # data

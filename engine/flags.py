@@ -7,6 +7,8 @@ import sys
 from engine.errors import UserError
 
 LONGEST = 400   # characters of the message
+WORDS = {"invalid literal for int() with base 10:": "expected an integer, got",   # of Python
+         "could not convert string to float:": "expected a number, got"}
 
 
 @contextlib.contextmanager
@@ -47,4 +49,6 @@ def without_frame(text: str, program: str) -> str:
     lines = [line for line in lines if re.search(r"\w", line)]
     sentences = " ".join(lines).partition("For full helptext")[0]
     sentences = re.sub(r"\s+", " ", sentences or text).strip(" .")
+    for pythons, plain in WORDS.items():
+        sentences = sentences.replace(pythons, plain)
     return f"{sentences[:LONGEST]}. See {program} --help"

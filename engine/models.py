@@ -121,12 +121,17 @@ def starting_detector(path: str, resume: str) -> Loaded:
     return load_detector(path)
 
 
-def load_detector(path: str) -> Loaded:
-    """Load the detector that a mask network builds on, without the unused classes of COCO heads."""
+def require_detector(path: str) -> None:
+    """UserError where a mask network got no detector."""
     if not path:
         raise UserError("expected --detector FILE, a trained detector to put masks on, got none: "
                         "python train.py --model dino makes runs/dino/best.pt, with --data DIR on "
                         "your own images")
+
+
+def load_detector(path: str) -> Loaded:
+    """Load the detector that a mask network builds on, without the unused classes of COCO heads."""
+    require_detector(path)
     path = find_weights(path)
     if not path.is_file():
         raise UserError(f"expected the detector at {path}, found no file: say where it lies with "

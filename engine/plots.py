@@ -26,6 +26,7 @@ EVALUATION_FORM = {
     "per_class": {str: {"objects": float, "threshold": float, "AP50": float, "F1": float,
                         "recall": float, "precision": float}},
 }
+GROUPS = {"aux": "other layers", "enc": "encoder", "dn": "denoising"}   # prefixes of losses
 MINUTES = "training minutes (without evaluation)"
 
 
@@ -157,10 +158,11 @@ def plot_losses(total, parts, steps):
 
 def loss_group(name: str) -> str:
     """Group of a loss: each term of the last layer, such as cls, is a group of its own; "aux2.cls"
-    belongs to "aux (sum)", "dn.l1" to "dn (sum)"."""
+    belongs to "other layers (sum)", "dn.l1" to "denoising (sum)"."""
     if "." not in name:
         return name
-    return re.match(r"[a-z_]*[a-z]", name)[0] + " (sum)"
+    group = re.match(r"[a-z_]*[a-z]", name)[0]
+    return GROUPS.get(group, group) + " (sum)"
 
 
 def smooth(values, window=9):

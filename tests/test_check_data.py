@@ -90,12 +90,12 @@ def test_an_unusable_json_is_refused_and_the_check_names_the_entry(change, messa
     assert "fatal" in capsys.readouterr().out
 
 
-def test_a_path_that_is_no_folder_is_reported_as_such(tmp_path, capsys):
+def test_a_path_that_is_no_folder_is_reported_as_such(tmp_path):
     root = write_folder(tmp_path / "data")
     for path, got in ((tmp_path / "dta", "no such folder"), (json_file(root), "a file")):
-        with pytest.raises(UserError, match=f"expected a data folder.*got {got}; correct"):
-            data.CocoFolder(path)
-        assert check_data.check(path) == 2 and got in capsys.readouterr().out
+        for read in (data.CocoFolder, check_data.check):
+            with pytest.raises(UserError, match=f"expected a data folder.*got {got}; correct"):
+                read(path)
 
 
 def test_a_missing_list_and_an_empty_one_are_told_apart(tmp_path, capsys):
@@ -454,8 +454,13 @@ def test_the_exit_code_of_the_command_is_the_verdict(tmp_path, capsys):
     assert "Traceback" not in bad.stderr
 
 
-def test_a_folder_name_with_control_characters_does_not_drive_the_terminal(capsys):
-    assert check_data.check("\x1b[31m") == 2
+def test_a_folder_name_with_control_characters_does_not_drive_the_terminal(tmp_path, capsys):
+    with pytest.raises(SystemExit, match="expected a data folder") as end:
+        check_data.main(["\x1b[31m"])
+    assert "\x1b" not in end.value.code
+    root = write_folder(tmp_path / "\x1b[31m")
+    edit_json(root, drop("images"))
+    assert check_data.check(root) > 0
     assert "\x1b" not in capsys.readouterr().out
 
 

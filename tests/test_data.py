@@ -656,6 +656,8 @@ def test_folders_in_other_layouts_are_recognized_and_the_converter_named(layout,
     path.write_text("")
     command = f"python -m tools.convert --from {layout} .*mine OUT"
     with pytest.raises(UserError, match=f"{layout.upper()} layout.*{command}"):
+        check_data.check(tmp_path / "mine")     # once, not for every split
+    with pytest.raises(UserError, match=f"{layout.upper()} layout.*{command}"):
         data.CocoFolder(tmp_path / "mine")
 
 

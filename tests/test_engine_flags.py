@@ -41,6 +41,14 @@ def test_the_near_name_stays_in_the_line():
         train.main([*FLAGS, "--lrr", "3"])
 
 
+@pytest.mark.parametrize("words, expected", [
+    (["--epochs", "1x"], "an integer, got '1x'"), (["--lr", "abc"], "a number, got 'abc'"),
+    (["--train_sizes", "128", "160x"], "an integer, got '160x'")])
+def test_a_word_in_place_of_a_number_is_named_with_its_flag(words, expected):
+    with pytest.raises(SystemExit, match=f"Error parsing {words[0]}: expected {expected}"):
+        train.main([*FLAGS, *words])
+
+
 @pytest.mark.parametrize("frame", ["│ {} │", "| {} |", "  {}  "])
 def test_every_kind_of_frame_is_removed(frame):
     lines = ["Unrecognized options: --x", "─" * 20, "For full helptext, run a.py --help"]

@@ -829,7 +829,9 @@ def test_an_evaluation_of_more_detections_makes_as_many_masks(monkeypatch):
         assert set(count.values()) == {expected}, limit
 
 
-def test_without_a_detector_the_error_says_how_to_get_one(tmp_path):
+def test_without_a_detector_the_error_says_how_to_get_one_before_any_image_is_made(
+        tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build_datasets", lambda *args: pytest.fail("too late"))
     with pytest.raises(SystemExit, match="--detector FILE.*python train.py --model dino"):
         run(*MASKS, "--out", str(tmp_path / "masks"))
 

@@ -217,8 +217,9 @@ def test_detr_has_neither_anchors_nor_sampling_points(tmp_path, picture, command
 
 
 def test_losses_are_grouped_by_the_part_they_belong_to():
-    groups = {"cls": "cls", "l1": "l1", "aux0.cls": "aux (sum)", "aux11.giou": "aux (sum)",
-              "dn.cls": "dn (sum)", "dn.aux0.l1": "dn (sum)", "enc.cls": "enc (sum)"}
+    groups = {"cls": "cls", "l1": "l1", "aux0.cls": "other layers (sum)",
+              "aux11.giou": "other layers (sum)", "dn.cls": "denoising (sum)",
+              "dn.aux0.l1": "denoising (sum)", "enc.cls": "encoder (sum)", "atss.cls": "atss (sum)"}
     assert {name: plots.loss_group(name) for name in groups} == groups
 
 

@@ -134,13 +134,17 @@ def check(directory: str | Path, full: bool = True) -> int:
 
     full: decode every image, else only the headers
 
-    Returns the number of errors. Fatal problems count, warnings do not.
+    Returns the number of errors. Fatal problems count, warnings do not. Raises UserError for a
+    folder without any json of a split.
     """
     directory = Path(directory)
     errors = 0
     splits = ["train", "val"]
     if coco_json.json_path(directory, "test").is_file():
         splits.append("test")
+    if not any(coco_json.json_path(directory, split).is_file() for split in splits):
+        raise UserError(coco_json.missing_json(coco_json.json_path(directory, "train"), directory,
+                                               "train"))
     for split in splits:
         print(one_line(str(coco_json.json_path(directory, split)), 300))
         problems = []
