@@ -114,7 +114,8 @@ def test_scenes_are_not_written_without_images(tmp_path):
 
 
 def test_the_command_writes_into_a_new_folder_only(tmp_path, monkeypatch, capsys):
-    assert check_data.check(tmp_path) > 0
+    with pytest.raises(UserError, match="expected a COCO json there, got no such file"):
+        check_data.check(tmp_path)
     write = ["--write", str(tmp_path)]
     monkeypatch.setattr("sys.argv", ["scenes.py", *write, "--num-train", "2", "--num_val", "1"])
     scenes.main()
